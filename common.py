@@ -1,0 +1,1257 @@
+"""Everything that would be a silent bug if two stages did it differently: the models, the noise, how an image is read
+and cropped, the label files, the optimizer and its averaging, processes, checkpoints, evaluation, pictures.
+
+A stage imports the names that it uses one by one: that list is what to take along when you copy a stage into your own
+project. Sections, in the order of the method:
+models - noise - images - label files - optimization - processes - checkpoints - evaluation - pictures
+"""
+
+import argparse
+import atexit
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import tarfile
+import time
+import zlib
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import h5py
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models: EfficientNet-B0 to B7 and L0 to L2 (Noisy Student, table 7 of v1), with torchvision's parameter names
+# ----------------------------------------------------------------------------------------------------------------------
+
+EFFICIENTNETS = {  # name: (width, depth, training resolution in pixels, rate of the final dropout)
+    "efficientnet_b0": (1.0, 1.0, 224, 0.2),
+    "efficientnet_b1": (1.0, 1.1, 240, 0.2),
+    "efficientnet_b2": (1.1, 1.2, 260, 0.3),
+    "efficientnet_b3": (1.2, 1.4, 300, 0.3),
+    "efficientnet_b4": (1.4, 1.8, 380, 0.4),
+    "efficientnet_b5": (1.6, 2.2, 456, 0.4),
+    "efficientnet_b6": (1.8, 2.6, 528, 0.5),
+    "efficientnet_b7": (2.0, 3.1, 600, 0.5),
+    "efficientnet_l0": (2.8, 3.7, 380, 0.5),  # the dropout of L0 and L1 is B7's: published for L2 only
+    "efficientnet_l1": (3.9, 3.7, 380, 0.5),
+    "efficientnet_l2": (4.3, 5.3, 475, 0.5),
+}
+# B0's stages: repeats, kernel, stride, expansion, output channels (official efficientnet_builder.py:123-131).
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+def round_channels(channels: float) -> int:
+    """Round to a multiple of 8, but never down by more than 10 percent (official efficientnet_model.py:119-134)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+class SamePadConv2d(nn.Conv2d):
+    """TensorFlow's SAME padding: output ceil(size / stride), the odd pixel of padding at the bottom and the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1 x 1 convolution; trained on a CPU as the matrix product it is, 1.35 times as fast at 32 px (B0, 1 thread)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.device.type == "cpu":
+            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return super().forward(x)
+
+
+def conv_norm(channels_in, channels_out, kernel, stride=1, groups=1, eps=1e-3, same_pad=False, activation=True):
+    """Convolution, batch norm (official momentum 0.99, which torch counts as 0.01) and SiLU."""
+    if same_pad and stride > 1:  # at stride 1 the padding is symmetric, and both are the same
+        conv = SamePadConv2d(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
+    elif kernel == 1:
+        conv = PointwiseConv2d(channels_in, channels_out, 1, bias=False)
+    else:
+        conv = nn.Conv2d(channels_in, channels_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+    layers = [conv, nn.BatchNorm2d(channels_out, eps=eps, momentum=0.01)]
+    return nn.Sequential(*layers, nn.SiLU(inplace=True)) if activation else nn.Sequential(*layers)
+
+
+class SqueezeExcitation(nn.Module):
+    def __init__(self, channels: int, squeezed: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class MBConv(nn.Module):
+    """Inverted residual block with stochastic depth: `drop_path` is the probability that an image skips the block."""
+
+    def __init__(self, channels_in, channels_out, kernel, stride, expand, drop_path, conv_norm):
+        super().__init__()
+        expanded = channels_in * expand
+        self.block = nn.Sequential(
+            *([conv_norm(channels_in, expanded, 1)] if expand > 1 else []),
+            conv_norm(expanded, expanded, kernel, stride, groups=expanded),
+            SqueezeExcitation(expanded, max(1, channels_in // 4)),  # a quarter of the block's *input*
+            conv_norm(expanded, channels_out, 1, activation=False),
+        )
+        self.has_skip = stride == 1 and channels_in == channels_out
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if not self.has_skip:
+            return y
+        if self.training and self.drop_path > 0:
+            keep = torch.rand(len(y), 1, 1, 1, device=y.device) >= self.drop_path
+            y = y * (keep / (1 - self.drop_path)).to(y.dtype)
+        return x + y
+
+
+class EfficientNet(nn.Module):
+    """EfficientNet (Tan & Le 2019) as the official Noisy Student code builds it. (N, 3, H, W) -> logits (N, classes).
+
+    `small_images` is the official variant for 32 pixels: stages 2 and 3 keep their resolution. `drop_path` is the rate
+    of stochastic depth: block i of n is dropped with probability drop_path * i / n (the paper's survival 0.8 is 0.2).
+    """
+
+    def __init__(self, width, depth, dropout, num_classes, eps, same_pad, small_images=False, drop_path=0.2):
+        super().__init__()
+        layer = partial(conv_norm, eps=eps, same_pad=same_pad)
+        channels = round_channels(32 * width)
+        stages = [layer(3, channels, 3, 2)]
+        repeats = [math.ceil(depth * stage[0]) for stage in STAGES]
+        index = 0
+        for stage, (_, kernel, stride, expand, out) in enumerate(STAGES):
+            stride = 1 if small_images and stage in (1, 2) else stride
+            out = round_channels(out * width)
+            blocks = []
+            for i in range(repeats[stage]):
+                rate = drop_path * index / sum(repeats)  # official efficientnet_model.py:469-483
+                blocks.append(MBConv(channels, out, kernel, 1 if i else stride, expand, rate, layer))
+                channels, index = out, index + 1
+            stages.append(nn.Sequential(*blocks))
+        head = round_channels(1280 * width)
+        self.features = nn.Sequential(*stages, layer(channels, head, 1))
+        self.classifier = nn.Sequential(nn.Dropout(dropout, inplace=True), nn.Linear(head, num_classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # Of a depthwise convolution TensorFlow counts the fan-out of one group (official
+                # efficientnet_model.py:74-98), torchvision that of all: smaller weights, which AdamW moves sooner.
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                fan_out = fan_out // module.groups if same_pad else fan_out
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # Official: U(+-1/sqrt(classes)), 0.03 for ImageNet. For 10 classes that would be 0.3, and nearly every image
+        # would pass the confidence threshold from the first step on; so never more than ImageNet's. (Deviation.)
+        bound = 1 / math.sqrt(max(num_classes, 1000))
+        nn.init.uniform_(self.classifier[1].weight, -bound, bound)
+        nn.init.zeros_(self.classifier[1].bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).mean((2, 3)))
+
+
+def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module:
+    """Build a model by name, with fresh weights.
+
+    `efficientnet_b0` ... `_b7`, `_l0` ... `_l2`: torchvision's numbers; the same names behind `tf_`: TensorFlow's SAME
+    padding and batch-norm eps; any other name is torchvision's `get_model`. arch_options: `small_images`, `dropout`,
+    `drop_path`; None means the model's own. Raises ValueError for an unknown name or an option the model lacks.
+    """
+    options = {name: value for name, value in arch_options.items() if value is not None}
+    if arch.removeprefix("tf_") in EFFICIENTNETS:
+        width, depth, _, dropout = EFFICIENTNETS[arch.removeprefix("tf_")]
+        # torchvision's B0 to B4 have torch's own eps; TensorFlow's, and torchvision's B5 to B7, 1e-3.
+        eps = 1e-5 if arch in list(EFFICIENTNETS)[:5] else 1e-3
+        options.setdefault("dropout", dropout)
+        return EfficientNet(width, depth, num_classes=num_classes, eps=eps, same_pad=arch.startswith("tf_"), **options)
+    from torchvision.models import get_model
+
+    if not options.pop("small_images", False) and "drop_path" in options:
+        options["stochastic_depth_prob"] = options.pop("drop_path")
+    try:
+        return get_model(arch, weights=None, num_classes=num_classes, **options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"cannot build {arch!r} with {arch_options}: {error}") from error
+
+
+def load_weights(model: nn.Module, state_dict: dict) -> None:
+    """Load a state_dict in this toolkit's or torchvision's naming; ValueError names all that is missing or extra."""
+    own = model.state_dict()
+    given = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state_dict.items()}
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & given.keys()
+        if own[name].shape != given[name].shape
+    ]
+    for what, names in (("missing", missing), ("extra", extra), ("of another shape", sorted(shapes))):
+        if names:
+            raise ValueError(f"{len(names)} weights are {what}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}")
+    model.load_state_dict(given, strict=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# noise: RandAugment (Cubuk et al., 1909.13719) as the official Noisy Student code runs it, on whole batches
+# ----------------------------------------------------------------------------------------------------------------------
+# Magnitudes are on a scale of 10 without a cap: the paper's 27 is 2.7 times each op's range (rotate by 81 degrees).
+# torchvision's 27 is on a scale of 30 (27 degrees), timm clamps it to 10. Every op is applied always.
+# An op maps uint8 (N, 3, H, W) to the same and draws only from `generator`, a CPU generator, so that the same state
+# gives the same batch on every device. `sign` (N,) is +1 or -1. Sources: official randaugment.py; Pillow for rounding.
+
+
+def table_lookup(images: Tensor, tables: Tensor) -> Tensor:
+    """Replace each pixel by its entry in tables, uint8 (N, 3, 256)."""
+    flat = images.flatten(2)
+    return tables.gather(2, flat.long()).view(images.shape)
+
+
+def one_table(images: Tensor, values: Tensor) -> Tensor:
+    """The same table (256,) of any dtype, clipped to 0..255 and truncated, for all images and channels."""
+    return values.clamp(0, 255).to(torch.uint8).to(images.device)[images.int()]
+
+
+def blend(degenerate: Tensor, images: Tensor, magnitude: float) -> Tensor:
+    """degenerate + factor * (image - degenerate), truncated as in Pillow; factor 1.8 M/10 + 0.1: M = 5 is nothing."""
+    factor = 1.8 * magnitude / 10 + 0.1
+    degenerate = degenerate.float()
+    return (degenerate + factor * (images.float() - degenerate)).clamp(0, 255).to(torch.uint8)
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """ITU-R 601 luma as Pillow rounds it, int32 (N, 1, H, W)."""
+    red, green, blue = images.int().split(1, dim=1)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+
+
+def warp(images: Tensor, matrix: Tensor) -> Tensor:
+    """Output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f), nearest neighbour, grey 128 outside.
+
+    matrix: float (N, 6) of a to f, in pixel indices, as TensorFlow counts (Pillow counts from pixel corners).
+    """
+    num, _, height, width = images.shape
+    a, b, c, d, e, f = matrix.to(images.device).view(num, 6, 1, 1).unbind(1)
+    y, x = torch.meshgrid(
+        torch.arange(height, device=images.device), torch.arange(width, device=images.device), indexing="ij"
+    )
+    source_x, source_y = (a * x + b * y + c + 0.5).floor().long(), (d * x + e * y + f + 0.5).floor().long()
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    index = (source_y.clamp(0, height - 1) * width + source_x.clamp(0, width - 1)).flatten(1)
+    moved = images.flatten(2).gather(2, index[:, None].expand(-1, 3, -1)).view(images.shape)
+    return torch.where(inside[:, None], moved, moved.new_tensor(128))
+
+
+def affine(num: int, **terms: Tensor | float) -> Tensor:
+    """The identity matrices (num, 6) with the named terms (a to f) replaced."""
+    matrix = torch.tensor([1.0, 0, 0, 0, 1, 0]).repeat(num, 1)
+    for name, value in terms.items():
+        matrix[:, "abcdef".index(name)] = value
+    return matrix
+
+
+def pixels_at_10(images: Tensor, official: int) -> int:
+    """Translation and cutout sizes at level 10: official pixels for large images, size // 8 for small ones."""
+    size = min(images.shape[2:])
+    return official if size > 64 else size // 8  # official preprocessing.py:189-224
+
+
+def auto_contrast(images, magnitude, sign, generator, tf_quirks=False):
+    low, high = (value.float()[..., None] for value in images.flatten(2).aminmax(dim=2))
+    scale = 255 / (high - low).clamp(min=1)
+    levels = torch.arange(256.0, device=images.device)
+    # One float multiplication and one addition, as Pillow's `int(ix * scale + offset)`, in its double precision.
+    stretched = (levels.double() * scale.double() - low.double() * scale.double()).clamp(0, 255)
+    return table_lookup(images, torch.where(high > low, stretched, levels.double()).to(torch.uint8))
+
+
+def equalize(images, magnitude, sign, generator, tf_quirks=False):
+    flat = images.flatten(2).long()
+    histogram = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(flat))
+    last = histogram.gather(2, flat.amax(2, keepdim=True))  # the count of the brightest level in use
+    step = (flat.shape[2] - last) // 255
+    below = histogram.cumsum(2) - histogram
+    equalized = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    return table_lookup(images, torch.where(step > 0, equalized, torch.arange(256, device=images.device)).byte())
+
+
+def invert(images, magnitude, sign, generator, tf_quirks=False):
+    return 255 - images
+
+
+def rotate(images, magnitude, sign, generator, tf_quirks=False):
+    angle = sign.float() * math.radians(3 * magnitude)
+    cos, sin = angle.cos(), angle.sin()
+    y, x = (images.shape[2] - 1) / 2, (images.shape[3] - 1) / 2
+    return warp(
+        images, affine(len(images), a=cos, b=-sin, c=x - x * cos + y * sin, d=sin, e=cos, f=y - x * sin - y * cos)
+    )
+
+
+def posterize(images, magnitude, sign, generator, tf_quirks=False):
+    """Keep int(4 M/10) bits up to M = 10; above, where the official shift wraps, torchvision's 8 - round(4 M/30)."""
+    if tf_quirks:  # a negative shift wraps around in uint8, and TensorFlow's CPU kernel clamps it to 7
+        shift = min((8 - int(4 * magnitude / 10)) % 256, 7)
+    elif magnitude <= 10:
+        shift = 8 - max(1, int(4 * magnitude / 10))
+    else:
+        shift = min(round(4 * magnitude / 30), 7)
+    return images & ((255 << shift) & 255)
+
+
+def solarize(images, magnitude, sign, generator, tf_quirks=False):
+    """Invert from int(256 M/10) up; above M = 10, where that wraps, from torchvision's 255 (1 - M/30) up."""
+    if tf_quirks:
+        threshold = int(256 * magnitude / 10) % 256
+    else:
+        threshold = int(256 * magnitude / 10) if magnitude <= 10 else 255 * (1 - magnitude / 30)
+    levels = torch.arange(256)
+    return one_table(images, torch.where(levels < threshold, levels, 255 - levels))
+
+
+def solarize_add(images, magnitude, sign, generator, tf_quirks=False):
+    levels = torch.arange(256)
+    return one_table(images, torch.where(levels < 128, levels + int(110 * magnitude / 10), levels))
+
+
+def color(images, magnitude, sign, generator, tf_quirks=False):
+    return blend(grayscale(images), images, magnitude)
+
+
+def contrast(images, magnitude, sign, generator, tf_quirks=False):
+    """Blend with the mean grey; the official code takes the pixel count over 256 for it (tensorflow/tpu#825)."""
+    if tf_quirks:
+        mean = torch.full((len(images), 1, 1, 1), min(images.shape[2] * images.shape[3] // 256, 255))
+    else:
+        mean = (grayscale(images).double().mean((1, 2, 3), keepdim=True) + 0.5).floor()
+    return blend(mean.to(images.device), images, magnitude)
+
+
+def brightness(images, magnitude, sign, generator, tf_quirks=False):
+    return one_table(images, torch.arange(256.0) * (1.8 * magnitude / 10 + 0.1))
+
+
+def sharpness(images, magnitude, sign, generator, tf_quirks=False):
+    """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels stay as they are."""
+    wide = images.int()
+    rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[..., 1:-1, 1:-1]
+    smooth = images.clone()
+    smooth[..., 1:-1, 1:-1] = ((2 * total + 13) // 26).to(torch.uint8)  # rounded to nearest, in integers
+    return blend(smooth, images, magnitude)
+
+
+def shear_x(images, magnitude, sign, generator, tf_quirks=False):
+    return warp(images, affine(len(images), b=sign * 0.3 * magnitude / 10))
+
+
+def shear_y(images, magnitude, sign, generator, tf_quirks=False):
+    return warp(images, affine(len(images), d=sign * 0.3 * magnitude / 10))
+
+
+def translate_x(images, magnitude, sign, generator, tf_quirks=False):
+    return warp(images, affine(len(images), c=sign * pixels_at_10(images, 100) * magnitude / 10))
+
+
+def translate_y(images, magnitude, sign, generator, tf_quirks=False):
+    return warp(images, affine(len(images), f=sign * pixels_at_10(images, 100) * magnitude / 10))
+
+
+def cutout(images, magnitude, sign, generator, tf_quirks=False):
+    """A grey square of side 2 int(40 M/10) pixels around a uniformly drawn pixel, cut off at the image's edge."""
+    half = int(pixels_at_10(images, 40) * magnitude / 10)
+    hole = []
+    for size in images.shape[2:]:
+        center = torch.randint(size, (len(images), 1), generator=generator)
+        pixels = torch.arange(size)
+        hole.append((pixels >= center - half) & (pixels < center + half))
+    mask = (hole[0][:, None, :, None] & hole[1][:, None, None, :]).to(images.device)
+    return torch.where(mask, images.new_tensor(128), images)
+
+
+RAND_AUGMENT_OPS = {
+    "AutoContrast": auto_contrast,
+    "Equalize": equalize,
+    "Invert": invert,
+    "Rotate": rotate,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "Color": color,
+    "Contrast": contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+    "SolarizeAdd": solarize_add,
+    "Cutout": cutout,
+}
+
+
+def rand_augment(
+    images: Tensor,
+    num_ops: int = 2,
+    magnitude: float = 27,
+    generator: torch.Generator | None = None,
+    tf_quirks: bool = False,
+) -> Tensor:
+    """Apply `num_ops` ops, drawn for each image on its own with replacement, to uint8 (N, 3, H, W) on any device.
+
+    Not in place. `generator`: a CPU generator (None: torch's own). `tf_quirks`: do what the official code really does
+    where it overflows. Source: official randaugment.py:530-554 (the op's probability there is never used).
+    """
+    images = images.clone()
+    ops = torch.randint(len(RAND_AUGMENT_OPS), (num_ops, len(images)), generator=generator)
+    signs = torch.randint(2, (num_ops, len(images)), generator=generator) * 2 - 1
+    for chosen, sign in zip(ops, signs, strict=True):
+        for number, op in enumerate(RAND_AUGMENT_OPS.values()):
+            rows = (chosen == number).nonzero().squeeze(1)
+            if len(rows):  # `rows` is on the CPU: no host synchronisation
+                here = rows.to(images.device, non_blocking=True)
+                images[here] = op(images[here], magnitude, sign[rows], generator, tf_quirks)
+    return images
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# images: listing, reading, the clean (evaluation) view and the random training crop, batches in an endless order
+# ----------------------------------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # the other decoders are where most CVEs are
+
+
+def load_image(path: str | bytes, offset: int = 0, size: int = 0) -> Image.Image:
+    """Read an image as RGB, as a person would see it: EXIF rotation applied, 16-bit grey scaled, alpha over grey 128.
+
+    With `size` > 0 the file is that many bytes at `offset` of `path`, a .tar shard. Raises whatever the decoder raises.
+    """
+    with open(path, "rb") as file:
+        if size:
+            file.seek(offset)
+            file = io.BytesIO(file.read(size))
+        with Image.open(file, formats=FORMATS) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no defined range")
+    if image.mode.startswith("I"):  # Pillow's own convert() clips 16 bits at 255: a white image
+        image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
+    return image.convert("RGB")
+
+
+def default_crop_fraction(image_size: int) -> float:
+    """The share of the short side that the clean view shows: the official code's, all of it for small images."""
+    return image_size / (image_size + 32) if image_size > 64 else 1.0
+
+
+def eval_view(image: Image.Image, image_size: int, crop_fraction: float) -> np.ndarray:
+    """The clean view, what a teacher labels: the centre square, bicubic (antialiased), uint8 (size, size, 3)."""
+    width, height = image.size
+    side = max(1, int(crop_fraction * min(width, height)))
+    left, top = (width - side + 1) // 2, (height - side + 1) // 2  # official preprocessing.py:104-134
+    if side == image_size:
+        return np.asarray(image.crop((left, top, left + side, top + side)))
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
+
+
+def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, min_area: float, hflip: bool):
+    """Inception crop: a random `min_area` to all of the area, aspect 3/4 to 4/3, bicubic, flipped half the time.
+
+    Official preprocessing.py:81-102 tries 10 times and falls back to the centre; areas and log-aspects are uniform here
+    as in torchvision (TensorFlow's sampler draws heights uniformly).
+    """
+    width, height = image.size
+    box = None
+    for _ in range(10):
+        area, aspect = (
+            width * height * rng.uniform(min_area, 1),
+            math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))),
+        )
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
+            box = (left, top, left + crop_width, top + crop_height)
+            break
+    if box is None:
+        view = eval_view(image, image_size, default_crop_fraction(image_size))
+    else:
+        view = np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
+    return view[:, ::-1] if hflip and rng.random() < 0.5 else view
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Where images are: file `path` below `root`, or `size` > 0 bytes at `offset` of a shard."""
+
+    root: str
+    path: np.ndarray  # fixed-length bytes (N,), sorted; in a shard `name.tar/member`
+    offset: np.ndarray  # int64 (N,)
+    size: np.ndarray  # int64 (N,)
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+    def __getitem__(self, rows) -> "ImageRows":
+        return ImageRows(self.root, self.path[rows], self.offset[rows], self.size[rows])
+
+    def name(self, row: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.path[row]))
+
+    def load(self, row: int) -> Image.Image:
+        name = self.name(row)
+        if self.size[row]:
+            name = name[: name.index(".tar/", len(self.root)) + 4]
+        return load_image(name, int(self.offset[row]), int(self.size[row]))
+
+
+def list_images(root: str | Path) -> ImageRows:
+    """All images below `root`, in the sorted order of their paths; .tar shards are indexed and read in place."""
+    root = os.path.abspath(root)
+    found = []
+    for folder, folders, names in os.walk(os.fsencode(root), followlinks=True):
+        folders.sort()
+        below = os.path.relpath(folder, os.fsencode(root))
+        for name in names:
+            path = name if below == b"." else os.path.join(below, name)
+            lower = os.fsdecode(name).lower()
+            if lower.startswith("."):
+                continue
+            if lower.endswith(EXTENSIONS):
+                found.append((path, 0, 0))
+            elif lower.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+                fail(
+                    f"{os.fsdecode(path)} in {root} is compressed: images are read in place from plain .tar files only"
+                )
+            elif lower.endswith(".tar"):
+                with tarfile.open(os.path.join(folder, name), "r:") as shard:
+                    for member in shard:
+                        if member.isfile() and member.name.lower().endswith(EXTENSIONS):
+                            inside = path + b"/" + os.fsencode(member.name)
+                            found.append((inside, member.offset_data, member.size))
+    found.sort()
+    paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
+    return ImageRows(root, np.array(paths, dtype="S"), np.array(offsets, np.int64), np.array(sizes, np.int64))
+
+
+def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A tenth, by the hash of the path below train/: the val set of data that has none. Never a class's last image."""
+    hashes = np.array([zlib.crc32(path) for path in paths.tolist()], dtype=np.int64)
+    held = hashes < 2**32 // 10
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        if held[mine].all():
+            held[mine[hashes[mine].argmax()]] = False
+    return held
+
+
+def labeled_images(data: str | Path, split: str, classes: list[str] | None = None):
+    """(ImageRows, labels int64 (N,), classes) of DATA/train or DATA/val; a class is a folder, matched by its name.
+
+    `classes` (for val, or for a checkpoint's order): the known names; a folder of another name ends the program.
+    """
+    train, folder = Path(data) / "train", Path(data) / split
+    if not train.is_dir():
+        fail(f"{data}: no folder train/ with one folder of images a class in it")
+    held_out = not (Path(data) / "val").is_dir()
+    folder = train if held_out else folder
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = classes or found
+    if not found:
+        fail(f"{folder}: no class folders in it; expected {folder}/<class>/<image>")
+    if unknown := sorted(set(found) - set(classes)):
+        fail(f"{folder} has classes that are unknown: {', '.join(unknown[:5])}; known are {', '.join(classes[:5])} ...")
+    rows = list_images(folder)
+    names = np.array([path.split(b"/")[0] for path in rows.path.tolist()])
+    in_class = np.isin(names, [os.fsencode(name) for name in found])  # images beside the class folders have no label
+    rows, names = rows[in_class], names[in_class]
+    number = {os.fsencode(name): label for label, name in enumerate(classes)}
+    labels = np.array([number[name] for name in names.tolist()], dtype=np.int64)
+    if split == "train":
+        if lacking := sorted(set(classes) - set(found)):
+            fail(f"{folder} lacks the classes {', '.join(lacking[:5])}")
+        if empty := [name for name in found if number[os.fsencode(name)] not in labels]:
+            fail(f"{folder}: class {empty[0]!r} has no images (looked for {' '.join(EXTENSIONS)})")
+    if held_out:
+        chosen = is_held_out(rows.path, labels) == (split == "val")
+        rows, labels = rows[chosen], labels[chosen]
+    if not len(rows):
+        fail(f"{folder}: no images for {split}")
+    return rows, labels, classes
+
+
+def unlabeled_images(folder: str | Path) -> ImageRows:
+    """All images below a folder, its labels ignored; of a train/ whose val set is held out, only those that train."""
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        fail(f"{folder}: no such folder of unlabelled images")
+    if folder.name == "train" and not (folder.parent / "val").is_dir():
+        return labeled_images(folder.parent, "train")[0]
+    rows = list_images(folder)
+    if not len(rows):
+        fail(f"{folder}: no images in it (looked for {' '.join(EXTENSIONS)} and .tar)")
+    return rows
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Views of images as uint8. An item is (row, views, error): a list of (H, W, 3) arrays, or why there are none.
+
+    `clean` and `noised` are keyword dicts of `eval_view` and `random_view`; each that is given makes one view, in this
+    order. The key of an item is `row`, or `(epoch, row)`: the random view is a function of (seed, epoch, row) alone, so
+    workers, processes and interruptions do not change it.
+    """
+
+    def __init__(self, rows: ImageRows, clean: dict | None = None, noised: dict | None = None, seed: int = 0):
+        self.rows, self.clean, self.noised, self.seed = rows, clean, noised, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        epoch, row = key if isinstance(key, tuple) else (0, key)
+        try:
+            image = self.rows.load(row)
+            views = [eval_view(image, **self.clean)] if self.clean else []
+            if self.noised:
+                rng = np.random.default_rng([self.seed, epoch, row])
+                views.append(random_view(image, rng=rng, **self.noised))
+        except Exception as error:  # decoders raise anything: a bad image is counted, it never stops a run
+            return row, None, f"{self.rows.name(row)}: {type(error).__name__}: {error}"
+        return row, views, None
+
+
+class Batch(NamedTuple):
+    rows: Tensor  # int64 (n,): the rows of the readable images
+    views: list[Tensor]  # uint8 (n, 3, H, W), channels_last in memory
+    errors: list[tuple[int, str]]  # (row, reason) of the others
+
+
+def collate(items: list) -> Batch:
+    good = [(row, views) for row, views, error in items if error is None]
+    stacks = [
+        torch.from_numpy(np.stack(stack)).permute(0, 3, 1, 2) for stack in zip(*(v for _, v in good), strict=True)
+    ]
+    errors = [(row, error) for row, _, error in items if error is not None]
+    return Batch(torch.tensor([row for row, _ in good], dtype=torch.int64), stacks, errors)
+
+
+@lru_cache(maxsize=4)
+def permutation(num: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, epoch]).permutation(num)
+
+
+def train_keys(num: int, batch_size: int, seed: int, stream: int, steps: range, processes: "Processes"):
+    """This process's keys (epoch, row) of each step: an endless stream of permutations, cut into constant batches.
+
+    `stream` tells the orders of labelled (0) and unlabelled (1) images apart.
+    """
+    for step in steps:
+        positions = range(step * batch_size + processes.rank, (step + 1) * batch_size, processes.world_size)
+        yield [(p // num, int(permutation(num, seed, stream, p // num)[p % num])) for p in positions]
+
+
+def grid_keys(num: int, batch_size: int, processes: "Processes"):
+    """This process's rows of each batch of a fixed grid: the batches, and so the numbers, are those of one process."""
+    for first in range(processes.rank * batch_size, num, processes.world_size * batch_size):
+        yield list(range(first, min(first + batch_size, num)))
+
+
+def ignore_signals(worker: int) -> None:
+    """A worker outlives the signal: its process decides when to stop, after saving."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def load_batches(dataset: ImageDataset, keys, processes: "Processes", workers: int | None):
+    """Iterate over Batch objects for an iterable of lists of keys; workers None: 0 on CPUs, else its share of cores."""
+    on_gpu = processes.device.type == "cuda"
+    if workers is None:
+        workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if on_gpu else 0
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=on_gpu,
+        worker_init_fn=ignore_signals,
+    )
+
+
+def normalize(images: Tensor, mean, std) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32, standardized, channels_last (2 to 5 times as fast on CPU, and for free)."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std))
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def check_images(dataset: ImageDataset, max_bad: float, processes: "Processes", workers: int | None) -> np.ndarray:
+    """Read every image once before training; returns the readable rows, ends if more than max_bad percent are not."""
+    errors = []
+    for batch in load_batches(dataset, grid_keys(len(dataset), 64, processes), processes, workers):
+        errors += batch.errors
+    if processes.world_size > 1:
+        gathered = [None] * processes.world_size
+        dist.all_gather_object(gathered, errors)
+        errors = sorted(error for share in gathered for error in share)
+    report_bad(errors, len(dataset), max_bad, processes)
+    return np.setdiff1d(np.arange(len(dataset)), [row for row, _ in errors])
+
+
+def report_bad(errors: list[tuple[int, str]], num: int, max_bad: float, processes: "Processes") -> None:
+    """Print how many images are unreadable and the first of them; more than `max_bad` percent end the program."""
+    if errors and processes.is_main:
+        print(
+            f"{len(errors)} of {num} images are unreadable and left out; the first: "
+            + "; ".join(e for _, e in errors[:3])
+        )
+    if len(errors) > num * max_bad / 100:
+        fail(f"{len(errors)} of {num} images are unreadable, more than --max-bad {max_bad:g} percent: {errors[0][1]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# label files: logits.h5 (one row an image) and balanced.h5 (one row a training example)
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOGITS_FORMAT, SELECTION_FORMAT = "noisy-student-logits-1", "noisy-student-selection-1"
+
+
+def create_logits(path: Path, rows: ImageRows, classes: list[str], **attributes) -> None:
+    """Create a whole logits.h5, every row `not done`, under a temporary name, and rename it.
+
+    Contiguous and allocated at once (sparse on disk): processes then fill it in place with os.pwrite, nothing in the
+    HDF5 structure changes any more, and the file opens at any moment, after a kill -9 too.
+    """
+    with (
+        write_atomically(path) as temporary,
+        h5py.File(temporary, "w", alignment_threshold=4096, alignment_interval=4096) as file,
+    ):
+
+        def allocate(name: str, dtype, *shape: int) -> h5py.Dataset:
+            creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            creation.set_layout(h5py.h5d.CONTIGUOUS)
+            creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            kind, space = h5py.h5t.py_create(np.dtype(dtype), logical=True), h5py.h5s.create_simple(shape)
+            return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, creation))
+
+        num = len(rows)
+        allocate("logits", "f2", num, len(classes))
+        allocate("label", "i4", num)
+        allocate("confidence", "f4", num)
+        allocate("status", "u1", num)
+        text = h5py.string_dtype("utf-8", rows.path.dtype.itemsize)
+        allocate("path", text, num)[:] = rows.path.astype(text)
+        allocate("offset", "i8", num)[:] = rows.offset
+        allocate("size", "i8", num)[:] = rows.size
+        file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
+        file.attrs.update(format=LOGITS_FORMAT, root=rows.root, **attributes)
+
+
+def open_label_file(path: str | Path, kind: str) -> h5py.File:
+    """Open logits.h5 or balanced.h5 for reading; anything else ends the program with a line that says what it is."""
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        fail(f"{path}: not a readable HDF5 file ({error})")
+    if file.attrs.get("format") != kind:
+        fail(f"{path}: format is {file.attrs.get('format')!r}, expected {kind!r}")
+    for name in file:  # links out of the file would be followed silently, into any file of this machine
+        dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+            fail(f"{path}: {name!r} is not a plain dataset of this file")
+    return file
+
+
+def map_dataset(file: h5py.File, name: str) -> np.ndarray:
+    """A contiguous dataset as np.memmap: 30 times as fast as h5py's indexing for random rows."""
+    dataset = file[name]
+    return np.memmap(file.filename, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+
+
+def read_classes(file: h5py.File) -> list[str]:
+    return [name.decode() for name in file["classes"][:]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# optimization: the official schedule, TensorFlow's RMSprop, the running average of the weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(
+    step: int, total_steps: int, steps_per_epoch: float, peak: float, schedule: str, warmup_epochs: float
+) -> float:
+    """The learning rate of a step: linear warm-up from 0, then `staircase`, `cosine` or `constant`.
+
+    staircase: x 0.97 every 2.4 epochs of 350, every 4.8 of 700: one rule, 2.4 / 350 of the run. Its clock starts at
+    step 0, not after the warm-up (official utils.py:39-74, main.py:569-584).
+    """
+    warmup_steps = warmup_epochs * steps_per_epoch
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "staircase":
+        return peak * 0.97 ** math.floor(step / (total_steps * 2.4 / 350))
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    return peak
+
+
+class RMSpropTF(torch.optim.Optimizer):
+    """TensorFlow's RMSProp, the paper's: epsilon inside the root, mean square from 1, the rate inside the momentum.
+
+    torch.optim.RMSprop differs in all three and "goes unstable much easier". Official utils.py:77-97: decay 0.9,
+    momentum 0.9, epsilon 0.001. Weight decay is coupled: it is part of the gradient.
+    """
+
+    def __init__(self, params, lr: float, decay=0.9, momentum=0.9, eps=1e-3, weight_decay=0.0):
+        super().__init__(
+            params, {"lr": lr, "decay": decay, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["mean_square"] = torch.ones_like(p)
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            if not params:
+                continue
+            grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+            mean_square = [self.state[p]["mean_square"] for p in params]
+            momentum = [self.state[p]["momentum"] for p in params]
+            torch._foreach_mul_(mean_square, group["decay"])
+            torch._foreach_addcmul_(mean_square, grads, grads, 1 - group["decay"])
+            root = torch._foreach_add(mean_square, group["eps"])
+            torch._foreach_sqrt_(root)
+            torch._foreach_mul_(momentum, group["momentum"])
+            torch._foreach_addcdiv_(momentum, grads, root, group["lr"])
+            torch._foreach_sub_(params, momentum)
+
+
+def make_optimizer(name: str, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """`rmsprop` (the paper's), `sgd` (Nesterov 0.9) or `adamw`; the loop sets the rate of every step.
+
+    Weight decay spares the batch norms and nothing else, as the official code (main.py:552-555); AdamW's is decoupled.
+    """
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+    spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},
+    ]
+    if name == "rmsprop":
+        return RMSpropTF(groups, lr=0.0)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+
+@torch.no_grad()
+def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """ema += (1 - d) (model - ema) with d = min(decay, (1 + step) / (10 + step)), step counting from 1.
+
+    Of the parameters and of the batch-norm running statistics (official main.py:472-476, utils.py:292-306).
+    """
+    rate = 1 - min(decay, (1 + step) / (10 + step))
+    ema = [t for t in (*ema_model.parameters(), *ema_model.buffers()) if t.is_floating_point()]
+    now = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    torch._foreach_lerp_(ema, now, rate)
+
+
+def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
+    """-sum_c p_c log softmax(logits)_c of each image, (N,); no temperature on the student (official main.py:300-304)"""
+    return -(probs * F.log_softmax(logits.float(), dim=1)).sum(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# processes: the command line, torchrun, signals, mistakes, progress
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message: str) -> NoReturn:
+    """The user's mistake: one line on stderr, from one process, and exit status 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(f"{self.prog}: {message} (see --help)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows defaults, takes no abbreviated flags (a typo fails), and fails with one line."""
+    return OneLineParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def at_least(low: float, kind: type = float):
+    """An argparse type: a finite number of this kind, not below `low`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's "invalid int value"
+    return parse
+
+
+class Processes(NamedTuple):
+    device: torch.device
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_processes(device: str = "auto") -> Processes:
+    """This process's device and place among those that torchrun started; alone without torchrun."""
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        fail(f"--device {device}: process {local_rank} has no GPU, there are {torch.cuda.device_count()} here")
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True
+    if world_size > 1:
+        # gloo beside nccl carries the stop flag without waiting for the GPU. A rank may list files for a long time.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+        atexit.register(dist.destroy_process_group)
+    return Processes(torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), rank, local_rank, world_size)
+
+
+def reduce_sum(tensor: Tensor, processes: Processes) -> Tensor:
+    """The sum over all processes, in place."""
+    if processes.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier(processes: Processes) -> None:
+    if processes.world_size > 1:
+        dist.barrier()
+
+
+def parallel(model: nn.Module, processes: Processes, compile_it: bool) -> nn.Module:
+    """What the training forward calls: compiled in place if asked for, DDP around it with several processes.
+
+    Batch norm is synchronised over the processes on GPUs; torch has no such thing for CPUs.
+    """
+    if compile_it:
+        model.compile()
+    if processes.world_size == 1:
+        return model
+    if processes.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: it replaces the children
+    devices = [processes.device] if processes.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT only set a flag; calling the object gives the same answer on all processes."""
+
+    def __init__(self, processes: Processes):
+        self.processes, self.received = processes, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame) -> None:
+        self.received = True
+
+    def __call__(self) -> bool:
+        if self.processes.world_size == 1:
+            return self.received
+        flag = torch.tensor(int(self.received))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """Seed torch (dropout, stochastic depth) for a step, and return a CPU generator for its augmentation."""
+    word = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(word)
+    return torch.Generator().manual_seed(word ^ 1)
+
+
+def autocast(precision: str, device: torch.device):
+    """(autocast context, GradScaler) of --precision auto, fp32, bf16 or fp16."""
+    if precision == "auto":  # on CPUs bf16's depthwise convolutions make training slower, not faster
+        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
+        precision = half if device.type == "cuda" else "fp32"
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    return context, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def progress(iterable, total: int, description: str, processes: Processes, start: int = 0):
+    """Iterate with a tqdm bar on a terminal, with a plain line every half minute elsewhere, from one process."""
+    if not processes.is_main:
+        yield from iterable
+        return
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            yield from tqdm(iterable, description, total, initial=start, dynamic_ncols=True)
+            return
+    began = printed = time.monotonic()
+    for done, item in enumerate(iterable, start + 1):
+        yield item
+        if (now := time.monotonic()) - printed >= 30:
+            left = (now - began) / (done - start) * (total - done)
+            print(f"{description}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+            printed = now
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints: model.pt (hand-off), last.pt (resume), metrics.jsonl; written whole or not at all
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = "noisy-student-checkpoint-1"
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | Path):
+    """Give a temporary path in the same folder; synced and renamed at the end, removed after an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flags_of(args: argparse.Namespace) -> dict:
+    """The flags as plain values, paths made absolute: what a checkpoint may hold."""
+
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return os.path.abspath(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(args).items()}
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of this toolkit onto the CPU; anything else ends the program and is never executed."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path}: no such checkpoint")
+    except Exception as error:  # a text file, a truncated one, a pickle with code in it: each raises something else
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        fail(f"{path}: not a checkpoint of this toolkit, or damaged; nothing in it was executed ({reason})")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        keys = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        fail(f"{path}: not a checkpoint of this toolkit (no format {CHECKPOINT_FORMAT!r}; found {keys})")
+    return checkpoint
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
+    """(model in eval mode with the averaged weights, checkpoint) of a model.pt or last.pt."""
+    checkpoint = read_checkpoint(path)
+    model = build_model(checkpoint["arch"], len(checkpoint["classes"]), **checkpoint["arch_options"])
+    load_weights(model, checkpoint["model"])
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def previous_run(out: Path, args: argparse.Namespace, may_differ: tuple[str, ...]) -> dict | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Exits 0 where `out` is finished, and 2 where it was begun with other flags (those in `may_differ` apart).
+    """
+    paths = [path for path in (out / "last.pt", out / "model.pt") if path.exists()]
+    if not paths:
+        return None
+    checkpoint = read_checkpoint(paths[0])
+    then, now = checkpoint["args"], flags_of(args)
+    differ = [
+        f"--{name.replace('_', '-')} {then.get(name)} (now {now.get(name)})"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name) and name not in (*may_differ, "out", "workers")
+    ]
+    if differ:
+        fail(f"{out} was begun with {', '.join(differ)}: use the same flags to go on, or another --out")
+    if (out / "model.pt").exists():
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{out / 'model.pt'} is finished: val_top1 {checkpoint['metrics'].get('val_top1', math.nan):.2f}")
+        raise SystemExit(0)
+    return checkpoint
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint whole or not at all; a diverged one is not written: exit status 3."""
+    for tensor in checkpoint["model"].values():
+        if not torch.isfinite(tensor).all():
+            diverged(path.parent)
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+
+
+def diverged(out: Path) -> NoReturn:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: the training diverged; {out} keeps the last good state: try a lower --lr", file=sys.stderr)
+    raise SystemExit(3)
+
+
+def append_metrics(out: Path, **values) -> None:
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_metrics(out: Path) -> list[dict]:
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+
+
+def cut_metrics(out: Path, step: int) -> None:
+    """Drop the lines after `step`, the one that is resumed."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= step]
+    with write_atomically(out / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(kept))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    rows: ImageRows,
+    labels: np.ndarray,
+    checkpoint: dict,
+    processes: Processes,
+    workers: int | None = None,
+    batch_size: int = 256,
+) -> dict:
+    """val_loss, val_top1, val_top5 (percent) of the clean views, each readable image exactly once, by all processes.
+
+    `checkpoint`: whatever has `image_size`, `crop_fraction`, `mean` and `std`.
+    """
+    clean = {name: checkpoint[name] for name in ("image_size", "crop_fraction")}
+    model.eval()
+    if (
+        processes.world_size > 1
+    ):  # on CPUs each process has its own running statistics: rank 0's are the ones that count
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    dataset = ImageDataset(rows, clean=clean)
+    sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
+    errors = []
+    for batch in load_batches(dataset, grid_keys(len(rows), batch_size, processes), processes, workers):
+        errors += batch.errors
+        if not len(batch.rows):
+            continue
+        images = batch.views[0].to(processes.device, non_blocking=True)
+        logits = model(normalize(images, checkpoint["mean"], checkpoint["std"])).float()
+        target = torch.from_numpy(labels)[batch.rows].to(processes.device)
+        ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(target), device=loss.device)])
+    loss, top1, top5, num = reduce_sum(sums, processes).tolist()
+    if errors:
+        print(f"{len(errors)} val images are unreadable and left out; the first: {errors[0][1]}")
+    if not num:
+        fail("no val image is readable")
+    return {"val_loss": loss / num, "val_top1": 100 * top1 / num, "val_top5": 100 * top5 / num}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pyplot():
+    """matplotlib.pyplot drawing to files, or None (and a line that says so) where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: pip install matplotlib")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110, "font.size": 9})
+    return plt
+
+
+def save_figure(plt, path: Path) -> None:
+    with write_atomically(path) as temporary:
+        plt.savefig(temporary, format="png", bbox_inches="tight")
+    plt.close("all")
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png from metrics.jsonl: the losses, the val top-1, the learning rate, against epochs."""
+    if (plt := pyplot()) is None:
+        return
+    lines = read_metrics(out)
+    _, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    for axis, names in zip(
+        axes, (("loss", "loss_labeled", "loss_unlabeled", "val_loss"), ("val_top1",), ("lr",)), strict=True
+    ):
+        for name in names:
+            points = [(line["epoch"], line[name]) for line in lines if name in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="." if name.startswith("val") else "", label=name)
+        axis.set_xlabel("epoch (passes over the labelled images)")
+        axis.legend(frameon=False)
+    axes[1].set_ylabel("percent")
+    save_figure(plt, out / "curves.png")

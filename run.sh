@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Noisy Student self-training as a shell loop over the stages: teacher -> labels -> balance -> student -> labels -> ...
+#
+#   ./run.sh              the whole loop on the drawn demo data
+#   ./run.sh DATA_DIR     the same on your own folder: train/<class>/, val/<class>/, unlabeled/
+#   ./run.sh test         the tests
+#
+# Without torch a .venv is made first. Interrupted and started again, it goes on; what is finished is not run twice.
+# What changes often is a variable:  EPOCHS=100 ARCHS="efficientnet_b0 efficientnet_b1" ./run.sh DATA_DIR
+set -euo pipefail
+data=${1:-}
+[ -z "$data" ] || [ "$data" = test ] || data=$(realpath "$data")
+cd "$(dirname "$0")"
+
+# ---------------------------------------------------------------------------------------------------- python
+packages() { # packages REQUIREMENTS_FILE: a .venv with these packages, unless python3 has torch and all else already
+    local stamp=.venv/.installed-${1//\//-}
+    if [ ! -e .venv ] && [ "$1" = requirements.txt ] && python3 -c "import torch, torchvision, numpy, PIL, h5py" 2>/dev/null
+    then return; fi
+    [ -e .venv/bin/python ] || python3 -m venv .venv
+    if ! cmp -s "$1" "$stamp"; then
+        .venv/bin/python -m pip install --quiet -r "$1"
+        cp "$1" "$stamp" # an interrupted installation is done again
+    fi
+}
+packages requirements.txt
+[ "$data" = test ] && packages tests/requirements.txt
+[ -e .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
+if [ "$data" = test ]; then exec python3 -m pytest -q tests; fi
+
+# ---------------------------------------------------------------------------------------------------- settings
+SEED=${SEED:-0}
+ROUNDS=${ROUNDS:-2}                 # self-training rounds
+ARCHS=${ARCHS:-efficientnet_b0}     # the teacher, then one student a round; the last one repeats
+IMAGE_SIZE=${IMAGE_SIZE:-32}        # pixels; the fine-tuning at the end adds a quarter
+THRESHOLD=${THRESHOLD:-0.4}         # of the confidence; the paper's 0.3 is for 1,000 classes
+EPOCHS=${EPOCHS:-50}                # of a student, in passes over the labelled images
+CONTROL=${CONTROL:-1}               # 0 leaves out the fair comparison: the same training on the labelled images alone
+gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
+NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
+OUT=$(realpath -m "${OUT:-runs/$(basename "${data:-demo}")}")
+
+# Small data in minutes is not ImageNet in days. The stages' defaults are the paper's; these work here, and why:
+noise="--num-ops 2 --magnitude 5 --min-crop-area 0.7"     # a figure of 20 pixels does not survive the paper's 27 and 0.08
+steps="--optimizer adamw --lr 2e-3 --schedule cosine"     # 1,000 steps are too few for RMSprop's staircase to settle
+average="--ema-decay 0.99 --bn-momentum 0.1 --weight-decay 0.02" # 0.9999 and 0.01 would still remember the first weights
+BATCH=16 RATIO=3 # labelled images a step, unlabelled ones for each; the teacher and the control get as many in all
+
+# ---------------------------------------------------------------------------------------------------- the loop
+stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the very same command
+    local name=$1 done=$OUT/.done/$1 command=${*:2}
+    if [ -e "$done" ]; then
+        if [ "$(cat "$done")" = "$command" ]; then echo "done: $name"; return; fi
+        echo "error: $OUT/$name was made by another command ($(cat "$done")); choose another OUT or remove it" >&2
+        exit 2
+    fi
+    echo "== $name: $command"
+    case $NPROC$2 in # drawing and selecting are the work of one process
+    1* | *00_* | *03_*) python3 "${@:2}" ;;
+    *) torchrun --standalone --nproc-per-node "$NPROC" "${@:2}" ;;
+    esac
+    mkdir -p "$OUT/.done" && echo "$command" >"$done"
+}
+archs=($ARCHS)
+arch_of() { echo "${archs[$(($1 < ${#archs[@]} ? $1 : ${#archs[@]} - 1))]}"; } # arch_of ROUND; 0 is the teacher
+
+if [ -z "$data" ]; then
+    data=data/demo && [ "$SEED" = 0 ] || data=data/demo-seed$SEED
+    stage data 00_prepare_data.py demo --out "$data" --seed "$SEED"
+fi
+all=$((BATCH * (1 + RATIO)))
+images=$(find -L "$data/train" -type f | wc -l)
+warmup() { echo $((50 * $1 / images + 1)); } # 50 steps, in epochs
+train="--image-size $IMAGE_SIZE $noise $steps $average --eval-every $((EPOCHS / 5 + 1))"
+truth=""
+[ ! -e "$data/unlabeled_truth.csv" ] || truth="--truth $data/unlabeled_truth.csv"
+
+# The teacher and the control see as many images in as many steps, with the same noise, as a student: a fair comparison.
+supervised="--data $data --batch-size $all --epochs $((EPOCHS * (1 + RATIO))) --warmup-epochs $(warmup $all) $train"
+stage teacher 01_train_teacher.py $supervised --arch "$(arch_of 0)" --seed "$SEED" --out "$OUT/teacher"
+models="$OUT/teacher/model.pt"
+if [ "$CONTROL" != 0 ]; then # the last student's architecture, and other random numbers than the teacher's
+    stage control 01_train_teacher.py $supervised --arch "$(arch_of "$ROUNDS")" --seed $((SEED + 1000)) --out "$OUT/control"
+    models="$models $OUT/control/model.pt"
+fi
+teacher=$OUT/teacher
+for round in $(seq "$ROUNDS"); do
+    student=$OUT/student$round
+    stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --unlabeled "$data/unlabeled" --out "$OUT/logits$round.h5"
+    stage "balance$round" 03_balance.py "$OUT/logits$round.h5" --threshold "$THRESHOLD" $truth --out "$OUT/balanced$round.h5"
+    stage "student$round" 04_train_student.py --teacher "$teacher/model.pt" --pseudo-labels "$OUT/balanced$round.h5" \
+        --data "$data" --arch "$(arch_of "$round")" --batch-size $BATCH --ratio $RATIO --epochs "$EPOCHS" \
+        --warmup-epochs "$(warmup $BATCH)" $train --seed "$SEED" --out "$student"
+    teacher=$student models="$models $student/model.pt"
+done
+stage fixres 05_fixres_finetune.py --checkpoint "$teacher/model.pt" --image-size $((IMAGE_SIZE * 5 / 4)) --data "$data" \
+    --batch-size $all --epochs $((200 * all / images + 1)) --optimizer adamw --lr 1e-4 --seed "$SEED" --out "$OUT/fixres"
+# It keeps what it measured: again, it prints the table in seconds.
+python3 06_eval_robustness.py $models "$OUT/fixres/model.pt" --data "$data" --corrupt --fgsm 2 --num-images 500 \
+    --out "$OUT/robustness"

@@ -1,0 +1,201 @@
+"""The learning rate, TensorFlow's RMSprop, the averaged weights and what weight decay spares, against other sources."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import timm.optim
+import torch
+
+from common import RMSpropTF, build_model, learning_rate, make_optimizer, soft_cross_entropy, update_ema
+
+STEPS_PER_EPOCH = 100
+
+
+def rate(epoch, epochs=350, schedule="staircase", warmup_epochs=5.0, peak=1.0):
+    return learning_rate(
+        round(epoch * STEPS_PER_EPOCH), epochs * STEPS_PER_EPOCH, STEPS_PER_EPOCH, peak, schedule, warmup_epochs
+    )
+
+
+@pytest.mark.parametrize("schedule", ["staircase", "cosine", "constant"])
+def test_warmup_is_linear_from_zero(schedule):
+    assert [rate(epoch, schedule=schedule, peak=0.128) for epoch in (0, 1, 2.5, 4.99)] == pytest.approx(
+        [0, 0.0256, 0.064, 0.127744]
+    )
+
+
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "steps_down"),
+    [
+        (5, 350, 2),  # the clock started at step 0, not after the warm-up
+        (7.19, 350, 2),
+        (7.21, 350, 3),
+        (349.99, 350, 145),
+        (5, 700, 1),  # 4.8 epochs a step
+        (9.59, 700, 1),
+        (9.61, 700, 2),
+        (699.99, 700, 145),
+        (20, 35, 83),  # 0.24 epochs
+    ],
+)
+def test_staircase(epoch, epochs, steps_down):
+    assert rate(epoch, epochs) == pytest.approx(0.97**steps_down)
+    assert rate(epoch, epochs, peak=0.128) == pytest.approx(0.128 * 0.97**steps_down)
+
+
+def test_cosine_falls_to_zero_at_the_end():
+    assert rate(5, schedule="cosine") == pytest.approx(1)
+    assert rate(177.5, schedule="cosine") == pytest.approx(0.5)
+    assert rate(91.25, schedule="cosine") == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert 0 <= rate(349.99, schedule="cosine") < 1e-6
+
+
+def test_constant_and_no_warmup():
+    assert {rate(epoch, schedule="constant") for epoch in (5, 100, 349)} == {1.0}
+    assert rate(0, schedule="constant", warmup_epochs=0) == 1
+    assert rate(0, schedule="staircase", warmup_epochs=0) == 1
+    assert rate(0, schedule="cosine", warmup_epochs=0) == 1
+
+
+def test_a_run_shorter_than_its_warmup_never_passes_the_peak():
+    for schedule in ("staircase", "cosine", "constant"):
+        assert all(0 <= rate(step / STEPS_PER_EPOCH, 2, schedule) <= 0.4 for step in range(200))
+
+
+def gradients(steps):
+    rng = np.random.default_rng(0)
+    return [(rng.normal(size=(4, 3)) * 10.0 ** rng.integers(-4, 2), rng.normal(size=5)) for _ in range(steps)]
+
+
+def run_optimizer(optimizer, params, steps):
+    for step, grads in enumerate(gradients(steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (1 + step)  # it changes: lr inside the momentum is not lr outside of it
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = torch.from_numpy(grad).to(param.dtype)
+        optimizer.step()
+    return [param.detach().numpy().astype(np.float64) for param in params]
+
+
+def start_params(dtype=torch.float64):
+    rng = np.random.default_rng(1)
+    return [torch.tensor(rng.normal(size=shape), dtype=dtype, requires_grad=True) for shape in ((4, 3), (5,))]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_rmsprop_is_tensorflows(weight_decay):
+    """ms = .9 ms + .1 g^2 from 1; mom = .9 mom + lr g / sqrt(ms + eps); w -= mom, transcribed for numpy."""
+    params = start_params()
+    expected = [param.detach().numpy().copy() for param in params]
+    mean_square, momentum = [np.ones_like(w) for w in expected], [np.zeros_like(w) for w in expected]
+    for step, grads in enumerate(gradients(20)):
+        for i, grad in enumerate(grads):
+            grad = grad + weight_decay * expected[i]
+            mean_square[i] = 0.9 * mean_square[i] + 0.1 * grad**2
+            momentum[i] = 0.9 * momentum[i] + 0.1 / (1 + step) * grad / np.sqrt(mean_square[i] + 1e-3)
+            expected[i] = expected[i] - momentum[i]
+    got = run_optimizer(RMSpropTF(params, lr=0.0, weight_decay=weight_decay), params, 20)
+    for one, two in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-9)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_rmsprop_is_timms(weight_decay):
+    ours, theirs = start_params(torch.float32), start_params(torch.float32)
+    oracle = timm.optim.RMSpropTF(
+        theirs, lr=0.1, alpha=0.9, momentum=0.9, eps=1e-3, weight_decay=weight_decay, lr_in_momentum=True
+    )
+    got = run_optimizer(RMSpropTF(ours, lr=0.1, weight_decay=weight_decay), ours, 20)
+    for one, two in zip(got, run_optimizer(oracle, theirs, 20), strict=True):
+        np.testing.assert_allclose(one, two, rtol=2e-5, atol=1e-6)
+
+
+def test_rmsprop_resumes_from_its_state():
+    through, params = start_params(), start_params()
+    expected = run_optimizer(RMSpropTF(through, lr=0.0), through, 6)
+    optimizer = RMSpropTF(params, lr=0.0)
+    for step, grads in enumerate(gradients(6)):
+        if step == 3:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = RMSpropTF(params, lr=0.0)
+            optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = torch.from_numpy(grad)
+        optimizer.step()
+    for one, two in zip(params, expected, strict=True):
+        np.testing.assert_array_equal(one.detach().numpy(), two)
+
+
+def test_rmsprop_leaves_parameters_without_a_gradient():
+    params = start_params()
+    before = params[1].detach().clone()
+    params[0].grad = torch.ones_like(params[0])
+    RMSpropTF(params, lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(params[1], before)
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "resnet18"])
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw"])
+def test_weight_decay_spares_the_batch_norms_and_nothing_else(arch, name):
+    model = build_model(arch, 4)
+    frozen = next(p for p in model.parameters() if p.dim() == 4)
+    frozen.requires_grad_(False)
+    optimizer = make_optimizer(name, model, 1e-2)
+    decayed, spared = (
+        {id(p) for group in optimizer.param_groups if group["weight_decay"] == decay for p in group["params"]}
+        for decay in (1e-2, 0)
+    )
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter is frozen:
+                assert id(parameter) not in decayed | spared
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                assert id(parameter) in spared - decayed
+            else:
+                assert id(parameter) in decayed - spared, f"{type(module).__name__} is spared"
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters())) - 1
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 3).double()
+        self.norm = torch.nn.BatchNorm1d(3).double()
+
+
+def fill(model, value):
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(value)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.9, 0.0])
+@pytest.mark.parametrize("steps", [1, 10, 1000])
+def test_ema_is_its_closed_form(steps, decay):
+    """ema_t = prod_k d_k ema_0 + sum_k (1 - d_k) prod_{j > k} d_j w_k with d_t = min(decay, (1 + t) / (10 + t))."""
+    model, ema_model = Tiny(), Tiny()
+    fill(ema_model, 7.0)
+    weights = np.random.default_rng(0).normal(size=steps)
+    for step, weight in enumerate(weights, 1):
+        fill(model, weight)
+        update_ema(ema_model, model, step, decay)
+    d = np.array([min(decay, (1 + t) / (10 + t)) for t in range(1, steps + 1)])
+    later = np.append(np.cumprod(d[::-1])[::-1], 1)  # later[k] = d_k ... d_last
+    expected = 7 * later[0] + ((1 - d) * later[1:] * weights).sum()
+    for name, tensor in ema_model.state_dict().items():
+        if name != "norm.num_batches_tracked":
+            assert tensor.double().numpy() == pytest.approx(expected, rel=1e-6, abs=1e-9), name
+    assert {"norm.running_mean", "norm.running_var"} <= ema_model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert (tensor == torch.tensor(weights[-1]).to(tensor.dtype)).all(), f"{name} of the model itself was changed"
+
+
+def test_soft_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits, probs = rng.normal(size=(6, 4)) * 5, rng.dirichlet(np.ones(4), 6)
+    log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    got = soft_cross_entropy(torch.from_numpy(logits).float(), torch.from_numpy(probs).float())
+    np.testing.assert_allclose(got, -(probs * log_softmax).sum(1), rtol=1e-5)

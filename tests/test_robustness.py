@@ -1,0 +1,562 @@
+"""Stage 06: the corruptions against hand-made values and the original libraries', the attacks against autograd by hand,
+the calibration error, and the command line: resuming, stale results, processes, wrong input."""
+
+import colorsys
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+STAGE = ROOT / "06_eval_robustness.py"
+spec = importlib.util.spec_from_file_location("eval_robustness", STAGE)
+stage = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stage)
+
+SIZES = {32: 32, 48: 32, 49: 64, 64: 64, 128: 64, 129: 224}  # image side: the set of parameters that it gets
+
+
+def smooth_image(size: int) -> np.ndarray:
+    y, x = np.mgrid[:size, :size] / size
+    waves = [np.sin(2 * np.pi * (2 * x + y)), np.cos(2 * np.pi * (x - 3 * y)), np.sin(2 * np.pi * 4 * x * y)]
+    return (np.stack(waves, axis=-1) * 75 + 110).astype(np.uint8)
+
+
+def grey(value: int, size: int = 32) -> np.ndarray:
+    return np.full((size, size, 3), value, dtype=np.uint8)
+
+
+def corrupt(image, name, severity, seed=0):
+    return stage.corrupt(image, name, severity, np.random.default_rng(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# corruptions
+
+
+def test_the_table_is_complete():
+    assert len(stage.CORRUPTIONS) == 10
+    for sets in stage.CORRUPTIONS.values():
+        assert list(sets) == [32, 64, 224] and all(len(values) == 5 for values in sets.values())
+
+
+@pytest.mark.parametrize("name", stage.CORRUPTIONS)
+@pytest.mark.parametrize("size", [32, 64, 144])
+def test_shape_determinism_and_growing_severity(name, size):
+    image = smooth_image(size)
+    before, distances = image.copy(), []
+    for severity in range(1, 6):
+        out = corrupt(image, name, severity)
+        assert out.shape == image.shape and out.dtype == np.uint8
+        assert np.array_equal(out, corrupt(image, name, severity))
+        distances.append(np.abs(out.astype(float) - image).mean())
+    assert np.array_equal(image, before)
+    assert distances[0] > 0 and distances == sorted(distances), distances
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "motion_blur"])
+def test_another_seed_gives_another_image(name):
+    assert not np.array_equal(corrupt(smooth_image(32), name, 3, seed=1), corrupt(smooth_image(32), name, 3, seed=2))
+
+
+@pytest.mark.parametrize("shape", [(20, 31, 3), (1, 1, 3), (5, 2, 3)])
+@pytest.mark.parametrize("name", stage.CORRUPTIONS)
+def test_any_shape(name, shape):
+    if name == "pixelate" and min(shape) < 2:
+        pytest.skip("0.95 x 1 pixel is no pixel")
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    assert corrupt(image, name, 5).shape == shape
+
+
+@pytest.mark.parametrize(("size", "used"), SIZES.items())
+def test_the_parameters_follow_the_image_size(size, used):
+    for severity in range(1, 6):
+        file = io.BytesIO()
+        quality = stage.CORRUPTIONS["jpeg_compression"][used][severity - 1]
+        Image.fromarray(smooth_image(size)).save(file, "JPEG", quality=quality)
+        assert np.array_equal(corrupt(smooth_image(size), "jpeg_compression", severity), np.array(Image.open(file)))
+
+
+@pytest.mark.parametrize(("severity", "small"), [(1, 30), (2, 28), (3, 27), (4, 24), (5, 20)])
+def test_pixelate_is_box_down_and_up(severity, small):
+    image = Image.fromarray(smooth_image(32))
+    expected = image.resize((small, small), Image.Resampling.BOX).resize((32, 32), Image.Resampling.BOX)
+    assert np.array_equal(corrupt(smooth_image(32), "pixelate", severity), np.array(expected))
+
+
+@pytest.mark.parametrize("pixel", [(200, 100, 50), (0, 0, 0), (255, 255, 255), (250, 3, 128), (7, 7, 7), (0, 90, 91)])
+def test_brightness_adds_to_v_of_hsv(pixel):
+    image = np.broadcast_to(np.uint8(pixel), (8, 8, 3)).copy()
+    for severity, amount in enumerate([0.05, 0.1, 0.15, 0.2, 0.3], 1):
+        h, s, v = colorsys.rgb_to_hsv(*(value / 255 for value in pixel))
+        expected = np.array(colorsys.hsv_to_rgb(h, s, min(v + amount, 1))) * 255
+        out = corrupt(image, "brightness", severity)
+        assert (out[0, 0] <= expected + 1e-6).all() and (out[0, 0] > expected - 1 - 1e-6).all()  # cut, not rounded
+        assert (out == out[0, 0]).all()
+
+
+def test_contrast_by_hand():
+    image = grey(100)
+    image[:, 16:] = 200  # mean 150; 0.75 x 50 = 37.5, 0.15 x 50 = 7.5; cut, not rounded
+    assert np.unique(corrupt(image, "contrast", 1)).tolist() == [112, 187]
+    assert np.unique(corrupt(image, "contrast", 5)).tolist() == [142, 157]
+
+
+def test_gaussian_noise_has_the_stated_deviation():
+    for severity, sigma in enumerate([0.04, 0.06, 0.08, 0.09, 0.10], 1):
+        noise = np.concatenate([corrupt(grey(128), "gaussian_noise", severity, seed) for seed in range(10)]) - 128.0
+        assert noise.std() == pytest.approx(255 * sigma, rel=0.03)
+        assert noise.mean() == pytest.approx(-0.5, abs=0.5)  # values are cut to whole numbers
+
+
+def test_shot_noise_is_poisson():
+    for severity, photons in enumerate([500, 250, 100, 75, 50], 1):
+        values = np.concatenate([corrupt(grey(102), "shot_noise", severity, seed) for seed in range(10)])  # 102 = 0.4
+        assert values.mean() == pytest.approx(102, abs=1)
+        assert values.std() == pytest.approx(255 * np.sqrt(0.4 / photons), rel=0.03)
+        assert set(np.unique(values)) <= set(np.uint8(np.clip(np.arange(1000) / photons, 0, 1) * 255))
+
+
+def test_impulse_noise_changes_the_stated_share():
+    for severity, share in enumerate([0.01, 0.02, 0.03, 0.05, 0.07], 1):
+        values = np.concatenate([corrupt(grey(128), "impulse_noise", severity, seed) for seed in range(20)])
+        assert set(np.unique(values)) == {0, 128, 255}
+        assert (values != 128).mean() == pytest.approx(share, rel=0.1)
+        assert (values == 255).mean() == pytest.approx(share / 2, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["gaussian_blur", "defocus_blur", "motion_blur", "contrast"])
+def test_a_grey_image_stays_grey(name):
+    for size in (32, 64, 144):
+        for severity in range(1, 6):
+            assert np.abs(corrupt(grey(99, size), name, severity) - 99.0).max() <= 1
+
+
+FORMULA = np.uint8([[(37 * x + 91 * y + 13 * x * y) % 256 for x in range(8)] for y in range(8)])
+ORIGINALS = {  # what the libraries that the generator uses make of FORMULA, at the severity of the 32-pixel set
+    ("gaussian_blur", 3): [  # scikit-image 0.26 gaussian, sigma 0.7
+        [29, 60, 97, 126, 136, 163, 159, 75],
+        [100, 128, 146, 155, 120, 128, 135, 130],
+        [139, 158, 135, 146, 146, 155, 122, 110],
+        [87, 124, 137, 160, 138, 140, 142, 106],
+        [115, 124, 114, 148, 145, 116, 130, 156],
+        [134, 109, 117, 163, 155, 136, 118, 135],
+        [100, 119, 105, 154, 174, 158, 149, 133],
+        [132, 176, 153, 184, 178, 189, 173, 199],
+    ],
+    ("defocus_blur", 4): [  # OpenCV 5.0 filter2D, disk of radius 1 after GaussianBlur 3x3 of sigma 0.2
+        [51, 78, 120, 162, 102, 144, 136, 163],
+        [111, 140, 139, 138, 137, 136, 134, 113],
+        [155, 142, 154, 166, 126, 138, 150, 85],
+        [98, 144, 117, 142, 167, 141, 114, 160],
+        [143, 94, 132, 170, 105, 143, 130, 132],
+        [86, 147, 95, 146, 197, 94, 145, 104],
+        [131, 97, 110, 174, 135, 199, 109, 178],
+        [139, 160, 129, 149, 221, 139, 210, 129],
+    ],
+    ("motion_blur", 3): [  # ImageMagick 6.9.11 -motion-blur 6x2+30
+        [83, 98, 85, 116, 157, 190, 138, 65],
+        [106, 151, 206, 155, 61, 105, 136, 153],
+        [202, 163, 83, 152, 191, 119, 73, 94],
+        [64, 135, 184, 127, 121, 187, 159, 99],
+        [160, 147, 93, 156, 110, 102, 157, 187],
+        [108, 118, 194, 163, 156, 116, 95, 129],
+        [121, 126, 105, 185, 176, 189, 185, 139],
+        [182, 195, 182, 195, 184, 215, 210, 253],
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "severity"), ORIGINALS)
+def test_the_blurs_equal_the_original_libraries(name, severity):
+    class At30Degrees:
+        def uniform(self, low, high):
+            assert (low, high) == (-45, 45)
+            return 30.0
+
+    out = stage.corrupt(np.stack([FORMULA] * 3, axis=-1), name, severity, At30Degrees())
+    assert (out == out[..., :1]).all()
+    assert out[..., 0].tolist() == ORIGINALS[name, severity]
+
+
+def test_a_view_does_not_depend_on_the_other_images(tmp_path):
+    for index in range(6):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "val" / "a").mkdir(parents=True, exist_ok=True)
+        for split in ("train", "val"):
+            Image.fromarray(np.roll(smooth_image(32), index, 0)).save(tmp_path / split / "a" / f"{index}.png")
+    rows, _, _ = common.labeled_images(tmp_path, "val")
+    view = {"image_size": 32, "crop_fraction": 1.0}
+    everything = stage.CorruptedImages(rows, view, np.arange(6), "shot_noise", seed=0)
+    some = np.array([1, 4])
+    subset = stage.CorruptedImages(rows[some], view, some, "shot_noise", seed=0)
+    other_seed = stage.CorruptedImages(rows[some], view, some, "shot_noise", seed=1)
+    _, views, error = subset[1]
+    assert error is None and len(views) == 5
+    assert np.array_equal(views, everything[4][1])
+    assert not np.array_equal(views, other_seed[1][1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attacks
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+class Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 3 * 8 * 8, generator=torch.Generator().manual_seed(0)) / 50)
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight.T
+
+
+@pytest.fixture
+def pixels():
+    return torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(1)).float()
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+@pytest.mark.parametrize("eps", [1, 2, 8, 0.5, 300])
+def test_fgsm_is_the_sign_of_the_gradient_by_hand(pixels, eps):
+    model = Linear()
+    attacked = stage.attack(model, pixels, LABELS, eps, 1, MEAN, STD)
+    # d loss / d input = W^T (softmax(logits) - one_hot(label)); the standardization divides by a positive number
+    standardized = (pixels / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    probs = (standardized.flatten(1) @ model.weight.T).softmax(1)
+    gradient = (probs - torch.nn.functional.one_hot(LABELS, 4)) @ model.weight
+    expected = (pixels + eps * gradient.view_as(pixels).sign()).clamp(0, 255)
+    assert torch.equal(attacked, expected)
+    moved = (attacked - pixels).abs()
+    assert ((moved == eps) | (attacked == 0) | (attacked == 255)).all()
+    assert model.weight.grad is None and not attacked.requires_grad
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_eps_0_is_the_clean_image(pixels, steps):
+    assert torch.equal(stage.attack(Linear(), pixels, LABELS, 0.0, steps, MEAN, STD), pixels)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_pgd_stays_in_the_ball_and_reaches_its_border(pixels, steps):
+    attacked = stage.attack(Linear(), pixels, LABELS, 4, steps, MEAN, STD)
+    assert (attacked - pixels).abs().max() == 4
+    assert attacked.min() >= 0 and attacked.max() <= 255
+
+
+def test_pgd_of_one_step_is_fgsm_and_more_steps_hurt_more():
+    """A small network trained for a second: accuracy clean > FGSM >= PGD, loss the other way round."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(256) % 4
+    images = torch.randint(60, 196, (256, 3, 8, 8), generator=generator).float()
+    for label in range(4):
+        images[labels == label, :, 2 * label : 2 * label + 2] += 40
+    torch.manual_seed(0)
+    conv = [torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.GELU(), torch.nn.Conv2d(16, 16, 3), torch.nn.GELU()]
+    model = torch.nn.Sequential(*conv, torch.nn.Flatten(), torch.nn.Linear(16 * 36, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(model(common.normalize(images, MEAN, STD)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def accuracy_and_loss(eps, steps):
+        attacked = stage.attack(model, images, labels, eps, steps, MEAN, STD)
+        with torch.no_grad():
+            metrics = stage.metrics_of(stage.batch_sums(model(common.normalize(attacked, MEAN, STD)), labels))
+        return metrics["top1"], metrics["loss"]
+
+    clean, fgsm, pgd = accuracy_and_loss(0, 1), accuracy_and_loss(16, 1), accuracy_and_loss(16, 10)
+    assert clean[0] > 95 and clean[0] - 20 > fgsm[0] >= pgd[0]
+    assert clean[1] < fgsm[1] < pgd[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measures
+
+
+def test_calibration_error_by_hand():
+    # Four images at confidence 0.9, three of them right; two at 0.55, none right: 4/6 * 0.15 + 2/6 * 0.55
+    confidences = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.55, 0.55])
+    logits = torch.stack([confidences, 1 - confidences], dim=1).log()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    metrics = stage.metrics_of(stage.batch_sums(logits, labels))
+    assert metrics["ece"] == pytest.approx(100 * (4 / 6 * 0.15 + 2 / 6 * 0.55), abs=1e-4)
+    assert metrics["top1"] == pytest.approx(50) and metrics["top5"] == pytest.approx(100)
+    assert metrics["loss"] == pytest.approx(-np.log([0.9, 0.9, 0.9, 0.1, 0.45, 0.45]).mean(), abs=1e-6)
+
+
+def test_over_and_under_confidence_of_one_bin_cancel_and_of_two_do_not():
+    def ece(confidences, right):
+        confidences = torch.tensor(confidences)
+        logits = torch.stack([confidences, 1 - confidences], dim=1).log()
+        return stage.metrics_of(stage.batch_sums(logits, 1 - torch.tensor(right)))["ece"]
+
+    assert ece([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0]) == pytest.approx(0, abs=1e-4)
+    assert ece([0.75, 0.55], [0, 1]) == pytest.approx(100 * (0.75 + 0.45) / 2, abs=1e-4)
+    assert ece([1.0], [1]) == pytest.approx(0, abs=1e-4)  # the last bin includes 1
+
+
+def test_sums_of_batches_are_those_of_the_whole():
+    logits, labels = torch.randn(40, 7), torch.arange(40) % 7
+    whole = stage.batch_sums(logits, labels)
+    parts = stage.batch_sums(logits[:13], labels[:13]) + stage.batch_sums(logits[13:], labels[13:])
+    torch.testing.assert_close(whole, parts, rtol=1e-6, atol=1e-5)
+    top5 = (logits.argsort(1, descending=True)[:, :5] == labels[:, None]).any(1).float().mean().item()
+    assert stage.metrics_of(whole)["top5"] == pytest.approx(100 * top5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 70), st.integers(0, 3))
+def test_chosen_images_are_spread_over_the_classes(labels, num, seed):
+    labels = np.array(labels)
+    chosen = stage.choose_images(labels, num, seed)
+    assert len(chosen) == min(num, len(labels)) and (np.diff(chosen) > 0).all()
+    assert np.array_equal(chosen, stage.choose_images(labels, num, seed))
+    assert np.array_equal(chosen, stage.choose_images((labels * 5 + 1) % 7, num, seed))  # classes in another order
+    taken, available = np.bincount(labels[chosen], minlength=6), np.bincount(labels, minlength=6)
+    for label in range(6):  # a class with fewer than another has nothing left to give
+        assert taken[label] >= taken.max() - 1 or taken[label] == available[label]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+def make_checkpoint(path: Path, classes, seed: int, image_size: int = 32) -> Path:
+    torch.manual_seed(seed)
+    model = common.build_model("efficientnet_b0", len(classes))
+    with torch.no_grad():
+        model.classifier[-1].weight.mul_(20)  # a random network's logits are all but equal
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = {
+        "format": common.CHECKPOINT_FORMAT,
+        "stage": "01_train_teacher",
+        "arch": "efficientnet_b0",
+        "arch_options": {},
+        "classes": list(classes),
+        "image_size": image_size,
+        "crop_fraction": 1.0,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "model": model.state_dict(),
+        "metrics": {"val_top1": 0.0},
+        "args": {},
+    }
+    common.save_checkpoint(path, checkpoint)
+    return path
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Data of 3 classes (val lacks none, 5 images each) and two checkpoints whose classes are in different orders."""
+    folder = tmp_path_factory.mktemp("robustness")
+    rng = np.random.default_rng(0)
+    for split, num in (("train", 1), ("val", 5)):
+        for label, name in enumerate("abc"):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for index in range(num):
+                image = rng.integers(0, 90, (36, 40, 3), dtype=np.uint8)
+                image[..., label] += 120
+                Image.fromarray(image).save(folder / "data" / split / name / f"{index}.png")
+    make_checkpoint(folder / "teacher" / "model.pt", "abc", seed=1)
+    make_checkpoint(folder / "student1" / "model.pt", "cab", seed=2, image_size=40)
+    return folder
+
+
+def run(folder, *flags, processes=0):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *torchrun, str(STAGE), *map(str, flags)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+BOTH = ("teacher/model.pt", "student1/model.pt", "--data", "data")
+ALL = (*BOTH, "--corrupt", "--fgsm", "0", "8", "--pgd", "8", "--pgd-steps", "3")
+
+
+@pytest.fixture(scope="module")
+def finished(work):
+    done = run(work, *ALL, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def read(work, out="out"):
+    return json.loads((work / out / "robustness.json").read_text())
+
+
+def test_results_have_the_form_of_the_contract(work, finished):
+    results = read(work)
+    assert list(results) == ["teacher/model.pt", "student1/model.pt"]
+    for path, entry in results.items():
+        assert entry["sha256"] == common.file_sha256(work / path)
+        assert set(entry["clean"]) == {"top1", "top5", "loss", "ece"}
+        assert entry["clean"]["top5"] == 100
+        per_corruption = entry["corrupt"]["per_corruption"]
+        assert list(per_corruption) == list(stage.CORRUPTIONS)
+        assert all(len(top1) == 5 and 0 <= min(top1) <= max(top1) <= 100 for top1 in per_corruption.values())
+        assert entry["corrupt"]["top1"] == pytest.approx(np.mean(list(per_corruption.values())))
+        assert list(entry["fgsm"]) == ["0", "8"] and list(entry["pgd"]) == ["8"]
+        assert entry["fgsm"]["0"] == entry["clean"]["top1"]
+        assert entry["pgd"]["8"] <= entry["clean"]["top1"]
+        assert entry["settings"]["pgd"] == {"data": str(work / "data"), "num_images": 15, "seed": 0, "steps": 3}
+
+
+def test_clean_numbers_equal_those_of_training(work, finished):
+    for path, entry in read(work).items():
+        model, checkpoint = common.load_model(work / path)
+        rows, labels, _ = common.labeled_images(work / "data", "val", checkpoint["classes"])
+        expected = common.evaluate(model, rows, labels, checkpoint, common.init_processes("cpu"))
+        assert entry["clean"]["top1"] == pytest.approx(expected["val_top1"])
+        assert entry["clean"]["loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
+
+
+def test_the_table_and_the_picture(work, finished):
+    table = finished.stdout.strip().splitlines()[-4:]
+    assert table == (work / "out" / "robustness.md").read_text().strip().splitlines()[-4:]
+    assert len({len(line) for line in table}) == 1  # aligned
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert cells[0] == ["model", "parameters", "clean top-1", "corrupted top-1", "FGSM 0", "FGSM 8", "PGD 8"]
+    assert [row[0] for row in cells[2:]] == ["teacher", "student1"]
+    entry = read(work)["student1/model.pt"]
+    parameters = sum(p.numel() for p in common.build_model("efficientnet_b0", 3).parameters())
+    assert entry["parameters"] == parameters and cells[3][1] == f"{parameters / 1e6:.2f}M"
+    assert cells[3][2:4] == [f"{entry['clean']['top1']:.2f}", f"{entry['corrupt']['top1']:.2f}"]
+    with Image.open(work / "out" / "robustness.png") as picture:
+        assert picture.width > 1000 and np.array(picture.convert("L")).std() > 10
+
+
+def test_the_same_command_again_does_nothing_and_prints_the_table(work, finished):
+    before = read(work)
+    again = run(work, *ALL, "--out", "out")
+    assert again.returncode == 0 and read(work) == before
+    assert again.stdout.strip().splitlines()[-4:] == finished.stdout.strip().splitlines()[-4:]
+    assert "corrupt gaussian_noise:" in finished.stdout and "corrupt gaussian_noise:" not in again.stdout
+
+
+def test_a_killed_run_goes_on(work, finished):
+    """The file of a run that was killed in the middle of the first model's corruptions, and then run again."""
+    partial = {"teacher/model.pt": read(work)["teacher/model.pt"]}
+    entry = partial["teacher/model.pt"]
+    entry["corrupt"] = {"per_corruption": dict(list(entry["corrupt"]["per_corruption"].items())[:7])}
+    del entry["fgsm"], entry["pgd"], entry["settings"]["fgsm"], entry["settings"]["pgd"]
+    (work / "killed").mkdir()
+    (work / "killed" / "robustness.json").write_text(json.dumps(partial))
+    again = run(work, *ALL, "--out", "killed")
+    assert again.returncode == 0, again.stderr
+    assert read(work, "killed") == read(work)
+    assert "teacher clean" not in again.stdout and "teacher corrupt gaussian_noise" not in again.stdout
+    assert "teacher corrupt jpeg_compression" in again.stdout and "student1 clean" in again.stdout
+
+
+def test_parts_of_other_weights_and_of_other_settings_are_done_again(work, finished):
+    shutil.copytree(work / "out", work / "stale")
+    shutil.copytree(work / "student1", work / "kept")
+    before = read(work)
+    make_checkpoint(work / "student1" / "model.pt", "cab", seed=3, image_size=40)
+    again = run(work, *BOTH, "--out", "stale", "--fgsm", "8")
+    shutil.copyfile(work / "kept" / "model.pt", work / "student1" / "model.pt")
+    assert again.returncode == 0, again.stderr
+    after = read(work, "stale")
+    assert after["teacher/model.pt"] == before["teacher/model.pt"]
+    assert "teacher clean" not in again.stdout and "teacher fgsm" not in again.stdout
+    student = after["student1/model.pt"]
+    assert student["sha256"] != before["student1/model.pt"]["sha256"]
+    assert student["clean"] != before["student1/model.pt"]["clean"]
+    assert list(student["fgsm"]) == ["8"] and "corrupt" not in student
+
+    again = run(work, *BOTH, "--out", "stale", "--fgsm", "8", "--num-images", "6")
+    assert again.returncode == 0, again.stderr
+    assert "teacher fgsm 8" in again.stdout and "teacher clean" not in again.stdout
+    teacher = read(work, "stale")["teacher/model.pt"]
+    assert teacher["settings"]["fgsm"]["num_images"] == 6 and list(teacher["fgsm"]) == ["8"]
+    assert teacher["corrupt"] == before["teacher/model.pt"]["corrupt"]  # kept in the file, not shown beside the others
+    assert "corrupted" not in again.stdout
+
+
+def test_processes_and_batches_do_not_change_the_numbers(work, finished):
+    done = run(work, *ALL, "--out", "two", "--batch-size", "4", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = read(work), read(work, "two")
+    assert list(one) == list(two)
+    for path in one:
+        for part in ("corrupt", "fgsm", "pgd", "settings"):
+            assert one[path][part] == two[path][part], part
+        assert two[path]["clean"] == pytest.approx(one[path]["clean"], rel=1e-4)
+
+
+def test_an_unreadable_image_is_left_out(work, finished, tmp_path):
+    shutil.copytree(work / "data", tmp_path / "data")
+    (tmp_path / "data" / "val" / "b" / "2.png").write_bytes(b"not an image")
+    done = run(work, "teacher/model.pt", "--data", tmp_path / "data", "--out", tmp_path / "out", "--fgsm", "0")
+    assert done.returncode == 0, done.stderr
+    assert "1 images are unreadable" in done.stdout and "2.png" in done.stdout
+    entry = read(tmp_path)["teacher/model.pt"]
+    assert (entry["clean"]["top1"] * 14 / 100) % 1 == pytest.approx(0, abs=1e-6)  # a share of 14, not of 15
+    assert entry["fgsm"]["0"] == entry["clean"]["top1"]
+
+
+def test_models_of_one_folder_name_are_shown_by_path():
+    assert stage.short_names(["runs/a/s/model.pt", "runs/b/s/model.pt", "t/model.pt"])[0] == "runs/a/s/model.pt"
+    assert stage.short_names(["runs/a/s/model.pt", "t/model.pt"]) == ["s", "t"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("missing.pt", "--data", "data"), "missing.pt"),
+        (("text.pt", "--data", "data"), "text.pt"),
+        (("teacher/model.pt", "text.pt", "--data", "data"), "text.pt"),
+        (("teacher/model.pt", "--data", "nowhere"), "nowhere"),
+        (("teacher/model.pt", "--data", "unknown"), "zebra"),
+        (("teacher/model.pt", "--data", "data", "--num-images", "0"), "--num-images"),
+        (("teacher/model.pt", "--data", "data", "--num-images", "-3"), "--num-images"),
+        (("teacher/model.pt", "--data", "data", "--fgsm", "-1"), "--fgsm"),
+        (("teacher/model.pt", "--data", "data", "--pgd-steps", "0"), "--pgd-steps"),
+        (("teacher/model.pt", "--data", "data", "--batch-size", "0"), "--batch-size"),
+        (("teacher/model.pt", "--data", "data", "--corr"), "--corr"),
+    ],
+)
+def test_wrong_input_gives_one_line_and_status_2(work, finished, flags, named, monkeypatch, capsys):
+    (work / "text.pt").write_text("these are not weights\n")
+    if not (work / "unknown").exists():
+        shutil.copytree(work / "data", work / "unknown")
+        (work / "unknown" / "val" / "zebra").mkdir()
+    before = (work / "out" / "robustness.json").read_bytes()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "argv", [str(STAGE), *flags, "--out", "out", "--device", "cpu"])
+    monkeypatch.setattr(stage.signal, "signal", lambda *_: None)  # pytest's own handlers stay
+    with pytest.raises(SystemExit) as stopped:
+        stage.main()
+    stderr = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert len(stderr.strip().splitlines()) == 1 and named in stderr, stderr
+    assert (work / "out" / "robustness.json").read_bytes() == before
+
+
+def test_a_results_file_of_something_else_is_not_overwritten(work):
+    (work / "foreign").mkdir()
+    (work / "foreign" / "robustness.json").write_text("mine, not JSON")
+    done = run(work, "teacher/model.pt", "--data", "data", "--out", "foreign")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert (work / "foreign" / "robustness.json").read_text() == "mine, not JSON"
