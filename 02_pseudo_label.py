@@ -1,7 +1,7 @@
 """Stage 02: the teacher labels the unlabelled images, and every logit is kept.
 
-The teacher is not noised here: the clean centre view of each image, the averaged weights, no dropout, no stochastic
-depth. That asymmetry is the method: the student must find the same answer under noise (1911.04252, algorithm 1, step 2).
+The teacher is not noised here: the clean centre view of each image, the averaged weights, no dropout, no dropped
+layers. That asymmetry is the method: the student must find the same answer under noise (1911.04252, algorithm 1).
 
     y~_i = softmax(f(x~_i, theta_teacher))        stored as logits, so that any temperature can be had later
 

@@ -70,7 +70,7 @@ def most_confident(score: np.ndarray, order: np.ndarray, num: int) -> np.ndarray
 
 
 def select_noisy_student(label, confidence, num_classes: int, threshold: float, per_class: int | None, seed: int):
-    """The paper's rule. (index of each example, examples a class); labels and confidences float32 in (file, row) order."""
+    """The paper's rule: (index of each example, examples a class) from label and confidence in (file, row) order."""
     candidate = np.flatnonzero(confidence > np.float32(threshold))
     sizes = np.bincount(label[candidate], minlength=num_classes)
     if per_class is None:
@@ -223,9 +223,7 @@ def main() -> None:
         order = np.lexsort((chosen_label, index))
         index, chosen_label, chosen_confidence = index[order], chosen_label[order], chosen_confidence[order]
     if not len(index):
-        fail(
-            f"no image is left: the highest confidence is {np.nanmax(confidence):.3f}, --threshold is {args.threshold:g}"
-        )
+        fail(f"--threshold {args.threshold:g} leaves no image: the highest confidence is {np.nanmax(confidence):.3f}")
     file_number = (np.searchsorted(starts, index, side="right") - 1).astype(np.uint16)
     row = index - starts[file_number]
 
@@ -299,8 +297,8 @@ def main() -> None:
     if args.truth:
         truth = report["truth"]
         print(
-            f"pseudo-label accuracy {truth['accuracy_before']} percent before the filter, {truth['accuracy_after']} after; "
-            f"{truth['passed_in_class']} percent of the images of a class passed"
+            f"pseudo-label accuracy {truth['accuracy_before']} percent before the filter, {truth['accuracy_after']} "
+            f"after; {truth['passed_in_class']} percent of the images of a class passed"
             + (f", {truth['passed_no_class']} of those of no class" if "passed_no_class" in truth else "")
         )
 

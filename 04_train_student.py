@@ -290,8 +290,8 @@ def main() -> None:
         print(
             f"{arch} at {image_size} px, {sum(p.numel() for p in model.parameters()):,} parameters; "
             f"{len(rows)} labelled images of {len(classes)} classes, {len(unlabeled)} unlabelled, {len(val_rows)} val; "
-            f"{num_labeled} + {num_unlabeled} a step, {total_steps} steps, {steps_per_epoch:.1f} an epoch, from {start}; "
-            f"peak lr {peak:g}; RandAugment {num_ops} ops of magnitude {magnitude:g}; "
+            f"{num_labeled} + {num_unlabeled} a step, {total_steps} steps, {steps_per_epoch:.1f} an epoch, "
+            f"from step {start}; peak lr {peak:g}; RandAugment {num_ops} ops of magnitude {magnitude:g}; "
             f"{processes.world_size} x {processes.device.type}",
             flush=True,
         )

@@ -1,8 +1,8 @@
 """Stage 05: fine-tune the end of the network for a larger test resolution, on clean labelled images (FixRes).
 
-Random crops make objects look larger in training than the centre crop does in testing. So: train at a low resolution,
-which is cheap, then adapt the last layers for an epoch or two to the statistics of a higher one, with the images exactly
-as they are tested (Touvron et al., 1906.06423; Xie et al., 1911.04252, section 3: L2 from 475 to 800 pixels).
+Random crops make objects look larger in training than the centre crop does in testing. So: train at a low
+resolution, which is cheap, then adapt the last layers for an epoch or two to the statistics of a higher one, with the
+images exactly as they are tested (Touvron et al., 1906.06423; 1911.04252, section 3: L2 from 475 to 800 pixels).
 
     minimize (1/n) sum_i CE(y_i, f(clean view of x_i at the new size)) over the layers that are not frozen
 
@@ -10,7 +10,7 @@ reads   --checkpoint model.pt; DATA/train, DATA/val
 writes  OUT/model.pt, OUT/last.pt, OUT/metrics.jsonl, OUT/curves.png, OUT/resolution.png (top-1 against test resolution)
 
     python 05_fixres_finetune.py --checkpoint runs/student/model.pt --image-size 320 --out runs/fixres
-    torchrun --nproc-per-node 8 05_fixres_finetune.py --checkpoint runs/student/model.pt --image-size 800 --out runs/fixres
+    torchrun --nproc-per-node 8 05_fixres_finetune.py --checkpoint student.pt --image-size 800 --out runs/fixres
 """
 
 import argparse
@@ -153,14 +153,13 @@ def main() -> None:
     header |= view | {"stage": "fixres", "args": flags_of(args), "data": os.path.abspath(data)}
 
     # before: how the checkpoint does at each resolution
-    between = {
-        round(source["image_size"] + share * (args.image_size - source["image_size"])) for share in (0, 0.5, 1, 1.5)
-    }
+    change = args.image_size - source["image_size"]
+    sizes = {round(source["image_size"] + share * change) for share in (0, 0.5, 1, 1.5)}
     every = max(1, len(val_rows) // RESOLUTION_IMAGES)
 
     def resolution_curve() -> list[tuple[int, float]]:
         points = []
-        for size in sorted(size for size in between if size >= 1):
+        for size in sorted(size for size in sizes if size >= 1):
             at_size = header | {"image_size": size, "crop_fraction": default_crop_fraction(size)}
             subset = val_rows[::every], val_labels[::every]
             points.append((size, evaluate(model, *subset, at_size, processes, args.workers)["val_top1"]))
@@ -250,8 +249,8 @@ def main() -> None:
         save("last.pt", total_steps, metrics)
         old, new = dict(before)[source["image_size"]], dict(before)[args.image_size]
         print(
-            f"{args.out / 'model.pt'}: val_top1 {metrics['val_top1']:.2f} at {args.image_size} px; before, on "
-            f"{len(val_rows[::every])} images: {old:.2f} at {source['image_size']} px, {new:.2f} at {args.image_size} px",
+            f"{args.out / 'model.pt'}: val_top1 {metrics['val_top1']:.2f} at {args.image_size} px; it was {old:.2f} at "
+            f"{source['image_size']} px and {new:.2f} at {args.image_size} px (on {len(val_rows[::every])} images)",
             flush=True,
         )
     if stop():

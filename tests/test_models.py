@@ -1,4 +1,4 @@
-"""The models against torchvision's and timm's, stochastic depth, the 32-pixel variant, and what load_weights refuses."""
+"""The models against torchvision's and timm's, stochastic depth, the 32-pixel variant, what load_weights refuses."""
 
 import pytest
 import timm

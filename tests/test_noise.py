@@ -167,7 +167,7 @@ RULES = {0: (1, 0), 5: (2, 128), 9: (3, 230), 10: (4, 256), 12: (6, 153), 15: (6
 def test_posterize_and_solarize_rule(magnitude):
     bits, threshold = RULES[magnitude]
     np.testing.assert_array_equal(run_op("Posterize", LEVELS, magnitude), LEVELS & (256 - 2 ** (8 - bits)))
-    expected = np.where(LEVELS < threshold - 1e-9, LEVELS, 255 - LEVELS)
+    expected = np.where(threshold - 1e-9 > LEVELS, LEVELS, 255 - LEVELS)
     np.testing.assert_array_equal(run_op("Solarize", LEVELS, magnitude), expected)
 
 

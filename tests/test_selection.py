@@ -40,7 +40,12 @@ def kept_by_the_rule(label, confidence, c, threshold, per_class):
 
 
 @settings(max_examples=150, deadline=None)
-@given(labelled_rows(), st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]), st.sampled_from([None, 1, 2, 3, 7, 100]), st.integers(0, 3))
+@given(
+    labelled_rows(),
+    st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]),
+    st.sampled_from([None, 1, 2, 3, 7, 100]),
+    st.integers(0, 3),
+)
 def test_noisy_student_is_the_contracts_rule(rows, threshold, per_class, seed):
     label, confidence, num_classes = rows
     index, used = balance.select_noisy_student(label, confidence, num_classes, threshold, per_class, seed)
@@ -167,13 +172,10 @@ def logits_of(*rows):
 
 @pytest.fixture
 def two_files(tmp_path):
-    """ant .95 .9 .8 .35 | bee .9 .6 | cat nothing above .4; one row is unreadable, and there are ties over the files."""
+    """Above .4: ant .95 .9 .8 .8 .45, bee .9 .6, no cat; one row is unreadable, and a tie spans the files."""
     one = logits_of((0, 0.95), (1, 0.9), (0, 0.8), (2, 0.38), (0, 0.5))
     two = logits_of((0, 0.9), (1, 0.6), (0, 0.8), (2, 0.36), (0, 0.45))
-    return [
-        write_logits(tmp_path / "b.h5", one, unreadable=[4]),
-        write_logits(tmp_path / "a.h5", two),
-    ]
+    return [write_logits(tmp_path / "b.h5", one, unreadable=[4]), write_logits(tmp_path / "a.h5", two)]
 
 
 @pytest.fixture
@@ -202,7 +204,11 @@ def refused(result, *words):
 
 def read_selection(path):
     with open_label_file(path, SELECTION_FORMAT) as file:
-        return {name: file[name][:] for name in ("file", "row", "label", "confidence")}, dict(file.attrs), read_classes(file)
+        return (
+            {name: file[name][:] for name in ("file", "row", "label", "confidence")},
+            dict(file.attrs),
+            read_classes(file),
+        )
 
 
 def test_selection_by_hand(two_files, tmp_path, run):
@@ -222,13 +228,25 @@ def test_selection_by_hand(two_files, tmp_path, run):
     assert {name: column.dtype for name, column in columns.items()} == dtypes
     assert classes == CLASSES
     assert json.loads(attrs["files"]) == [str(tmp_path / "a.h5"), str(tmp_path / "b.h5")]
-    expected = {"format": "noisy-student-selection-1", "method": "noisy-student", "threshold": 0.4, "per_class": 3, "seed": 0}
+    expected = {
+        "format": "noisy-student-selection-1",
+        "method": "noisy-student",
+        "threshold": 0.4,
+        "per_class": 3,
+        "seed": 0,
+    }
     assert {name: attrs[name] for name in expected} == expected
     assert "cat" in printed, "a class without any image must be reported"
 
     report = json.loads(out.with_suffix(".json").read_text())
     assert report["empty_classes"] == ["cat"]
-    assert [report[k] for k in ("images", "above_threshold", "examples", "unique_images", "per_class")] == [9, 7, 6, 5, 3]
+    assert [report[k] for k in ("images", "above_threshold", "examples", "unique_images", "per_class")] == [
+        9,
+        7,
+        6,
+        5,
+        3,
+    ]
     ant, bee, cat = (report["classes"][name] for name in CLASSES)
     counts = ("candidates", "above_threshold", "kept", "examples", "most_copies")
     assert [ant[k] for k in counts] == [5, 5, 3, 3, 1]
@@ -268,8 +286,12 @@ def test_order_of_the_arguments_changes_nothing(two_files, tmp_path, run):
     for out, order in zip(outs, orders, strict=True):
         assert run(*order, "--out", out, "--threshold", 0.4, "--per-class", 5)[0] == 0
     assert data_of(outs[0]) == data_of(outs[1]) == data_of(outs[2])
-    assert run(*two_files, "--out", outs[1], "--threshold", 0.4, "--per-class", 5, "--seed", 1)[0] == 0
-    assert data_of(outs[0])[0]["row"] != data_of(outs[1])[0]["row"] or data_of(outs[0])[0]["file"] != data_of(outs[1])[0]["file"]
+    seeds = []
+    for seed in range(5):
+        assert run(*two_files, "--out", outs[1], "--threshold", 0.4, "--per-class", 5, "--seed", seed)[0] == 0
+        columns, _ = data_of(outs[1])
+        seeds.append((columns["file"], columns["row"]))
+    assert len(set(seeds)) > 1, "--seed changes nothing"
 
 
 def test_one_file_under_two_spellings_counts_once(two_files, tmp_path, run, monkeypatch):
@@ -379,7 +401,9 @@ def test_with_its_picture_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
     logits = logits_of(*[(truth[name], 0.4 + 0.02 * i) for i, name in enumerate(names)])
     write_logits(tmp_path / "logits.h5", logits, root=tiny_data / "unlabeled", names=names, classes=classes)
     out = tmp_path / "out" / "balanced.h5"
-    done = run_stage("03_balance.py", tmp_path / "logits.h5", "--out", out, "--truth", tiny_data / "unlabeled_truth.csv")
+    done = run_stage(
+        "03_balance.py", tmp_path / "logits.h5", "--out", out, "--truth", tiny_data / "unlabeled_truth.csv"
+    )
     assert "7 to 7 a class" in done.stdout and "100.0 percent before" in done.stdout
     assert sorted(path.name for path in out.parent.iterdir()) == ["balanced.h5", "balanced.json", "balanced.png"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -507,7 +531,9 @@ def test_loss_by_hand(weight):
     unlabeled = -(soft * log_softmax(pseudo_logits)).sum(1).mean()
     tensors = [torch.from_numpy(a) for a in (logits, targets, pseudo_logits, soft)]
     got = student.noisy_student_loss(*tensors, 6, weight, 0.1)
-    assert [value.item() for value in got] == pytest.approx([labeled + weight * unlabeled, labeled, unlabeled], rel=1e-6)
+    assert [value.item() for value in got] == pytest.approx(
+        [labeled + weight * unlabeled, labeled, unlabeled], rel=1e-6
+    )
 
 
 def test_loss_divides_by_the_readable_images_of_all_processes():
