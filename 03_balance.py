@@ -110,22 +110,33 @@ def select_top_p(logits: list[np.ndarray], num_classes: int, top_p: int, per_cla
     return index, label, np.concatenate([scores for scores, _ in kept])
 
 
-def accuracy_report(truth_file: Path, names: list[str], index, label, classes: list[str], status) -> dict:
-    """Accuracy of the labels and the share of images of no class, before (all labelled) and after the selection."""
-    with open(truth_file, newline="") as file:
-        truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
+NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
+
+
+def read_truth(path: Path, names: list[str], classes: list[str]) -> np.ndarray:
+    """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
+    try:
+        with open(path, newline="") as file:
+            truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
     number = {name: c for c, name in enumerate(classes)}
-    true = np.array([number.get(truth[name], -1) if name in truth else -2 for name in names])  # -1 none, -2 unknown
-    before = np.flatnonzero((true != -2) & (status == 1))
-    if not len(before):
-        fail(f"--truth {truth_file}: none of its names is in the logits files")
-    after = index[true[index] != -2]
+    true = np.array([number.get(truth[name], NO_CLASS) if name in truth else UNKNOWN for name in names])
+    if (true == UNKNOWN).all():
+        fail(f"--truth {path}: none of its names is in the logits files")
+    return true
+
+
+def accuracy_report(true: np.ndarray, index: np.ndarray, label: np.ndarray, status: np.ndarray) -> dict:
+    """Accuracy of the labels and the share of images of no class, before (all labelled) and after the selection."""
+    before = np.flatnonzero((true != UNKNOWN) & (status == 1))
+    after = index[true[index] != UNKNOWN]
     unique = np.unique(after)
 
     def share(good):
         return round(100 * float(np.mean(good)), 2) if len(good) else None
 
-    in_class, no_class = before[true[before] >= 0], before[true[before] == -1]
+    in_class, no_class = before[true[before] >= 0], before[true[before] == NO_CLASS]
     kept = unique[true[unique] >= 0]
     report = {
         "accuracy_before": share(label[in_class] == true[in_class]),  # of images that are of a class
@@ -199,7 +210,7 @@ def main() -> None:
         fail("--method top-p needs --per-class (the paper's is 16,000 of 100 million images)")
 
     # read; sorted by path first, so that the order of the arguments changes nothing
-    paths = sorted(set(args.logits))
+    paths = sorted({os.path.abspath(path) for path in args.logits})
     files = [open_label_file(path, LOGITS_FORMAT) for path in paths]
     classes = read_classes(files[0])
     for path, file in zip(paths, files, strict=True):
@@ -211,6 +222,9 @@ def main() -> None:
             fail(f"{path} is unfinished: {todo} of {len(file['status'])} images have no label yet; run 02 again on it")
     label, confidence, status = (np.concatenate([f[k][:] for f in files]) for k in ("label", "confidence", "status"))
     starts = np.cumsum([0, *(len(f["label"]) for f in files)])
+    if args.truth:
+        names = [os.fsdecode(path) for f in files for path in f["path"][:].tolist()]
+        true = read_truth(args.truth, names, classes)
 
     # select
     if args.method == "noisy-student":
@@ -234,7 +248,7 @@ def main() -> None:
         out.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
         out.attrs.update(
             format=SELECTION_FORMAT,
-            files=json.dumps([os.path.abspath(path) for path in paths]),
+            files=json.dumps(paths),
             method=args.method,
             threshold=args.threshold,
             per_class=per_class,
@@ -268,11 +282,10 @@ def main() -> None:
             "lowest_confidence": float(chosen_confidence[chosen_label == c].min(initial=1)),
         }
     if args.truth:
-        names = [os.fsdecode(path) for f in files for path in f["path"][:].tolist()]
         predicted = label.copy()
         if args.method == "top-p":
             predicted[index[::-1]] = chosen_label[::-1]
-        report["truth"] = accuracy_report(args.truth, names, index, predicted, classes, status)
+        report["truth"] = accuracy_report(true, index, predicted, status)
     with write_atomically(args.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
     threshold = args.threshold if args.method == "noisy-student" else None

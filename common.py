@@ -285,12 +285,12 @@ def pixels_at_10(images: Tensor, official: int) -> int:
 
 
 def auto_contrast(images, magnitude, sign, generator, tf_quirks=False):
-    low, high = (value.float()[..., None] for value in images.flatten(2).aminmax(dim=2))
-    scale = 255 / (high - low).clamp(min=1)
-    levels = torch.arange(256.0, device=images.device)
-    # One float multiplication and one addition, as Pillow's `int(ix * scale + offset)`, in its double precision.
-    stretched = (levels.double() * scale.double() - low.double() * scale.double()).clamp(0, 255)
-    return table_lookup(images, torch.where(high > low, stretched, levels.double()).to(torch.uint8))
+    low, high = (value.double()[..., None] for value in images.flatten(2).aminmax(dim=2))
+    # As Pillow's int(ix * scale + offset); torch computes number / tensor as number * (1 / tensor), not the same.
+    scale = torch.full_like(high, 255) / (high - low).clamp(min=1)
+    levels = torch.arange(256, dtype=torch.float64, device=images.device)
+    stretched = (levels * scale - low * scale).clamp(0, 255)
+    return table_lookup(images, torch.where(high > low, stretched, levels).to(torch.uint8))
 
 
 def equalize(images, magnitude, sign, generator, tf_quirks=False):
@@ -482,10 +482,8 @@ def eval_view(image: Image.Image, image_size: int, crop_fraction: float) -> np.n
     width, height = image.size
     side = max(1, int(crop_fraction * min(width, height)))
     left, top = (width - side + 1) // 2, (height - side + 1) // 2  # official preprocessing.py:104-134
-    if side == image_size:
-        return np.asarray(image.crop((left, top, left + side, top + side)))
-    box = (left, top, left + side, top + side)
-    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
+    square = image.crop((left, top, left + side, top + side))  # resize(box=...) would look at pixels around the box
+    return np.asarray(square.resize((image_size, image_size), Image.Resampling.BICUBIC))
 
 
 def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, min_area: float, hflip: bool):
@@ -509,7 +507,7 @@ def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, m
     if box is None:
         view = eval_view(image, image_size, default_crop_fraction(image_size))
     else:
-        view = np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
+        view = np.asarray(image.crop(box).resize((image_size, image_size), Image.Resampling.BICUBIC))
     return view[:, ::-1] if hflip and rng.random() < 0.5 else view
 
 
@@ -534,7 +532,10 @@ class ImageRows:
     def load(self, row: int) -> Image.Image:
         name = self.name(row)
         if self.size[row]:
-            name = name[: name.index(".tar/", len(self.root)) + 4]
+            end = name.index(".tar/", len(self.root)) + 4
+            while not os.path.isfile(name[:end]):  # a folder may be called like a shard
+                end = name.index(".tar/", end) + 4
+            name = name[:end]
         return load_image(name, int(self.offset[row]), int(self.size[row]))
 
 
@@ -543,7 +544,7 @@ def list_images(root: str | Path) -> ImageRows:
     root = os.path.abspath(root)
     found = []
     for folder, folders, names in os.walk(os.fsencode(root), followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith(b"."))
         below = os.path.relpath(folder, os.fsencode(root))
         for name in names:
             path = name if below == b"." else os.path.join(below, name)
@@ -557,11 +558,15 @@ def list_images(root: str | Path) -> ImageRows:
                     f"{os.fsdecode(path)} in {root} is compressed: images are read in place from plain .tar files only"
                 )
             elif lower.endswith(".tar"):
-                with tarfile.open(os.path.join(folder, name), "r:") as shard:
-                    for member in shard:
-                        if member.isfile() and member.name.lower().endswith(EXTENSIONS):
-                            inside = path + b"/" + os.fsencode(member.name)
-                            found.append((inside, member.offset_data, member.size))
+                try:
+                    with tarfile.open(os.path.join(folder, name), "r:") as shard:
+                        members = [member for member in shard if member.isfile()]
+                except tarfile.TarError as error:
+                    fail(f"{os.fsdecode(path)} in {root} is not a plain .tar file ({error})")
+                for member in members:
+                    base = os.path.basename(member.name).lower()
+                    if base.endswith(EXTENSIONS) and not base.startswith("."):
+                        found.append((path + b"/" + os.fsencode(member.name), member.offset_data, member.size))
     found.sort()
     paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
     return ImageRows(root, np.array(paths, dtype="S"), np.array(offsets, np.int64), np.array(sizes, np.int64))
@@ -606,8 +611,10 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
         if empty := [name for name in found if number[os.fsencode(name)] not in labels]:
             fail(f"{folder}: class {empty[0]!r} has no images (looked for {' '.join(EXTENSIONS)})")
     if held_out:
-        chosen = is_held_out(rows.path, labels) == (split == "val")
-        rows, labels = rows[chosen], labels[chosen]
+        held = is_held_out(rows.path, labels)
+        rows, labels = rows[held == (split == "val")], labels[held == (split == "val")]
+        if split == "val" and int(os.environ.get("RANK", 0)) == 0:
+            print(f"{data} has no val/: a tenth of train/, {len(rows)} images, is held out for it and not trained on")
     if not len(rows):
         fail(f"{folder}: no images for {split}")
     return rows, labels, classes
@@ -745,6 +752,10 @@ def report_bad(errors: list[tuple[int, str]], num: int, max_bad: float, processe
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGITS_FORMAT, SELECTION_FORMAT = "noisy-student-logits-1", "noisy-student-selection-1"
+LABEL_FILE_DATASETS = {
+    LOGITS_FORMAT: {"logits", "label", "confidence", "status", "path", "offset", "size", "classes"},
+    SELECTION_FORMAT: {"file", "row", "label", "confidence", "classes"},
+}
 
 
 def create_logits(path: Path, rows: ImageRows, classes: list[str], **attributes) -> None:
@@ -791,6 +802,10 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
         dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
         if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
             fail(f"{path}: {name!r} is not a plain dataset of this file")
+    if missing := sorted(LABEL_FILE_DATASETS[kind] - file.keys()):
+        fail(f"{path}: lacks {', '.join(missing)}")
+    if kind == LOGITS_FORMAT and file["logits"].id.get_offset() is None:
+        fail(f"{path}: its logits are not contiguous, so they cannot be mapped")
     return file
 
 
