@@ -87,6 +87,7 @@ def parse_args() -> argparse.Namespace:
     add("--dropout", type=at_least(0), help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=at_least(0), help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
     add("--bn-momentum", type=at_least(0), default=0.01, help="of running statistics (official); 0.1 in short runs")
+    add("--zero-init-residual", action="store_true", help="blocks start as the identity: short runs learn sooner")
     add("--image-size", type=at_least(1, int), help="training resolution in pixels; None: the model's own (B0 224)")
     add("--batch-size", type=at_least(1, int), default=256, help="images a step over all processes (paper: 2048)")
     add("--epochs", type=at_least(0), help="passes over the labelled images; None: the paper's, 700 to B4, 350 above")
@@ -164,6 +165,7 @@ def main() -> None:
     # model
     torch.manual_seed(args.seed)
     arch_options = {"small_images": args.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
+    arch_options |= {"zero_init_residual": args.zero_init_residual or None}
     try:
         model = build_model(arch, len(classes), **arch_options)
     except ValueError as error:

@@ -140,9 +140,21 @@ class EfficientNet(nn.Module):
 
     `small_images` is the official variant for 32 pixels: stages 2 and 3 keep their resolution. `drop_path` is the rate
     of stochastic depth: block i of n is dropped with probability drop_path * i / n (the paper's survival 0.8 is 0.2).
+    `zero_init_residual` starts the blocks with a skip as the identity (1706.02677): not the paper's, for short runs.
     """
 
-    def __init__(self, width, depth, dropout, num_classes, eps, same_pad, small_images=False, drop_path=0.2):
+    def __init__(
+        self,
+        width,
+        depth,
+        dropout,
+        num_classes,
+        eps,
+        same_pad,
+        small_images=False,
+        drop_path=0.2,
+        zero_init_residual=False,
+    ):
         super().__init__()
         layer = partial(conv_norm, eps=eps, same_pad=same_pad)
         channels = round_channels(32 * width)
@@ -170,6 +182,8 @@ class EfficientNet(nn.Module):
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            if zero_init_residual and isinstance(module, MBConv) and module.has_skip:
+                nn.init.zeros_(module.block[-1][1].weight)  # the last batch norm's
         # Official: U(+-1/sqrt(classes)), 0.03 for ImageNet. For 10 classes that would be 0.3, and nearly every image
         # would pass the confidence threshold from the first step on; so never more than ImageNet's. (Deviation.)
         bound = 1 / math.sqrt(max(num_classes, 1000))
@@ -185,7 +199,7 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
 
     `efficientnet_b0` ... `_b7`, `_l0` ... `_l2`: torchvision's numbers; the same names behind `tf_`: TensorFlow's SAME
     padding and batch-norm eps; any other name is torchvision's `get_model`. arch_options: `small_images`, `dropout`,
-    `drop_path`; None means the model's own. Raises ValueError for an unknown name or an option the model lacks.
+    `drop_path`, `zero_init_residual`; None means the model's own. Raises ValueError for an unknown name or option.
     """
     options = {name: value for name, value in arch_options.items() if value is not None}
     if arch.removeprefix("tf_") in EFFICIENTNETS:
