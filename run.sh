@@ -33,12 +33,14 @@ SEED=${SEED:-0}
 ROUNDS=${ROUNDS:-2}                 # self-training rounds
 ARCHS=${ARCHS:-efficientnet_b0}     # the teacher, then one student a round; the last one repeats
 IMAGE_SIZE=${IMAGE_SIZE:-32}        # pixels; the fine-tuning at the end adds a quarter
-THRESHOLD=${THRESHOLD:-0.4}         # of the confidence; the paper's 0.3 is for 1,000 classes
-EPOCHS=${EPOCHS:-50}                # of a student, in passes over the labelled images
+THRESHOLD=${THRESHOLD:-0.6}         # of the confidence; the paper's 0.3 is for 1,000 classes
+EPOCHS=${EPOCHS:-54}                # of a student, in passes over the labelled images
 CONTROL=${CONTROL:-1}               # 0 leaves out the fair comparison: the same training on the labelled images alone
 gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
-OUT=$(realpath -m "${OUT:-runs/$(basename "${data:-demo}")}")
+if [ -z "$data" ]; then demo=demo && [ "$SEED" = 0 ] || demo=demo-seed$SEED; fi
+data=${data:-data/$demo}
+OUT=$(realpath -m "${OUT:-runs/$(basename "$data")}")
 
 # Small data in minutes is not ImageNet in days. The stages' defaults are the paper's; these work here, and why:
 noise="--num-ops 2 --magnitude 5 --min-crop-area 0.7"     # a figure of 20 pixels does not survive the paper's 27 and 0.08
@@ -56,28 +58,27 @@ stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the 
         exit 2
     fi
     echo "== $name: $command"
-    case $NPROC$2 in # drawing and selecting are the work of one process
-    1* | *00_* | *03_*) python3 "${@:2}" ;;
-    *) torchrun --standalone --nproc-per-node "$NPROC" "${@:2}" ;;
+    case "$NPROC $2" in # drawing and selecting are the work of one process
+    "1 "* | *" 00_"* | *" 03_"*) python3 "${@:2}" ;;
+    *) python3 -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "${@:2}" ;;
     esac
-    mkdir -p "$OUT/.done" && echo "$command" >"$done"
+    mkdir -p "$OUT/.done"
+    echo "$command" >"$done.new" && mv "$done.new" "$done"
 }
 archs=($ARCHS)
 arch_of() { echo "${archs[$(($1 < ${#archs[@]} ? $1 : ${#archs[@]} - 1))]}"; } # arch_of ROUND; 0 is the teacher
 
-if [ -z "$data" ]; then
-    data=data/demo && [ "$SEED" = 0 ] || data=data/demo-seed$SEED
-    stage data 00_prepare_data.py demo --out "$data" --seed "$SEED"
-fi
+[ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --out "$data" --seed "$SEED"
 all=$((BATCH * (1 + RATIO)))
 images=$(find -L "$data/train" -type f | wc -l)
 warmup() { echo $((50 * $1 / images + 1)); } # 50 steps, in epochs
-train="--image-size $IMAGE_SIZE $noise $steps $start $average --eval-every $((EPOCHS / 5 + 1))"
+train="--image-size $IMAGE_SIZE $noise $steps $start $average"
 truth=""
 [ ! -e "$data/unlabeled_truth.csv" ] || truth="--truth $data/unlabeled_truth.csv"
 
 # The teacher and the control see as many images in as many steps, with the same noise, as a student: a fair comparison.
-supervised="--data $data --batch-size $all --epochs $((EPOCHS * (1 + RATIO))) --warmup-epochs $(warmup $all) $train"
+supervised="--data $data --batch-size $all --epochs $((EPOCHS * (1 + RATIO))) --warmup-epochs $(warmup $all) \
+    --eval-every $((EPOCHS * (1 + RATIO) / 5 + 1)) $train"
 stage teacher 01_train_teacher.py $supervised --arch "$(arch_of 0)" --seed "$SEED" --out "$OUT/teacher"
 models="$OUT/teacher/model.pt"
 if [ "$CONTROL" != 0 ]; then # the last student's architecture, and other random numbers than the teacher's
@@ -91,7 +92,7 @@ for round in $(seq "$ROUNDS"); do
     stage "balance$round" 03_balance.py "$OUT/logits$round.h5" --threshold "$THRESHOLD" $truth --out "$OUT/balanced$round.h5"
     stage "student$round" 04_train_student.py --teacher "$teacher/model.pt" --pseudo-labels "$OUT/balanced$round.h5" \
         --data "$data" --arch "$(arch_of "$round")" --batch-size $BATCH --ratio $RATIO --epochs "$EPOCHS" \
-        --warmup-epochs "$(warmup $BATCH)" $train --seed "$SEED" --out "$student"
+        --warmup-epochs "$(warmup $BATCH)" --eval-every $((EPOCHS / 5 + 1)) $train --seed "$SEED" --out "$student"
     teacher=$student models="$models $student/model.pt"
 done
 stage fixres 05_fixres_finetune.py --checkpoint "$teacher/model.pt" --image-size $((IMAGE_SIZE * 5 / 4)) --data "$data" \

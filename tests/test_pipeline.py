@@ -462,3 +462,14 @@ def test_the_whole_loop_twice(tiny_data, tmp_path):
     assert table == [line for line in outputs[1].splitlines() if line.startswith("|")]
     done = subprocess.run(["bash", ROOT / "run.sh", data], env=env | {"EPOCHS": "2"}, capture_output=True, text=True)
     assert done.returncode == 2 and "another command" in done.stderr
+
+    # killed in the middle of four stages, and started again each time: the same table
+    env["OUT"] = str(tmp_path / "killed")
+    for sign in ("teacher/metrics.jsonl", "logits1.h5", "student1/metrics.jsonl", "robustness/robustness.json"):
+        process = subprocess.Popen(
+            ["bash", ROOT / "run.sh", data], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        kill_when(process, (tmp_path / "killed" / sign).exists, signal.SIGKILL)
+    done = subprocess.run(["bash", ROOT / "run.sh", data], env=env, capture_output=True, text=True, timeout=600)
+    assert table == [line for line in done.stdout.splitlines() if line.startswith("|")], done.stderr
