@@ -284,7 +284,7 @@ def measure(model, checkpoint, dataset, labels, processes, args, description, ep
         print(f"{description}: {len(errors)} images are unreadable and left out; the first: {errors[0][1]}")
     sums = reduce_sum(sums, processes).cpu()
     if not sums[0, 0]:
-        fail(f"{args.data}: no val image is readable")
+        fail("no val image is readable")
     return [metrics_of(view) for view in sums if view[0]]
 
 
@@ -379,7 +379,11 @@ def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage: one row of the table each")
-    add("--data", required=True, help="data directory; clean top-1 is measured on all of its val/")
+    add(
+        "--data",
+        type=Path,
+        help="data directory, all of whose val/ is the clean part; None: the first checkpoint's own",
+    )
     add("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
     add("--corrupt", action=argparse.BooleanOptionalAction, default=False, help="10 corruptions at severities 1 to 5")
     add("--fgsm", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 2 4 8 16, in pixel values")
@@ -388,11 +392,7 @@ def parse_args() -> argparse.Namespace:
     add("--num-images", type=at_least(1, int), help="val images for corruptions and attacks; None: all of them")
     add("--batch-size", type=at_least(1, int), default=256, help="images at a time in each process")
     add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
-    add(
-        "--workers",
-        type=at_least(0, int),
-        help="loader processes a process; None: 0 on CPUs, its share of cores on GPUs",
-    )
+    add("--workers", type=at_least(0, int), help="loaders a process; None: 0 on CPUs, its share of the cores on GPUs")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs where there are any")
     return parser.parse_args()
 
@@ -406,16 +406,17 @@ def main() -> None:
     earlier = read_results(results_file)
 
     # All checkpoints are looked at before the first is evaluated: a wrong path fails now, not after hours.
+    data = args.data or Path(read_checkpoint(args.checkpoints[0])["data"])
     results, labels_of = {}, {}
     for path in args.checkpoints:
-        rows, labels_of[path], _ = labeled_images(args.data, "val", read_checkpoint(path)["classes"])
+        rows, labels_of[path], _ = labeled_images(data, "val", read_checkpoint(path)["classes"])
         fresh = {"sha256": file_sha256(path), "settings": {}}
         results[path] = earlier[path] if earlier.get(path, {}).get("sha256") == fresh["sha256"] else fresh
 
     # The settings of a part are saved beside it: a part of other settings is done again.
     indexes = choose_images(labels_of[path], args.num_images or len(rows), args.seed)
     chosen_rows = rows[indexes]
-    everything = {"data": str(Path(args.data).absolute()), "num_images": len(rows)}
+    everything = {"data": str(data.absolute()), "num_images": len(rows)}
     chosen = {**everything, "num_images": len(indexes), "seed": args.seed}
     settings = {"clean": everything, "corrupt": chosen, "fgsm": chosen, "pgd": {**chosen, "steps": args.pgd_steps}}
     items_of = {

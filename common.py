@@ -780,7 +780,7 @@ def create_logits(path: Path, rows: ImageRows, classes: list[str], **attributes)
     """
     with (
         write_atomically(path) as temporary,
-        h5py.File(temporary, "w", alignment_threshold=4096, alignment_interval=4096) as file,
+        h5py.File(temporary, "w", alignment_threshold=1, alignment_interval=4096) as file,
     ):
 
         def allocate(name: str, dtype, *shape: int) -> h5py.Dataset:
