@@ -210,7 +210,7 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         return EfficientNet(width, depth, num_classes=num_classes, eps=eps, same_pad=arch.startswith("tf_"), **options)
     from torchvision.models import get_model
 
-    if not options.pop("small_images", False) and "drop_path" in options:
+    if "drop_path" in options:
         options["stochastic_depth_prob"] = options.pop("drop_path")
     try:
         return get_model(arch, weights=None, num_classes=num_classes, **options)
@@ -218,10 +218,31 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         raise ValueError(f"cannot build {arch!r} with {arch_options}: {error}") from error
 
 
+def timm_to_own(name: str) -> str:
+    """timm's name of an EfficientNet weight -> torchvision's, which is ours."""
+    top = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": "features.8.0", "bn2": "features.8.1"}
+    top["classifier"] = "classifier.1"
+    first, _, rest = name.partition(".")
+    if first != "blocks":
+        return f"{top.get(first, first)}.{rest}"
+    stage, block, layer, rest = rest.split(".", 3)
+    layers = ("conv_pw bn1", "conv_dw bn2", "se", "conv_pwl bn3")
+    if stage == "0":  # not expanded: it begins with the depthwise convolution
+        layers = ("conv_dw bn1", "se", "conv_pw bn2")
+    number = next(i for i, names in enumerate(layers) if layer in names.split())
+    if layer == "se":
+        rest = rest.replace("conv_reduce", "fc1").replace("conv_expand", "fc2")
+    else:
+        rest = f"{int(layer.startswith('bn'))}.{rest}"
+    return f"features.{int(stage) + 1}.{block}.block.{number}.{rest}"
+
+
 def load_weights(model: nn.Module, state_dict: dict) -> None:
-    """Load a state_dict in this toolkit's or torchvision's naming; ValueError names all that is missing or extra."""
+    """Load a state_dict with our (torchvision's) or timm's names; ValueError says what is missing, extra, misshapen."""
     own = model.state_dict()
     given = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state_dict.items()}
+    if "conv_stem.weight" in given:
+        given = {timm_to_own(name): value for name, value in given.items()}
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     shapes = [
         f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
