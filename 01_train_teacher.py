@@ -182,6 +182,10 @@ def main() -> None:
     start = 0
     if begun:
         start = begun["training"]["step"]
+        if begun["training"]["images"] != [len(rows)]:
+            fail(
+                f"{args.out} was begun with {begun['training']['images']} images, now there are {[len(rows)]}: use another --out"
+            )
         model.load_state_dict(begun["training"]["model"])
         ema_model.load_state_dict(begun["model"])
         optimizer.load_state_dict(begun["training"]["optimizer"])
@@ -220,7 +224,12 @@ def main() -> None:
     logged = start
 
     def save(name: str, step: int, metrics: dict) -> None:
-        training = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        training = {
+            "step": step,
+            "images": [len(rows)],
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
         extra = {"training": training | {"scaler": scaler.state_dict()}} if name == "last.pt" else {}
         save_checkpoint(args.out / name, header | {"model": ema_model.state_dict(), "metrics": metrics} | extra)
 

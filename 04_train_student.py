@@ -270,6 +270,10 @@ def main() -> None:
     start = 0
     if begun:
         start = begun["training"]["step"]
+        if begun["training"]["images"] != [len(rows), len(unlabeled)]:
+            fail(
+                f"{args.out} was begun with {begun['training']['images']} images, now there are {[len(rows), len(unlabeled)]}: use another --out"
+            )
         model.load_state_dict(begun["training"]["model"])
         ema_model.load_state_dict(begun["model"])
         optimizer.load_state_dict(begun["training"]["optimizer"])
@@ -319,7 +323,12 @@ def main() -> None:
     logged = start
 
     def save(name: str, step: int, metrics: dict) -> None:
-        training = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        training = {
+            "step": step,
+            "images": [len(rows), len(unlabeled)],
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
         extra = {"training": training | {"scaler": scaler.state_dict()}} if name == "last.pt" else {}
         save_checkpoint(args.out / name, header | {"model": ema_model.state_dict(), "metrics": metrics} | extra)
 
@@ -330,7 +339,7 @@ def main() -> None:
             group["lr"] = lr
         generator = step_generator(args.seed, step, processes.rank)
         bad.update(pseudo.errors)
-        pseudo = pseudo if len(pseudo.rows) else nothing
+        batch, pseudo = (part if len(part.rows) else nothing for part in (batch, pseudo))
         images = torch.cat([batch.views[0], pseudo.views[-1]]).to(processes.device, non_blocking=True)
         if num_ops:
             images = rand_augment(images, num_ops, magnitude, generator)

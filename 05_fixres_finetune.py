@@ -175,6 +175,10 @@ def main() -> None:
     start = 0
     if begun:
         start = begun["training"]["step"]
+        if begun["training"]["images"] != [len(rows)]:
+            fail(
+                f"{args.out} was begun with {begun['training']['images']} images, now there are {[len(rows)]}: use another --out"
+            )
         model.load_state_dict(begun["model"])
         optimizer.load_state_dict(begun["training"]["optimizer"])
         scaler.load_state_dict(begun["training"]["scaler"])
@@ -196,7 +200,12 @@ def main() -> None:
     logged = start
 
     def save(name: str, step: int, metrics: dict) -> None:
-        training = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        training = {
+            "step": step,
+            "images": [len(rows)],
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
         extra = {"training": training} if name == "last.pt" else {}
         save_checkpoint(args.out / name, header | {"model": model.state_dict(), "metrics": metrics} | extra)
 

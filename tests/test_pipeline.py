@@ -146,6 +146,15 @@ def test_other_flags_on_the_same_folder_are_named_and_refused(teacher, run_stage
     assert run_stage(*args, "--workers", 1, "--save-every", 7).returncode == 0
 
 
+def test_a_run_does_not_go_on_with_other_images(tiny_data, run_stage, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    args = ["01_train_teacher.py", "--data", data, "--out", tmp_path / "t", *TRAIN, "--epochs", 9, "--save-every", 2]
+    kill_when(start(*args), (tmp_path / "t" / "last.pt").exists, signal.SIGKILL)
+    shutil.copy(data / "val" / "disc" / "0.png", data / "train" / "disc" / "new.png")
+    done = run_stage(*args, check=False)
+    assert done.returncode == 2 and "begun with [24] images, now there are [25]" in done.stderr
+
+
 def test_labels_are_the_teachers_on_the_clean_view(teacher, labels, tiny_data):
     import common
 
