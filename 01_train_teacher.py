@@ -149,6 +149,7 @@ def main() -> None:
     targets = torch.from_numpy(labels)
 
     # what follows from the flags
+    num_images = [len(rows)]
     epochs, num_ops, magnitude = (
         given if given is not None else default
         for given, default in zip(
@@ -182,9 +183,9 @@ def main() -> None:
     start = 0
     if begun:
         start = begun["training"]["step"]
-        if begun["training"]["images"] != [len(rows)]:
+        if begun["training"]["images"] != num_images:
             fail(
-                f"{args.out} was begun with {begun['training']['images']} images, now there are {[len(rows)]}: use another --out"
+                f"{args.out} was begun with {begun['training']['images']} images, not {num_images}: take another --out"
             )
         model.load_state_dict(begun["training"]["model"])
         ema_model.load_state_dict(begun["model"])
@@ -226,7 +227,7 @@ def main() -> None:
     def save(name: str, step: int, metrics: dict) -> None:
         training = {
             "step": step,
-            "images": [len(rows)],
+            "images": num_images,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }

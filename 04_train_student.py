@@ -229,6 +229,7 @@ def main() -> None:
     on_the_fly = {name: source[name] for name in ("image_size", "crop_fraction")} if not selection else None
 
     # what follows from the flags
+    num_images = [len(rows), len(unlabeled)]
     epochs, num_ops, magnitude, ratio = (
         given if given is not None else default
         for given, default in zip(
@@ -270,9 +271,9 @@ def main() -> None:
     start = 0
     if begun:
         start = begun["training"]["step"]
-        if begun["training"]["images"] != [len(rows), len(unlabeled)]:
+        if begun["training"]["images"] != num_images:
             fail(
-                f"{args.out} was begun with {begun['training']['images']} images, now there are {[len(rows), len(unlabeled)]}: use another --out"
+                f"{args.out} was begun with {begun['training']['images']} images, not {num_images}: take another --out"
             )
         model.load_state_dict(begun["training"]["model"])
         ema_model.load_state_dict(begun["model"])
@@ -325,7 +326,7 @@ def main() -> None:
     def save(name: str, step: int, metrics: dict) -> None:
         training = {
             "step": step,
-            "images": [len(rows), len(unlabeled)],
+            "images": num_images,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }

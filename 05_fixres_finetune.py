@@ -145,6 +145,7 @@ def main() -> None:
     targets = torch.from_numpy(labels)
     dataset = ImageDataset(rows, clean=view)
 
+    num_images = [len(rows)]
     peak = args.lr if args.lr is not None else 0.016 * END_OF_SCHEDULE * args.batch_size / 256
     steps_per_epoch = len(rows) / args.batch_size
     total_steps = round(args.epochs * steps_per_epoch)
@@ -175,9 +176,9 @@ def main() -> None:
     start = 0
     if begun:
         start = begun["training"]["step"]
-        if begun["training"]["images"] != [len(rows)]:
+        if begun["training"]["images"] != num_images:
             fail(
-                f"{args.out} was begun with {begun['training']['images']} images, now there are {[len(rows)]}: use another --out"
+                f"{args.out} was begun with {begun['training']['images']} images, not {num_images}: take another --out"
             )
         model.load_state_dict(begun["model"])
         optimizer.load_state_dict(begun["training"]["optimizer"])
@@ -202,7 +203,7 @@ def main() -> None:
     def save(name: str, step: int, metrics: dict) -> None:
         training = {
             "step": step,
-            "images": [len(rows)],
+            "images": num_images,
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
         }

@@ -152,7 +152,7 @@ def test_a_run_does_not_go_on_with_other_images(tiny_data, run_stage, tmp_path):
     kill_when(start(*args), (tmp_path / "t" / "last.pt").exists, signal.SIGKILL)
     shutil.copy(data / "val" / "disc" / "0.png", data / "train" / "disc" / "new.png")
     done = run_stage(*args, check=False)
-    assert done.returncode == 2 and "begun with [24] images, now there are [25]" in done.stderr
+    assert done.returncode == 2 and "begun with [24] images, not [25]" in done.stderr
 
 
 def test_labels_are_the_teachers_on_the_clean_view(teacher, labels, tiny_data):
