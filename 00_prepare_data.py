@@ -17,7 +17,7 @@ Out:  DIR/train/<class>/NNNNN.jpg   DIR/val/<class>/NNNNN.jpg   DIR/unlabeled/NN
     python 00_prepare_data.py cifar10 --out data/cifar10 --labels-per-class 400   # downloads into data/downloads
 
 demo: 300 labelled, 6,000 unlabelled (1,200 of no class) and 2,000 val images of 48 x 48 pixels, 14 MB (33 MB of disk
-blocks), in 8 to 12 s on one CPU core (n = 6; the files' creation is what varies).
+blocks), in 8 to 13 s on one CPU core (n = 8; the files' creation is what varies).
 """
 
 import contextlib
