@@ -95,8 +95,10 @@ for round in $(seq "$ROUNDS"); do
         --warmup-epochs "$(warmup $BATCH)" --eval-every $((EPOCHS / 5 + 1)) $train --seed "$SEED" --out "$student"
     teacher=$student models="$models $student/model.pt"
 done
+# At 32 pixels the last feature map is a single one, at 40 it is 2 x 2: more than the head must adapt.
 stage fixres 05_fixres_finetune.py --checkpoint "$teacher/model.pt" --image-size $((IMAGE_SIZE * 5 / 4)) --data "$data" \
-    --batch-size $all --epochs $((200 * all / images + 1)) --optimizer adamw --lr 1e-4 --seed "$SEED" --out "$OUT/fixres"
+    --batch-size $all --epochs $((200 * all / images + 1)) --frozen-blocks 5 --optimizer adamw --lr 1e-3 --schedule cosine \
+    --seed "$SEED" --out "$OUT/fixres"
 # It keeps what it measured: again, it prints the table in seconds.
 python3 06_eval_robustness.py $models "$OUT/fixres/model.pt" --data "$data" --corrupt --fgsm 2 --num-images 500 \
     --out "$OUT/robustness"

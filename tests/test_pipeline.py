@@ -193,7 +193,7 @@ def test_labels_do_not_depend_on_the_number_of_processes(nproc, teacher, run_sta
         args = ["--unlabeled", data, "--teacher", teacher[0] / "model.pt", "--out", tmp_path / f"{n}.h5"]
         run_stage("02_pseudo_label.py", *args, nproc=n)
         with h5py.File(tmp_path / f"{n}.h5") as file:
-            files.append({name: file[name][:] for name in file})
+            files.append({name: file[name][:] for name in file if name != "classes"})
     for name in files[0]:
         assert files[0][name].tobytes() == files[1][name].tobytes(), name
     bad = list(files[0]["path"]).index(b"7.png")
@@ -209,7 +209,7 @@ def test_labelling_goes_on_where_it_was_killed(teacher, tiny_data, labels, run_s
         assert len(file["status"]) == 20
     run_stage(*args)
     with h5py.File(out) as a, h5py.File(labels[0]) as b:
-        assert all(a[name][:].tobytes() == b[name][:].tobytes() for name in b)
+        assert all(a[name][:].tobytes() == b[name][:].tobytes() for name in b if name != "classes")
     untouched = out.read_bytes()
     assert "20 of them done before" in run_stage(*args).stdout and out.read_bytes() == untouched
 
