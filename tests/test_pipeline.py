@@ -482,3 +482,10 @@ def test_the_whole_loop_twice(tiny_data, tmp_path):
         kill_when(process, (tmp_path / "killed" / sign).exists, signal.SIGKILL)
     done = subprocess.run(["bash", ROOT / "run.sh", data], env=env, capture_output=True, text=True, timeout=600)
     assert table == [line for line in done.stdout.splitlines() if line.startswith("|")], done.stderr
+
+    env |= {"OUT": str(tmp_path / "two"), "NPROC": "2", "CONTROL": "0"}
+    done = subprocess.run(["bash", ROOT / "run.sh", data], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "2 x cpu" in done.stdout
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [line.split()[1] for line in table[2:]] == ["teacher", "student1", "fixres"]
