@@ -35,6 +35,7 @@ ARCHS=${ARCHS:-efficientnet_b0}     # the teacher, then one student a round; the
 IMAGE_SIZE=${IMAGE_SIZE:-32}        # pixels; the fine-tuning at the end adds a quarter
 THRESHOLD=${THRESHOLD:-0.5}         # of the confidence; the paper's 0.3 is for 1,000 classes
 EPOCHS=${EPOCHS:-54}                # of a student, in passes over the labelled images
+FIXRES_STEPS=${FIXRES_STEPS:-200}   # of the fine-tuning, for a set as small as the demo
 CONTROL=${CONTROL:-1}               # 0 leaves out the fair comparison: the same training on the labelled images alone
 gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
@@ -97,7 +98,7 @@ for round in $(seq "$ROUNDS"); do
 done
 # At 32 pixels the last feature map is a single one, at 40 it is 2 x 2: more than the head must adapt.
 stage fixres 05_fixres_finetune.py --checkpoint "$teacher/model.pt" --image-size $((IMAGE_SIZE * 5 / 4)) --data "$data" \
-    --batch-size $all --epochs $((200 * all / images + 1)) --frozen-blocks 5 --optimizer adamw --lr 1e-3 --schedule cosine \
+    --batch-size $all --epochs $((FIXRES_STEPS * all / images + 1)) --frozen-blocks 5 --optimizer adamw --lr 1e-3 --schedule cosine \
     --seed "$SEED" --out "$OUT/fixres"
 # It keeps what it measured: again, it prints the table in seconds.
 python3 06_eval_robustness.py $models "$OUT/fixres/model.pt" --data "$data" --corrupt --fgsm 2 --num-images 500 \

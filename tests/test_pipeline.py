@@ -458,7 +458,14 @@ def test_the_whole_loop_twice(tiny_data, tmp_path):
     """run.sh on a user's folder ends with the table; again it says that all is done."""
     data = shutil.copytree(tiny_data, tmp_path / "mine")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    env |= {"OUT": str(tmp_path / "out"), "EPOCHS": "1", "ROUNDS": "1", "THRESHOLD": "0", "NPROC": "1"}
+    env |= {
+        "OUT": str(tmp_path / "out"),
+        "EPOCHS": "1",
+        "ROUNDS": "1",
+        "THRESHOLD": "0",
+        "NPROC": "1",
+        "FIXRES_STEPS": "4",
+    }
     outputs = []
     for _ in range(2):
         done = subprocess.run(["bash", ROOT / "run.sh", data], env=env, capture_output=True, text=True, timeout=600)
