@@ -4,17 +4,19 @@ The teacher minimizes (1/n) sum_i CE(y_i, f_noised(x_i)) over the labelled image
 stochastic depth in the model (Xie et al., 1911.04252, algorithm 1, step 1). What is kept is the running average of the
 weights. `diff 01_train_teacher.py 04_train_student.py` shows what the paper adds.
 
-reads   DATA/train, DATA/val; --init: a checkpoint to start from
+reads   DATA/train, DATA/val; --init: weights to start from, of this toolkit, torchvision or timm
 writes  OUT/model.pt (hand-off), OUT/last.pt (resume), OUT/metrics.jsonl, OUT/curves.png
 
     python 01_train_teacher.py --data DATA --out runs/teacher --arch efficientnet_b0
     torchrun --nproc-per-node 8 01_train_teacher.py --data DATA --out runs/teacher --arch efficientnet_b7
+    python 01_train_teacher.py --data DATA --init tf_efficientnet_b7_ns.pth --arch tf_efficientnet_b7 --epochs 0
 """
 
 import argparse
 import copy
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -46,17 +48,20 @@ from common import (
     load_batches,
     load_weights,
     make_optimizer,
+    micro_batches,
     normalize,
+    own_names,
     parallel,
     previous_run,
     progress,
     rand_augment,
-    read_checkpoint,
+    read_file,
     reduce_sum,
     save_checkpoint,
     step_generator,
     train_keys,
     update_ema,
+    view_of,
 )
 
 # Epochs, RandAugment ops and magnitude of the official script (local_scripts/imagenet/train.sh:37-76); L0 and L1 as L2.
@@ -80,16 +85,20 @@ def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="data directory with train/<class>/, maybe val/<class>/")
-    add("--out", type=Path, required=True, help="folder of the results; run again on it to go on after an interruption")
-    add("--init", type=Path, help="checkpoint to start from; with other classes it gets a new classifier")
-    add("--arch", default="efficientnet_b0", help="efficientnet_b0..b7, _l0.._l2, also behind tf_, or torchvision's")
-    add("--small-images", action=argparse.BooleanOptionalAction, help="EfficientNet for 32 px: stages 2, 3 at stride 1")
+    add("--out", type=Path, default=Path("runs/teacher"), help="folder of the results; run again on it to go on")
+    add("--init", type=Path, help="weights to start from (.pt, .pth, .safetensors); other classes: a new classifier")
+    add("--arch", help="efficientnet_b0..b7, _l0.._l2, also behind tf_, or torchvision's; None: that of --init, or B0")
+    add("--small-images", action=argparse.BooleanOptionalAction, help="EfficientNet for 32 px; None: as --init, or not")
     add("--dropout", type=at_least(0), help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=at_least(0), help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
     add("--bn-momentum", type=at_least(0), default=0.01, help="of running statistics (official); 0.1 in short runs")
     add("--zero-init-residual", action="store_true", help="blocks start as the identity: short runs learn sooner")
-    add("--image-size", type=at_least(1, int), help="training resolution in pixels; None: the model's own (B0 224)")
+    add(
+        "--image-size", type=at_least(1, int), help="training resolution in pixels; None: as --init, or the model's own"
+    )
     add("--batch-size", type=at_least(1, int), default=256, help="images a step over all processes (paper: 2048)")
+    add("--accumulate", type=at_least(1, int), default=1, help="parts a step: less memory; batch norm sees one part")
+    add("--checkpoint-activations", action="store_true", help="EfficientNets: less memory, slower, same results")
     add("--epochs", type=at_least(0), help="passes over the labelled images; None: the paper's, 700 to B4, 350 above")
     add(
         "--optimizer", choices=["rmsprop", "sgd", "adamw"], default="rmsprop", help="rmsprop: TensorFlow's, the paper's"
@@ -115,37 +124,81 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_initial_weights(model: torch.nn.Module, path: Path, classes: list[str]) -> None:
-    """Start from a checkpoint; its classifier comes along only where it has the same classes in the same order."""
-    checkpoint = read_checkpoint(path)
-    weights = checkpoint["model"]
-    if checkpoint["classes"] != classes:
-        print(f"{path} has {len(checkpoint['classes'])} other classes: a new classifier for the {len(classes)} here")
-        own = model.state_dict()
-        last = list(own)[-2].rsplit(".", 1)[0] + "."  # the last layer: classifier.1 or fc
-        weights = weights | {name: own[name] for name in own if name.startswith(last)}
+def read_initial(path: Path, arch: str | None) -> dict:
+    """The checkpoint --init, or for a foreign file a dict like one: its weights and how their images must look.
+
+    tf_*: the official sizes and crop, those of the Noisy Student weights (timm's results-imagenet.csv agrees); pixels
+    from -1 to 1 for AdvProp's, which `ap` in the name of the file or its folder gives away. Any other model: what
+    torchvision records of the weights with this file name, else of its first ones, which is right for the
+    semi-supervised ResNets (1905.00546) too.
+    """
+    source = read_file(path)
+    if isinstance(source, dict) and source.get("format") == CHECKPOINT_FORMAT:
+        return source
+    if not arch:
+        fail(f"--init {path} is not of this toolkit: --arch must say of which model its weights are")
+    own, name = arch.removeprefix("tf_"), f"{path.parent.name}/{path.name}"
+    if own in EFFICIENTNETS and (own != arch or own > "efficientnet_l"):
+        is_large = own == "efficientnet_l2" and not re.search(r"ns(_jft_in1k)?_475", name)
+        image_size = 800 if is_large else EFFICIENTNETS[own][2]  # L2 is published for 475 pixels and for 800
+        crop_fraction, interpolation = default_crop_fraction(image_size), "bicubic"
+        is_adversarial = re.search(r"[._]ap[-._]", name)
+        mean, std = ((0.5,) * 3, (0.5,) * 3) if is_adversarial else (IMAGENET_MEAN, IMAGENET_STD)
+    else:
+        from torchvision.models import get_model_weights
+
+        try:
+            published = list(get_model_weights(arch))
+        except ValueError as error:
+            fail(f"--arch: {error}")
+        record = next((one for one in published if Path(one.url).name == path.name), published[0]).transforms()
+        image_size, mean, std = record.crop_size[0], tuple(record.mean), tuple(record.std)
+        crop_fraction, interpolation = image_size / record.resize_size[0], record.interpolation.value
+    print(f"{path} is foreign; its view: {image_size} px, crop {crop_fraction:.4f}, {interpolation}, mean {mean}")
+    view = {"image_size": image_size, "crop_fraction": crop_fraction, "interpolation": interpolation}
+    return {"arch": arch, "model": source} | view | {"mean": mean, "std": std}
+
+
+def load_initial_weights(model: torch.nn.Module, source: dict, args: argparse.Namespace, classes: list[str]) -> None:
+    """Start from --init; its classifier comes along only where it has the same classes in the same order."""
     try:
-        load_weights(model, weights)
+        weights = own_names(source)
+        known = source.get("classes")  # of a foreign file only the number is known, from the last layer
+        number = len(known or weights.get(list(model.state_dict())[-1], classes))
+        same = known == classes if known else number == len(classes)
+        if not same and args.epochs == 0:
+            fail(f"--init {args.init} has {number} other classes than --data ({len(classes)}): --epochs 0 trains none")
+        if not same:
+            print(f"{args.init} has {number} other classes: a new classifier for the {len(classes)} here")
+        load_weights(model, weights, new_head=not same)
     except ValueError as error:
-        fail(f"--init {path} ({checkpoint['arch']}) does not fit --arch: {error}")
+        fail(f"--init {args.init} ({source['arch']}) does not fit --arch: {error}")
 
 
 def main() -> None:
     args = parse_args()
     processes = init_processes(args.device)
-    begun = previous_run(args.out, args, may_differ=("save_every",))
-    if args.batch_size % processes.world_size:
-        fail(f"--batch-size {args.batch_size} cannot be split evenly over {processes.world_size} processes")
+    begun = previous_run(args.out, args, may_differ=("save_every", "checkpoint_activations"))
+    num_parts = processes.world_size * args.accumulate
+    if args.batch_size % num_parts:
+        fail(f"--batch-size {args.batch_size} cannot be split in {num_parts} parts (processes x --accumulate)")
+    source = read_initial(args.init, args.arch) if args.init else {}
 
     # data
     rows, labels, classes = labeled_images(args.data, "train")
     val_rows, val_labels, _ = labeled_images(args.data, "val", classes)
-    arch = args.arch
-    image_size = args.image_size or EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
-    clean = {"image_size": image_size, "crop_fraction": default_crop_fraction(image_size)}
+    arch = args.arch or source.get("arch", "efficientnet_b0")
+    own_size = source.get("image_size") or EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
+    image_size = args.image_size or own_size
+    preprocessing = {"image_size": image_size, "crop_fraction": default_crop_fraction(image_size)}
+    preprocessing |= {"interpolation": "bicubic", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    if source:  # the crop belongs to the size
+        kept = preprocessing.keys() if image_size == own_size else {"interpolation", "mean", "std"}
+        preprocessing |= {name: source[name] for name in kept & source.keys()}
     noised = {"image_size": image_size, "min_area": args.min_crop_area, "hflip": args.hflip}
-    good = check_images(ImageDataset(rows, clean=clean), args.max_bad, processes, args.workers)
-    rows, labels = rows[good], labels[good]
+    if args.epochs != 0:  # otherwise train/ gives nothing but the names of the classes
+        good = check_images(ImageDataset(rows, clean=view_of(preprocessing)), args.max_bad, processes, args.workers)
+        rows, labels = rows[good], labels[good]
     targets = torch.from_numpy(labels)
 
     # what follows from the flags
@@ -165,14 +218,17 @@ def main() -> None:
 
     # model
     torch.manual_seed(args.seed)
-    arch_options = {"small_images": args.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
+    small_images = args.small_images
+    if small_images is None and source:
+        small_images = source.get("arch_options", {}).get("small_images")
+    arch_options = {"small_images": small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     arch_options |= {"zero_init_residual": args.zero_init_residual or None}
     try:
         model = build_model(arch, len(classes), **arch_options)
     except ValueError as error:
         fail(f"--arch: {error}")
-    if args.init:
-        load_initial_weights(model, args.init, classes)
+    if source:
+        load_initial_weights(model, source, args, classes)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = args.bn_momentum
@@ -197,10 +253,7 @@ def main() -> None:
         "arch": arch,
         "arch_options": arch_options,
         "classes": classes,
-        "crop_fraction": clean["crop_fraction"],
-        "image_size": image_size,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        **preprocessing,
         "args": flags_of(args),
         "data": os.path.abspath(args.data),  # the student's default
     }
@@ -216,7 +269,7 @@ def main() -> None:
         )
 
     # train
-    ddp_model = parallel(model, processes, args.compile)
+    ddp_model = parallel(model, processes, args.compile, args.checkpoint_activations)
     dataset = ImageDataset(rows, noised=noised, seed=args.seed)
     keys = train_keys(len(rows), args.batch_size, args.seed, 0, range(start, total_steps), processes)
     batches = load_batches(dataset, keys, processes, args.workers)
@@ -243,15 +296,16 @@ def main() -> None:
         if num_ops:
             images = rand_augment(images, num_ops, magnitude, generator)
         target = targets[batch.rows].to(processes.device, non_blocking=True)
-        with amp:
-            logits = ddp_model(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=args.label_smoothing)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        for part_target, part_images in micro_batches(ddp_model, args.accumulate, target, images):
+            with amp:
+                logits = ddp_model(normalize(part_images, header["mean"], header["std"]))
+            loss = F.cross_entropy(logits.float(), part_target, label_smoothing=args.label_smoothing)
+            scaler.scale(loss / args.accumulate).backward()
+            loss_sum += loss.detach() / args.accumulate
         scaler.step(optimizer)
         scaler.update()
         update_ema(ema_model, model, step + 1, args.ema_decay)
-        loss_sum += loss.detach()
 
         done, epoch = step + 1, (step + 1) / steps_per_epoch
         stopped = stop()

@@ -42,6 +42,7 @@ from common import (
     read_classes,
     report_bad,
     unlabeled_images,
+    view_of,
 )
 
 TODO, DONE, UNREADABLE = 0, 1, 2  # status of a row
@@ -132,7 +133,7 @@ def create_or_check(args: argparse.Namespace, checkpoint: dict, is_main: bool) -
 def main() -> None:
     args = parse_args()
     processes = init_processes(args.device)
-    model, checkpoint = load_model(args.teacher, processes.device)
+    model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
     create_or_check(args, checkpoint, processes.is_main)
     barrier(processes)
     with open_label_file(args.out, LOGITS_FORMAT) as file:
@@ -152,22 +153,23 @@ def main() -> None:
     if args.compile:
         model.compile()
     amp, _ = autocast(args.precision, processes.device)
-    dataset = ImageDataset(rows, clean={name: checkpoint[name] for name in ("image_size", "crop_fraction")})
+    dataset = ImageDataset(rows, clean=view_of(checkpoint))
     mine = todo[processes.rank :: processes.world_size]
     batches = load_batches(dataset, [list(batch) for batch in mine], processes, args.workers)
     stop, writer = StopSignal(processes), RowWriter(args.out)
     for rows_here, batch in zip(mine, progress(batches, len(mine), "labels", processes), strict=True):
-        # Unreadable images are zeros in their place: a batch's shape, and so its numbers, do not depend on them.
-        side = checkpoint["image_size"]
-        images = torch.zeros(len(rows_here), 3, side, side, dtype=torch.uint8)
-        good = np.zeros(len(rows_here), dtype=bool)
+        # Unreadable images are zeros in their place: a batch's shape, and so its numbers, do not depend on them. For a
+        # compiled model all shapes are the same, the last one's too.
+        side, num = checkpoint["image_size"], len(rows_here)
+        images = torch.zeros(size if args.compile else num, 3, side, side, dtype=torch.uint8)
+        good = np.zeros(num, dtype=bool)
         if len(batch.rows):
             good[batch.rows.numpy() - rows_here.start] = True
-            images[torch.from_numpy(good)] = batch.views[0]
+            images[:num][torch.from_numpy(good)] = batch.views[0]
         images = images.to(processes.device, non_blocking=True)
         with amp:
             logits = model(normalize(images, checkpoint["mean"], checkpoint["std"]))
-        logits = logits.float().cpu().numpy()
+        logits = logits[:num].float().cpu().numpy()
         if not np.isfinite(logits[good]).all():
             fail(f"--teacher {args.teacher} gives logits that are not finite")
         writer.write(rows_here.start, logits, good)

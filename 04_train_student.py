@@ -57,6 +57,7 @@ from common import (
     load_model,
     make_optimizer,
     map_dataset,
+    micro_batches,
     normalize,
     open_label_file,
     parallel,
@@ -71,6 +72,7 @@ from common import (
     train_keys,
     unlabeled_images,
     update_ema,
+    view_of,
 )
 
 # Epochs, RandAugment ops and magnitude, unlabelled images a labelled one of the official script
@@ -120,6 +122,8 @@ def parse_args() -> argparse.Namespace:
     add("--zero-init-residual", action="store_true", help="blocks start as the identity: short runs learn sooner")
     add("--image-size", type=at_least(1, int), help="training resolution in pixels; None: the teacher's own")
     add("--batch-size", type=at_least(1, int), default=256, help="labelled images a step, all processes (paper: 2048)")
+    add("--accumulate", type=at_least(1, int), default=1, help="parts a step: less memory; batch norm sees one part")
+    add("--checkpoint-activations", action="store_true", help="EfficientNets: less memory, slower, same results")
     add("--epochs", type=at_least(0), help="passes over the labelled images; None: the paper's, 700 to B4, 350 above")
     add(
         "--optimizer", choices=["rmsprop", "sgd", "adamw"], default="rmsprop", help="rmsprop: TensorFlow's, the paper's"
@@ -153,7 +157,7 @@ def noisy_student_loss(logits, targets, pseudo_logits, pseudo_targets, num_pseud
     the global one. Only labels that people gave are smoothed here (official main.py:502-541).
     """
     labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / max(1, len(targets))
-    unlabeled = soft_cross_entropy(pseudo_logits, pseudo_targets).sum() / max(1, num_pseudo)
+    unlabeled = soft_cross_entropy(pseudo_logits, pseudo_targets).sum() / (num_pseudo or 1)
     return labeled + unlabeled_weight * unlabeled, labeled, unlabeled
 
 
@@ -199,15 +203,18 @@ def pseudo_targets(logits, labels, kind: str, temperature: float, label_smoothin
 def main() -> None:
     args = parse_args()
     processes = init_processes(args.device)
-    begun = previous_run(args.out, args, may_differ=("save_every",))
+    begun = previous_run(args.out, args, may_differ=("save_every", "checkpoint_activations"))
     if not args.teacher and not args.pseudo_labels:
         fail("--teacher or --pseudo-labels: one of them must say what the unlabelled images show")
     if args.unlabeled_only and not args.pseudo_labels:
         fail("--unlabeled-only needs --pseudo-labels: an epoch is a pass over the selected images")
     selection = Selection(args.pseudo_labels, args.unlabeled) if args.pseudo_labels else None
-    teacher, source = load_model(args.teacher, processes.device) if args.teacher else (None, selection.source)
-    if args.batch_size % processes.world_size:
-        fail(f"--batch-size {args.batch_size} cannot be split evenly over {processes.world_size} processes")
+    teacher, source = (None, selection.source) if selection else (None, {})
+    if args.teacher:
+        teacher, source = load_model(args.teacher, processes.device, fuse=True)
+    num_parts = processes.world_size * args.accumulate
+    if args.batch_size % num_parts:
+        fail(f"--batch-size {args.batch_size} cannot be split in {num_parts} parts (processes x --accumulate)")
 
     # data
     teachers_data = source.get("data") if teacher else os.path.dirname(source["root"])
@@ -216,9 +223,10 @@ def main() -> None:
     val_rows, val_labels, _ = labeled_images(data, "val", classes)
     arch = args.arch or source["arch"]
     image_size = args.image_size or int(source["image_size"])
-    clean = {"image_size": image_size, "crop_fraction": default_crop_fraction(image_size)}
+    preprocessing = {"image_size": image_size, "crop_fraction": default_crop_fraction(image_size)}
+    preprocessing |= {"interpolation": "bicubic", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     noised = {"image_size": image_size, "min_area": args.min_crop_area, "hflip": args.hflip}
-    good = check_images(ImageDataset(rows, clean=clean), args.max_bad, processes, args.workers)
+    good = check_images(ImageDataset(rows, clean=view_of(preprocessing)), args.max_bad, processes, args.workers)
     rows, labels = rows[good], labels[good]
     targets = torch.from_numpy(labels)
     unlabeled = selection.images if selection else unlabeled_images(args.unlabeled or data / "unlabeled")
@@ -226,7 +234,7 @@ def main() -> None:
     if sorted(labels_of) != sorted(classes):
         fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {' '.join(labels_of[:5])}")
     columns = [labels_of.index(name) for name in classes]
-    on_the_fly = {name: source[name] for name in ("image_size", "crop_fraction")} if not selection else None
+    on_the_fly = view_of(source) if not selection else None
 
     # what follows from the flags
     num_images = [len(rows), len(unlabeled)]
@@ -242,8 +250,8 @@ def main() -> None:
     num_labeled, num_unlabeled = args.batch_size, round(ratio * args.batch_size)  # a step
     if args.unlabeled_only:
         num_labeled, num_unlabeled = 0, args.batch_size
-    if num_unlabeled % processes.world_size:
-        fail(f"--ratio {ratio:g}: {num_unlabeled} images cannot be split over {processes.world_size} processes")
+    if num_unlabeled % num_parts:
+        fail(f"--ratio {ratio:g}: {num_unlabeled} unlabelled images a step cannot be split in {num_parts} parts")
     steps_per_epoch = len(unlabeled) / num_unlabeled if args.unlabeled_only else len(rows) / num_labeled
     unlabeled_weight = ratio if args.unlabeled_weight is None else args.unlabeled_weight
     kind = args.pseudo_label_type or ("hard" if selection and selection.method == "top-p" else "soft")
@@ -285,10 +293,7 @@ def main() -> None:
         "arch": arch,
         "arch_options": arch_options,
         "classes": classes,
-        "crop_fraction": clean["crop_fraction"],
-        "image_size": image_size,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        **preprocessing,
         "args": flags_of(args),
         "data": os.path.abspath(data),  # the next student's default
     }
@@ -308,7 +313,7 @@ def main() -> None:
             )
 
     # train
-    ddp_model = parallel(model, processes, args.compile)
+    ddp_model = parallel(model, processes, args.compile, args.checkpoint_activations)
     dataset = ImageDataset(rows, noised=noised, seed=args.seed)
     keys = train_keys(len(rows), num_labeled, args.seed, 0, range(start, total_steps), processes)
     batches = load_batches(dataset, keys, processes, args.workers)
@@ -354,20 +359,23 @@ def main() -> None:
                 pseudo_logits = teacher(normalize(clean_images, source["mean"], source["std"])).float()
             pseudo_labels = pseudo_logits.argmax(1)
         probs = pseudo_targets(pseudo_logits, pseudo_labels, kind, args.temperature, args.label_smoothing)
-        num_pseudo = reduce_sum(torch.tensor(float(len(pseudo.rows))), processes).item() / processes.world_size
-        with amp:
-            logits = ddp_model(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
-        logits, n = logits.float(), len(target)
+        # the readable ones of a part, in the mean over the processes
+        num_pseudo = reduce_sum(torch.tensor(float(len(pseudo.rows))), processes).item() / num_parts
         probs = probs[:, columns].to(processes.device, non_blocking=True)
-        loss, labeled_loss, unlabeled_loss = noisy_student_loss(
-            logits[:n], target, logits[n:], probs, num_pseudo, unlabeled_weight, args.label_smoothing
-        )
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        parts = target, images[: len(target)], images[len(target) :], probs
+        for part_target, part_images, part_unlabeled, part_probs in micro_batches(ddp_model, args.accumulate, *parts):
+            with amp:
+                logits = ddp_model(normalize(torch.cat([part_images, part_unlabeled]), header["mean"], header["std"]))
+            logits, n = logits.float(), len(part_target)
+            loss, labeled_loss, unlabeled_loss = noisy_student_loss(
+                logits[:n], part_target, logits[n:], part_probs, num_pseudo, unlabeled_weight, args.label_smoothing
+            )
+            scaler.scale(loss / args.accumulate).backward()
+            loss_sum += torch.stack([loss, labeled_loss, unlabeled_loss]).detach() / args.accumulate
         scaler.step(optimizer)
         scaler.update()
         update_ema(ema_model, model, step + 1, args.ema_decay)
-        loss_sum += torch.stack([loss, labeled_loss, unlabeled_loss]).detach()
 
         done, epoch = step + 1, (step + 1) / steps_per_epoch
         stopped = stop()

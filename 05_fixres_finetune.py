@@ -44,6 +44,7 @@ from common import (
     load_batches,
     load_model,
     make_optimizer,
+    micro_batches,
     normalize,
     parallel,
     previous_run,
@@ -54,6 +55,7 @@ from common import (
     save_figure,
     step_generator,
     train_keys,
+    view_of,
 )
 
 # The official code goes on at the end of its schedule (main.py:226-229, 582): after 145 decays of 0.97.
@@ -70,6 +72,8 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; None: the checkpoint's own")
     add("--frozen-blocks", type=at_least(0, int), help="the stem and the first N blocks stay; None: all of the blocks")
     add("--batch-size", type=at_least(1, int), default=256, help="images a step over all processes")
+    add("--accumulate", type=at_least(1, int), default=1, help="parts a step: less memory; batch norm sees one part")
+    add("--checkpoint-activations", action="store_true", help="EfficientNets: less memory, slower, same results")
     add("--epochs", type=at_least(0), default=1.5, help="passes over the labelled images (paper: 1.5)")
     add("--optimizer", choices=["rmsprop", "sgd", "adamw"], default="rmsprop", help="rmsprop: TensorFlow's (paper)")
     add("--lr", type=at_least(0), help="learning rate; None: 0.016 x 0.97^145 x batch size / 256, the schedule's end")
@@ -129,16 +133,17 @@ def draw_resolutions(path: Path, curves: dict[str, list[tuple[int, float]]], siz
 def main() -> None:
     args = parse_args()
     processes = init_processes(args.device)
-    begun = previous_run(args.out, args, may_differ=("save_every",))
-    if args.batch_size % processes.world_size:
-        fail(f"--batch-size {args.batch_size} cannot be split evenly over {processes.world_size} processes")
+    begun = previous_run(args.out, args, may_differ=("save_every", "checkpoint_activations"))
+    num_parts = processes.world_size * args.accumulate
+    if args.batch_size % num_parts:
+        fail(f"--batch-size {args.batch_size} cannot be split in {num_parts} parts (processes x --accumulate)")
     model, source = load_model(args.checkpoint, processes.device)
 
     # data: the clean view, in training as in testing
     data = args.data or Path(source["data"])
     rows, labels, classes = labeled_images(data, "train", source["classes"])
     val_rows, val_labels, _ = labeled_images(data, "val", classes)
-    view = {"image_size": args.image_size, "crop_fraction": default_crop_fraction(args.image_size)}
+    view = view_of(source) | {"image_size": args.image_size, "crop_fraction": default_crop_fraction(args.image_size)}
     dataset = ImageDataset(rows, clean=view)
     good = check_images(dataset, args.max_bad, processes, args.workers)
     rows, labels = rows[good], labels[good]
@@ -193,7 +198,7 @@ def main() -> None:
         )
 
     # train; no running average: over so few steps it would stay where it began
-    ddp_model = parallel(model, processes, args.compile)
+    ddp_model = parallel(model, processes, args.compile, args.checkpoint_activations)
     keys = train_keys(len(rows), args.batch_size, args.seed, 0, range(start, total_steps), processes)
     batches = load_batches(dataset, keys, processes, args.workers)
     stop = StopSignal(processes)
@@ -220,14 +225,15 @@ def main() -> None:
         step_generator(args.seed, step, processes.rank)  # for the dropout
         images = batch.views[0].to(processes.device, non_blocking=True)
         target = targets[batch.rows].to(processes.device, non_blocking=True)
-        with amp:
-            logits = ddp_model(normalize(images, source["mean"], source["std"]))
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=args.label_smoothing)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        for part_target, part_images in micro_batches(ddp_model, args.accumulate, target, images):
+            with amp:
+                logits = ddp_model(normalize(part_images, header["mean"], header["std"]))
+            loss = F.cross_entropy(logits.float(), part_target, label_smoothing=args.label_smoothing)
+            scaler.scale(loss / args.accumulate).backward()
+            loss_sum += loss.detach() / args.accumulate
         scaler.step(optimizer)
         scaler.update()
-        loss_sum += loss.detach()
 
         done = step + 1
         stopped = stop()

@@ -14,14 +14,17 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tarfile
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -32,6 +35,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 # ----------------------------------------------------------------------------------------------------------------------
 # models: EfficientNet-B0 to B7 and L0 to L2 (Noisy Student, table 7 of v1), with torchvision's parameter names
@@ -80,17 +85,18 @@ class SamePadConv2d(nn.Conv2d):
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1 x 1 convolution; trained on a CPU as the matrix product it is, 1.35 times as fast at 32 px (B0, 1 thread)."""
+    """A 1 x 1 convolution; on CPUs as the matrix product it is, in training (1.35 times as fast, B0 at 32 px, 1 thread)
+    and where it has a bias, that of a folded batch norm; otherwise to the last digit as torchvision's and timm's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.device.type == "cpu":
+        if x.device.type == "cpu" and (self.training or self.bias is not None):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return super().forward(x)
 
 
-def conv_norm(channels_in, channels_out, kernel, stride=1, groups=1, eps=1e-3, same_pad=False, activation=True):
+def conv_norm(channels_in, channels_out, kernel, stride=1, groups=1, eps=1e-3, tf=False, activation=True):
     """Convolution, batch norm (official momentum 0.99, which torch counts as 0.01) and SiLU."""
-    if same_pad and stride > 1:  # at stride 1 the padding is symmetric, and both are the same
+    if tf and stride > 1:  # at stride 1 the padding is symmetric, and both are the same
         conv = SamePadConv2d(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
     elif kernel == 1:
         conv = PointwiseConv2d(channels_in, channels_out, 1, bias=False)
@@ -110,8 +116,24 @@ class SqueezeExcitation(nn.Module):
         return x * torch.sigmoid(self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
+@contextlib.contextmanager
+def frozen_statistics(block: nn.Module):
+    """Batch norms here use their batch but leave the running statistics alone, which a first pass has moved already."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, num_batches_tracked in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+
+
 class MBConv(nn.Module):
     """Inverted residual block with stochastic depth: `drop_path` is the probability that an image skips the block."""
+
+    recomputes = False  # the activations, in the backward pass, instead of keeping them: see `parallel`
 
     def __init__(self, channels_in, channels_out, kernel, stride, expand, drop_path, conv_norm):
         super().__init__()
@@ -126,13 +148,21 @@ class MBConv(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.block(x)
+        if self.recomputes and torch.is_grad_enabled():
+            # A compiled graph recomputes without the side effect that the second context suppresses.
+            contexts = {} if torch.compiler.is_compiling() else {"context_fn": self.recompute_contexts}
+            y = checkpoint_activations(self.block, x, use_reentrant=False, preserve_rng_state=False, **contexts)
+        else:
+            y = self.block(x)
         if not self.has_skip:
             return y
         if self.training and self.drop_path > 0:
             keep = torch.rand(len(y), 1, 1, 1, device=y.device) >= self.drop_path
             y = y * (keep / (1 - self.drop_path)).to(y.dtype)
         return x + y
+
+    def recompute_contexts(self):
+        return contextlib.nullcontext(), frozen_statistics(self.block)
 
 
 class EfficientNet(nn.Module):
@@ -144,19 +174,10 @@ class EfficientNet(nn.Module):
     """
 
     def __init__(
-        self,
-        width,
-        depth,
-        dropout,
-        num_classes,
-        eps,
-        same_pad,
-        small_images=False,
-        drop_path=0.2,
-        zero_init_residual=False,
+        self, width, depth, dropout, num_classes, eps, tf, small_images=False, drop_path=0.2, zero_init_residual=False
     ):
         super().__init__()
-        layer = partial(conv_norm, eps=eps, same_pad=same_pad)
+        layer = partial(conv_norm, eps=eps, tf=tf)
         channels = round_channels(32 * width)
         stages = [layer(3, channels, 3, 2)]
         repeats = [math.ceil(depth * stage[0]) for stage in STAGES]
@@ -178,7 +199,7 @@ class EfficientNet(nn.Module):
                 # Of a depthwise convolution TensorFlow counts the fan-out of one group (official
                 # efficientnet_model.py:74-98), torchvision that of all: smaller weights, which AdamW moves sooner.
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                fan_out = fan_out // module.groups if same_pad else fan_out
+                fan_out = fan_out // module.groups if tf else fan_out
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -207,52 +228,31 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         # torchvision's B0 to B4 have torch's own eps; TensorFlow's, and torchvision's B5 to B7, 1e-3.
         eps = 1e-5 if arch in list(EFFICIENTNETS)[:5] else 1e-3
         options.setdefault("dropout", dropout)
-        return EfficientNet(width, depth, num_classes=num_classes, eps=eps, same_pad=arch.startswith("tf_"), **options)
-    from torchvision.models import get_model
+        return EfficientNet(width, depth, num_classes=num_classes, eps=eps, tf=arch.startswith("tf_"), **options)
+    from torchvision import models
 
+    if arch not in models.list_models(module=models):
+        raise ValueError(
+            f"cannot build {arch!r}: it is none of {', '.join(EFFICIENTNETS)}, nor of torchvision's models"
+        )
     if "drop_path" in options:
         options["stochastic_depth_prob"] = options.pop("drop_path")
+    if arch in ("googlenet", "inception_v3"):  # without the second classifiers, which only training would see
+        options |= {"aux_logits": False, "init_weights": True}
     try:
-        return get_model(arch, weights=None, num_classes=num_classes, **options)
+        return models.get_model(arch, weights=None, num_classes=num_classes, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"cannot build {arch!r} with {arch_options}: {error}") from error
 
 
-def timm_to_own(name: str) -> str:
-    """timm's name of an EfficientNet weight -> torchvision's, which is ours."""
-    top = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": "features.8.0", "bn2": "features.8.1"}
-    top["classifier"] = "classifier.1"
-    first, _, rest = name.partition(".")
-    if first != "blocks":
-        return f"{top.get(first, first)}.{rest}"
-    stage, block, layer, rest = rest.split(".", 3)
-    layers = ("conv_pw bn1", "conv_dw bn2", "se", "conv_pwl bn3")
-    if stage == "0":  # not expanded: it begins with the depthwise convolution
-        layers = ("conv_dw bn1", "se", "conv_pw bn2")
-    number = next(i for i, names in enumerate(layers) if layer in names.split())
-    if layer == "se":
-        rest = rest.replace("conv_reduce", "fc1").replace("conv_expand", "fc2")
-    else:
-        rest = f"{int(layer.startswith('bn'))}.{rest}"
-    return f"features.{int(stage) + 1}.{block}.block.{number}.{rest}"
-
-
-def load_weights(model: nn.Module, state_dict: dict) -> None:
-    """Load a state_dict with our (torchvision's) or timm's names; ValueError says what is missing, extra, misshapen."""
-    own = model.state_dict()
-    given = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state_dict.items()}
-    if "conv_stem.weight" in given:
-        given = {timm_to_own(name): value for name, value in given.items()}
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & given.keys()
-        if own[name].shape != given[name].shape
-    ]
-    for what, names in (("missing", missing), ("extra", extra), ("of another shape", sorted(shapes))):
-        if names:
-            raise ValueError(f"{len(names)} weights are {what}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}")
-    model.load_state_dict(given, strict=True)
+def fuse_batch_norms(model: nn.Module) -> None:
+    """Fold each batch norm into the convolution before it, in place: the same function in eval mode, and faster."""
+    model.eval()
+    for module in list(model.modules()):
+        for (name, conv), (next_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, next_name, nn.Identity())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -512,13 +512,19 @@ def default_crop_fraction(image_size: int) -> float:
     return image_size / (image_size + 32) if image_size > 64 else 1.0
 
 
-def eval_view(image: Image.Image, image_size: int, crop_fraction: float) -> np.ndarray:
-    """The clean view, what a teacher labels: the centre square, bicubic (antialiased), uint8 (size, size, 3)."""
+def view_of(checkpoint: dict) -> dict:
+    """The arguments of `eval_view` for a checkpoint's model."""
+    names = ("image_size", "crop_fraction", "interpolation")
+    return {name: checkpoint[name] for name in names if name in checkpoint}
+
+
+def eval_view(image: Image.Image, image_size: int, crop_fraction: float, interpolation: str = "bicubic") -> np.ndarray:
+    """The clean view, what a teacher labels: the centre square, antialiased, uint8 (size, size, 3)."""
     width, height = image.size
     side = max(1, int(crop_fraction * min(width, height)))
     left, top = (width - side + 1) // 2, (height - side + 1) // 2  # official preprocessing.py:104-134
     square = image.crop((left, top, left + side, top + side))  # resize(box=...) would look at pixels around the box
-    return np.asarray(square.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    return np.asarray(square.resize((image_size, image_size), Image.Resampling[interpolation.upper()]))
 
 
 def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, min_area: float, hflip: bool):
@@ -1027,11 +1033,18 @@ def barrier(processes: Processes) -> None:
         dist.barrier()
 
 
-def parallel(model: nn.Module, processes: Processes, compile_it: bool) -> nn.Module:
+def parallel(model: nn.Module, processes: Processes, compile_it: bool, recompute: bool = False) -> nn.Module:
     """What the training forward calls: compiled in place if asked for, DDP around it with several processes.
 
-    Batch norm is synchronised over the processes on GPUs; torch has no such thing for CPUs.
+    Batch norm is synchronised over the processes on GPUs; torch has no such thing for CPUs. `recompute`: keep only what
+    enters a block, and compute the rest of its activations again in the backward pass; the results stay the same.
     """
+    if recompute:
+        blocks = [module for module in model.modules() if isinstance(module, MBConv)]
+        if not blocks:
+            fail("--checkpoint-activations is for EfficientNets; --accumulate saves memory with any model")
+        for block in blocks:
+            block.recomputes = True
     if compile_it:
         model.compile()
     if processes.world_size == 1:
@@ -1040,6 +1053,14 @@ def parallel(model: nn.Module, processes: Processes, compile_it: bool) -> nn.Mod
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: it replaces the children
     devices = [processes.device] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def micro_batches(ddp_model: nn.Module, number: int, *tensors: Tensor):
+    """Cut a batch in `number` parts; the processes exchange gradients once, in the backward pass of the last."""
+    for part, chunks in enumerate(zip(*(tensor.tensor_split(number) for tensor in tensors), strict=True), 1):
+        waits = part < number and isinstance(ddp_model, nn.parallel.DistributedDataParallel)
+        with ddp_model.no_sync() if waits else contextlib.nullcontext():
+            yield chunks
 
 
 class StopSignal:
@@ -1068,11 +1089,18 @@ def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
     return torch.Generator().manual_seed(word ^ 1)
 
 
+def precision_of(precision: str, device: torch.device) -> str:
+    """What --precision auto means on a device; on CPUs bf16's depthwise convolutions make training slower."""
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
 def autocast(precision: str, device: torch.device):
     """(autocast context, GradScaler) of --precision auto, fp32, bf16 or fp16."""
-    if precision == "auto":  # on CPUs bf16's depthwise convolutions make training slower, not faster
-        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
-        precision = half if device.type == "cuda" else "fp32"
+    precision = precision_of(precision, device)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     return context, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -1136,26 +1164,128 @@ def flags_of(args: argparse.Namespace) -> dict:
     return {name: plain(value) for name, value in vars(args).items()}
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of this toolkit onto the CPU; anything else ends the program and is never executed."""
+def read_file(path: str | Path) -> dict:
+    """What a .pt, .pth or .safetensors file holds, mapped; one with code in it ends the program and is never run."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        mapped = zipfile.is_zipfile(path)  # torch's format since 1.6
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not look at the checksums of what it maps
+                    raise OSError(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
+    except ImportError:
+        fail(f"{path}: reading it needs a package: pip install safetensors")
     except Exception as error:  # a text file, a truncated one, a pickle with code in it: each raises something else
         reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        fail(f"{path}: not a checkpoint of this toolkit, or damaged; nothing in it was executed ({reason})")
+        fail(f"{path}: not a checkpoint, or damaged; nothing in it was executed ({reason})")
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of this toolkit onto the CPU; anything else ends the program and is never executed."""
+    checkpoint = read_file(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         keys = list(checkpoint)[:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         fail(f"{path}: not a checkpoint of this toolkit (no format {CHECKPOINT_FORMAT!r}; found {keys})")
     return checkpoint
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
-    """(model in eval mode with the averaged weights, checkpoint) of a model.pt or last.pt."""
+# timm's layers of an EfficientNet by our (torchvision's) names; the blocks of the first stage do not expand.
+TIMM_TOP = {
+    "conv_stem": "features.0.0",
+    "bn1": "features.0.1",
+    "conv_head": "features.8.0",
+    "bn2": "features.8.1",
+    "classifier": "classifier.1",
+}
+TIMM_BLOCK = {"conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0", "bn2": "1.1", "conv_pwl": "3.0", "bn3": "3.1"}
+TIMM_BLOCK |= {"se.conv_reduce": "2.fc1", "se.conv_expand": "2.fc2"}
+TIMM_FIRST = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "2.0", "bn2": "2.1"}
+TIMM_FIRST |= {"se.conv_reduce": "1.fc1", "se.conv_expand": "1.fc2"}
+
+
+def timm_to_own(name: str) -> str:
+    layer, _, tensor = name.rpartition(".")
+    if found := re.fullmatch(r"blocks\.(\d)\.(\d+)\.(.+)", layer):
+        stage, block, part = found.groups()
+        part = (TIMM_BLOCK if int(stage) else TIMM_FIRST).get(part, part)
+        return f"features.{int(stage) + 1}.{block}.block.{part}.{tensor}"
+    return f"{TIMM_TOP.get(layer, layer)}.{tensor}"
+
+
+def own_names(weights: dict) -> dict[str, Tensor]:
+    """A state_dict by our names: out of its containers, without the prefixes of wrappers, timm's names translated.
+
+    Where there are both the last and the averaged weights, they are the averaged ones.
+    """
+    containers = ("model_ema", "state_dict_ema", "state_dict", "model")
+    while isinstance(weights, dict) and (inside := [key for key in containers if isinstance(weights.get(key), dict)]):
+        weights = weights[inside[0]]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"not a state_dict, with or without one of {', '.join(containers)} around it")
+    names = {re.sub(r"^((module|_orig_mod)\.)+", "", name): name for name in weights if name != "n_averaged"}
+    if "conv_stem.weight" in names:
+        names = {timm_to_own(name): original for name, original in names.items()}
+    return {name: weights[original] for name, original in names.items()}
+
+
+def load_weights(model: nn.Module, weights: dict | str | Path, new_head: bool = False) -> None:
+    """Load a state_dict or a file of one, of this toolkit, torchvision or timm (see `own_names`).
+
+    ValueError names what is missing, extra or of another shape, and then nothing was loaded. `new_head`: the last layer
+    keeps the weights it has. A model on the meta device takes the tensors themselves, any other one their values.
+    """
+    given = own_names(read_file(weights) if isinstance(weights, (str, Path)) else weights)
+    own = model.state_dict()
+    head = list(own)[-1].rpartition(".")[0] + "."
+    if new_head:
+        given = {name: t for name, t in given.items() if not name.startswith(head)}
+        given |= {name: t for name, t in own.items() if name.startswith(head)}
+    for name in own.keys() - given.keys():
+        if name.endswith(".num_batches_tracked"):  # files of old have none, and it is not used
+            given[name] = torch.tensor(0)
+    wrong = {
+        "missing": own.keys() - given.keys(),
+        "extra": given.keys() - own.keys(),
+        "of another shape": {
+            f"{name} {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own.keys() & given.keys()
+            if own[name].shape != given[name].shape
+        },
+    }
+    if any(wrong.values()):
+        raise ValueError(
+            "; ".join(
+                f"{len(names)} weights are {what}: {', '.join(sorted(names)[:4])}{' ...' * (len(names) > 4)}"
+                for what, names in wrong.items()
+                if names
+            )
+        )
+    given = {name: tensor.to(own[name].dtype) for name, tensor in given.items()}
+    model.load_state_dict(given, strict=True, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool = False) -> tuple[nn.Module, dict]:
+    """(model in eval mode with the averaged weights, checkpoint) of a model.pt or last.pt.
+
+    `fuse`: with the batch norms folded into the convolutions, for inference: 1.4 times as fast, equal but for rounding.
+    """
     checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint["arch"], len(checkpoint["classes"]), **checkpoint["arch_options"])
-    load_weights(model, checkpoint["model"])
+    # Without memory and time for weights that are replaced at once; torchvision's RegNets cannot be built like that.
+    on_meta = checkpoint["arch"].removeprefix("tf_") in EFFICIENTNETS
+    with torch.device("meta") if on_meta else contextlib.nullcontext():
+        model = build_model(checkpoint["arch"], len(checkpoint["classes"]), **checkpoint["arch_options"])
+    try:
+        load_weights(model, checkpoint["model"])
+    except ValueError as error:
+        fail(f"{path}: {error}")
+    if fuse:
+        fuse_batch_norms(model)
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
@@ -1235,14 +1365,11 @@ def evaluate(
 
     `checkpoint`: whatever has `image_size`, `crop_fraction`, `mean` and `std`.
     """
-    clean = {name: checkpoint[name] for name in ("image_size", "crop_fraction")}
     model.eval()
-    if (
-        processes.world_size > 1
-    ):  # on CPUs each process has its own running statistics: rank 0's are the ones that count
+    if processes.world_size > 1:  # on CPUs each process has its own running statistics: rank 0's are those that count
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    dataset = ImageDataset(rows, clean=clean)
+    dataset = ImageDataset(rows, clean=view_of(checkpoint))
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
     errors = []
     for batch in load_batches(dataset, grid_keys(len(rows), batch_size, processes), processes, workers):
