@@ -79,6 +79,15 @@ RECIPES = {
     "efficientnet_l2": (350, 2, 27),
 }
 OTHER_RECIPE = (350, 2, 9)  # any torchvision model: RandAugment's own setting for ResNet-50 (1909.13719)
+# How the images of published TensorFlow weights must look: a pattern of "arch folder/file", the first that fits counts;
+# resolution in pixels (None: the model's own), mean, std. The crop is size / (size + 32), bicubic (official
+# preprocessing.py:104-134). What must be known of torchvision's own weights torchvision records itself.
+PUBLISHED = (
+    (r"^tf_efficientnet_l2 .*ns(_jft_in1k)?_475", 475, IMAGENET_MEAN, IMAGENET_STD),  # timm's ns_jft_in1k_475
+    (r"^tf_efficientnet_l2 ", 800, IMAGENET_MEAN, IMAGENET_STD),  # timm's ns_jft_in1k: trained at 475, tuned for 800
+    (r"^tf_.*[._]ap[-._]", None, (0.5,) * 3, (0.5,) * 3),  # AdvProp, timm's ap_in1k
+    (r"^tf_|^efficientnet_l", None, IMAGENET_MEAN, IMAGENET_STD),  # Noisy Student (timm's ns_jft_in1k), aa_in1k, in1k
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -127,23 +136,19 @@ def parse_args() -> argparse.Namespace:
 def read_initial(path: Path, arch: str | None) -> dict:
     """The checkpoint --init, or for a foreign file a dict like one: its weights and how their images must look.
 
-    tf_*: the official sizes and crop, those of the Noisy Student weights (timm's results-imagenet.csv agrees); pixels
-    from -1 to 1 for AdvProp's, which `ap` in the name of the file or its folder gives away. Any other model: what
-    torchvision records of the weights with this file name, else of its first ones, which is right for the
-    semi-supervised ResNets (1905.00546) too.
+    torchvision's weights are known by the file's name; another file is taken for the first it published of that model,
+    which is right for the semi-supervised ResNets (1905.00546: 224 pixels of 256, bilinear).
     """
     source = read_file(path)
     if isinstance(source, dict) and source.get("format") == CHECKPOINT_FORMAT:
         return source
     if not arch:
         fail(f"--init {path} is not of this toolkit: --arch must say of which model its weights are")
-    own, name = arch.removeprefix("tf_"), f"{path.parent.name}/{path.name}"
-    if own in EFFICIENTNETS and (own != arch or own > "efficientnet_l"):
-        is_large = own == "efficientnet_l2" and not re.search(r"ns(_jft_in1k)?_475", name)
-        image_size = 800 if is_large else EFFICIENTNETS[own][2]  # L2 is published for 475 pixels and for 800
-        crop_fraction, interpolation = default_crop_fraction(image_size), "bicubic"
-        is_adversarial = re.search(r"[._]ap[-._]", name)
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if is_adversarial else (IMAGENET_MEAN, IMAGENET_STD)
+    name = f"{arch} {path.parent.name}/{path.name}"
+    if found := next((row for pattern, *row in PUBLISHED if re.search(pattern, name)), None):
+        size, mean, std = found
+        size = size or EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
+        crop_fraction, interpolation = default_crop_fraction(size), "bicubic"
     else:
         from torchvision.models import get_model_weights
 
@@ -152,15 +157,14 @@ def read_initial(path: Path, arch: str | None) -> dict:
         except ValueError as error:
             fail(f"--arch: {error}")
         record = next((one for one in published if Path(one.url).name == path.name), published[0]).transforms()
-        image_size, mean, std = record.crop_size[0], tuple(record.mean), tuple(record.std)
-        crop_fraction, interpolation = image_size / record.resize_size[0], record.interpolation.value
-    print(f"{path} is foreign; its view: {image_size} px, crop {crop_fraction:.4f}, {interpolation}, mean {mean}")
-    view = {"image_size": image_size, "crop_fraction": crop_fraction, "interpolation": interpolation}
+        size, mean, std = record.crop_size[0], tuple(record.mean), tuple(record.std)
+        crop_fraction, interpolation = size / record.resize_size[0], record.interpolation.value
+    view = {"image_size": size, "crop_fraction": crop_fraction, "interpolation": interpolation}
     return {"arch": arch, "model": source} | view | {"mean": mean, "std": std}
 
 
-def load_initial_weights(model: torch.nn.Module, source: dict, args: argparse.Namespace, classes: list[str]) -> None:
-    """Start from --init; its classifier comes along only where it has the same classes in the same order."""
+def load_initial_weights(model: torch.nn.Module, source: dict, args: argparse.Namespace, classes: list[str]) -> bool:
+    """Start from --init; whether its classifier came along: only where it has the same classes in the same order."""
     try:
         weights = own_names(source)
         known = source.get("classes")  # of a foreign file only the number is known, from the last layer
@@ -168,11 +172,10 @@ def load_initial_weights(model: torch.nn.Module, source: dict, args: argparse.Na
         same = known == classes if known else number == len(classes)
         if not same and args.epochs == 0:
             fail(f"--init {args.init} has {number} other classes than --data ({len(classes)}): --epochs 0 trains none")
-        if not same:
-            print(f"{args.init} has {number} other classes: a new classifier for the {len(classes)} here")
         load_weights(model, weights, new_head=not same)
     except ValueError as error:
-        fail(f"--init {args.init} ({source['arch']}) does not fit --arch: {error}")
+        fail(f"--init {args.init} does not fit --arch {args.arch or source['arch']}: {error}")
+    return same
 
 
 def main() -> None:
@@ -227,8 +230,7 @@ def main() -> None:
         model = build_model(arch, len(classes), **arch_options)
     except ValueError as error:
         fail(f"--arch: {error}")
-    if source:
-        load_initial_weights(model, source, args, classes)
+    same_classes = not source or load_initial_weights(model, source, args, classes)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = args.bn_momentum
@@ -267,6 +269,9 @@ def main() -> None:
             f"{processes.world_size} x {processes.device.type}",
             flush=True,
         )
+        if source:
+            new = "" if same_classes else " with a new classifier, for it had other classes"
+            print(f"from {args.init}{new}; the clean view: {view_of(preprocessing)}, mean {preprocessing['mean']}")
 
     # train
     ddp_model = parallel(model, processes, args.compile, args.checkpoint_activations)

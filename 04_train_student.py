@@ -354,9 +354,10 @@ def main() -> None:
             examples = pseudo.rows.numpy()
             pseudo_logits, pseudo_labels = selection.read_logits(examples), selection.label[examples]
         else:
+            clean_images = pseudo.views[0].to(processes.device, non_blocking=True).tensor_split(args.accumulate)
             with amp, torch.no_grad():
-                clean_images = pseudo.views[0].to(processes.device, non_blocking=True)
-                pseudo_logits = teacher(normalize(clean_images, source["mean"], source["std"])).float()
+                pseudo_logits = [teacher(normalize(part, source["mean"], source["std"])) for part in clean_images]
+            pseudo_logits = torch.cat(pseudo_logits).float()
             pseudo_labels = pseudo_logits.argmax(1)
         probs = pseudo_targets(pseudo_logits, pseudo_labels, kind, args.temperature, args.label_smoothing)
         # the readable ones of a part, in the mean over the processes

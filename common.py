@@ -898,23 +898,24 @@ class RMSpropTF(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
+            all_params = [p for p in group["params"] if p.grad is not None]
+            for p in all_params:
                 if not self.state[p]:
                     self.state[p]["mean_square"] = torch.ones_like(p)
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            if not params:
-                continue
-            grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
-            mean_square = [self.state[p]["mean_square"] for p in params]
-            momentum = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(mean_square, group["decay"])
-            torch._foreach_addcmul_(mean_square, grads, grads, 1 - group["decay"])
-            root = torch._foreach_add(mean_square, group["eps"])
-            torch._foreach_sqrt_(root)
-            torch._foreach_mul_(momentum, group["momentum"])
-            torch._foreach_addcdiv_(momentum, grads, root, group["lr"])
-            torch._foreach_sub_(params, momentum)
+            # A few at a time: the temporary tensors of all of them are as large as two models.
+            for first in range(0, len(all_params), 50):
+                params = all_params[first : first + 50]
+                grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+                mean_square = [self.state[p]["mean_square"] for p in params]
+                momentum = [self.state[p]["momentum"] for p in params]
+                torch._foreach_mul_(mean_square, group["decay"])
+                torch._foreach_addcmul_(mean_square, grads, grads, 1 - group["decay"])
+                root = torch._foreach_add(mean_square, group["eps"])
+                torch._foreach_sqrt_(root)
+                torch._foreach_mul_(momentum, group["momentum"])
+                torch._foreach_addcdiv_(momentum, grads, root, group["lr"])
+                torch._foreach_sub_(params, momentum)
 
 
 def make_optimizer(name: str, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
@@ -1228,17 +1229,20 @@ def own_names(weights: dict) -> dict[str, Tensor]:
         weights = weights[inside[0]]
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"not a state_dict, with or without one of {', '.join(containers)} around it")
-    names = {re.sub(r"^((module|_orig_mod)\.)+", "", name): name for name in weights if name != "n_averaged"}
-    if "conv_stem.weight" in names:
-        names = {timm_to_own(name): original for name, original in names.items()}
-    return {name: weights[original] for name, original in names.items()}
+    weights = {name: tensor for name, tensor in weights.items() if name != "n_averaged"}  # of torch's AveragedModel
+    own = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in weights.items()}
+    if "conv_stem.weight" in own:
+        own = {timm_to_own(name): tensor for name, tensor in own.items()}
+    if len(own) < len(weights):
+        raise ValueError("the same weights are there twice, with and without a prefix")
+    return own
 
 
 def load_weights(model: nn.Module, weights: dict | str | Path, new_head: bool = False) -> None:
     """Load a state_dict or a file of one, of this toolkit, torchvision or timm (see `own_names`).
 
     ValueError names what is missing, extra or of another shape, and then nothing was loaded. `new_head`: the last layer
-    keeps the weights it has. A model on the meta device takes the tensors themselves, any other one their values.
+    keeps the weights it has. A model on the meta device gets its memory here.
     """
     given = own_names(read_file(weights) if isinstance(weights, (str, Path)) else weights)
     own = model.state_dict()
@@ -1259,15 +1263,12 @@ def load_weights(model: nn.Module, weights: dict | str | Path, new_head: bool = 
         },
     }
     if any(wrong.values()):
-        raise ValueError(
-            "; ".join(
-                f"{len(names)} weights are {what}: {', '.join(sorted(names)[:4])}{' ...' * (len(names) > 4)}"
-                for what, names in wrong.items()
-                if names
-            )
-        )
-    given = {name: tensor.to(own[name].dtype) for name, tensor in given.items()}
-    model.load_state_dict(given, strict=True, assign=any(tensor.is_meta for tensor in own.values()))
+        said = (f"{len(names)} {what}: {', '.join(sorted(names)[:4])}" for what, names in wrong.items() if names)
+        raise ValueError(f"wrong weights, {'; '.join(said)}")
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    if on_meta:  # copied, for a mapped file may change
+        given = {name: tensor.to(own[name].dtype, copy=True) for name, tensor in given.items()}
+    model.load_state_dict(given, strict=True, assign=on_meta)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool = False) -> tuple[nn.Module, dict]:

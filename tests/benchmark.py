@@ -1,0 +1,216 @@
+"""Speed and memory, measured through the toolkit's own code.
+
+inference  images a second of EfficientNet-B0: timm's as `create_model` gives it against ours with the same weights as
+           stage 02 runs it (batch norms folded, channels_last, autocast, its batch), once both agree on the logits
+memory     peak of training steps of stage 01, with and without --accumulate and --checkpoint-activations
+
+    python tests/benchmark.py inference --compile
+    python tests/benchmark.py memory --models efficientnet_b7:224:8
+
+Variants of `inference` take turns in one process, and the median of the rounds counts. On a machine that others use
+too, absolute numbers mean little, also from one run to the next: quote ratios within one table.
+"""
+
+import argparse
+import contextlib
+import copy
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from conftest import ROOT, draw_data, load_stage
+from torch import Tensor, nn
+
+from common import argument_parser, at_least, autocast, build_model, fuse_batch_norms, init_processes, load_weights
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def command(function, text: str):
+        options = commands.add_parser(function.__name__, help=text, formatter_class=parser.formatter_class)
+        options.set_defaults(function=function)
+        options.add_argument("--threads", type=at_least(1, int), default=2, help="of torch on CPUs")
+        options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it is measured")
+        return options.add_argument
+
+    add = command(inference, "speed of EfficientNet-B0, timm's and ours")
+    add("--rounds", type=at_least(1, int), default=7, help="over which the median is taken")
+    add("--sizes", type=at_least(32, int), nargs="+", default=[224, 32], help="pixels, a table each")
+    add("--compile", action="store_true", help="ours compiled as well: a minute or two a size more")
+    add = command(memory, "peak memory of a training step")
+    models = [model_pixels_batch(text) for text in ("efficientnet_b7:224:8", "efficientnet_l2:128:4")]
+    add("--models", type=model_pixels_batch, nargs="+", default=models, help="ARCH:PIXELS:BATCH ...")
+    add("--tmp", help="folder for data and checkpoints, 10 GB for L2, removed again; None: the system's")
+    return parser.parse_args()
+
+
+def model_pixels_batch(text: str) -> tuple[str, int, int]:
+    arch, pixels, batch = text.split(":")
+    return arch, int(pixels), int(batch)
+
+
+def print_rows(*rows) -> None:
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+
+
+def machine(args: argparse.Namespace) -> str:
+    if args.device == "cuda":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
+    processor = platform.processor() or platform.machine()
+    return f"torch {torch.__version__}, {processor} {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads"
+
+
+def calibrate(model: nn.Module, images: Tensor) -> None:
+    """Batch norms that do something: random scales and shifts, and the statistics of these images."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+            module.momentum = None  # the statistics become the batch's
+    with torch.no_grad():
+        model.train()(images)
+    model.eval()
+
+
+@torch.inference_mode()
+def run(model: nn.Module, images: Tensor, batch: int, amp) -> tuple[Tensor, float]:
+    """(fp32 logits, seconds)"""
+    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+    logits = []
+    wait()
+    began = time.perf_counter()
+    for part in images.split(batch):
+        with amp:
+            logits.append(model(part).float())
+    wait()
+    return torch.cat(logits), time.perf_counter() - began
+
+
+def inference(args: argparse.Namespace) -> None:
+    import timm
+
+    device = init_processes(args.device).device
+    torch.set_num_threads(args.threads)
+    print(f"timm {timm.__version__}, {machine(args)}, median of {args.rounds} rounds")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # compiling starts from nothing
+        for size in args.sizes:
+            torch.manual_seed(0)
+            torch.compiler.reset()  # else the second size would be compiled for any size
+            compare_with_timm(timm.create_model("efficientnet_b0"), size, device, args)
+
+
+def compare_with_timm(theirs: nn.Module, size: int, device: torch.device, args: argparse.Namespace) -> None:
+    own_batch = load_stage("02_pseudo_label").rows_per_batch(size, device)
+    usual_batch = own_batch if device.type == "cuda" else 32 if size > 64 else 256
+    nchw = torch.randn(max(own_batch, usual_batch), 3, size, size)  # powers of 2
+    calibrate(theirs, nchw[: 2**22 // size**2])
+    ours = build_model("efficientnet_b0")
+    load_weights(ours, theirs.state_dict())
+    fuse_batch_norms(ours)
+    ours.to(memory_format=torch.channels_last)
+    fp32, bf16 = contextlib.nullcontext(), autocast("bf16", device)[0]
+    few = nchw[:32]  # on the CPU in any case: a GPU's fp32 convolutions round to TF32
+    expected = run(theirs, few, 32, fp32)[0]
+    got = run(ours, few.contiguous(memory_format=torch.channels_last), 32, fp32)[0]
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4, f"folded fp32 logits differ from timm's by {error:.1e} of the largest"
+
+    ours, theirs, nchw = ours.to(device), theirs.to(device), nchw.to(device)
+    theirs_last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
+    nhwc = nchw.contiguous(memory_format=torch.channels_last)
+    variants = []  # (name, model, images, batch, autocast)
+    for batch in dict.fromkeys((usual_batch, own_batch)):
+        variants.append(("timm eager fp32 NCHW", theirs, nchw, batch, fp32))
+        variants.append(("timm eager fp32 channels_last", theirs_last, nhwc, batch, fp32))
+    variants.append(("timm eager bf16 channels_last", theirs_last, nhwc, own_batch, bf16))
+    variants.append(("ours eager fp32 folded", ours, nhwc, own_batch, fp32))
+    variants.append(("ours eager bf16 folded", ours, nhwc, own_batch, bf16))
+    for precision, amp in {"fp32": fp32, "bf16": bf16}.items() if args.compile else ():
+        compiled = copy.deepcopy(ours)
+        compiled.compile()
+        variants.append((f"ours compiled {precision} folded", compiled, nhwc, own_batch, amp))
+    warm_up = [run(*variant[1:])[1] for variant in variants]
+    seconds = [[] for _ in variants]
+    for i in range(args.rounds):
+        for j in range(len(variants)):
+            k = (i + j) % len(variants)  # each round begins with another one
+            seconds[k].append(run(*variants[k][1:])[1])
+
+    print(f"\n{size} px, {len(nchw)} images a round\n")
+    print_rows(("variant", "batch", "images/s", "ratio", "compile s"), ("---", *["---:"] * 4))
+    medians = [median(times) for times in seconds]
+    for (name, _, _, batch, _), first, time_of in zip(variants, warm_up, medians, strict=True):
+        compile_seconds = f"{first - time_of:.0f}" if "compiled" in name else ""
+        print_rows((name, batch, f"{len(nchw) / time_of:.0f}", f"{medians[0] / time_of:.2f}", compile_seconds))
+    full, half = (run(ours, nhwc, own_batch, amp)[0] for amp in (fp32, bf16))
+    agree = (full.argmax(1) == half.argmax(1)).float().mean()
+    full, half = full.softmax(1), half.softmax(1)
+    print(f"\nfolded fp32 logits differ from timm's by {error:.1e} of the largest; bf16 against fp32: {agree:.1%} of")
+    print(f"{len(full)} argmax agree, softmax differs by at most {(full - half).abs().max():.4f} (random weights: near")
+    print(f"ties, mean confidence {full.amax(1).mean():.4f})", flush=True)
+
+
+def memory(args: argparse.Namespace) -> None:
+    floor = measure_steps("efficientnet_b0", 32, 2, [], args)[0]
+    print(f"{machine(args)}; peak {'of the GPU' if args.device == 'cuda' else 'resident'} memory of two steps")
+    print(f"of which what a run needs that trains next to nothing (efficientnet_b0:32:2): {floor} GiB;")
+    print("weights etc.: weights, gradients, two of RMSprop, running average, 4 bytes each, by arithmetic;")
+    print("seconds: of the whole process, with the start of Python and writing the checkpoints\n")
+    names = ("model", "pixels", "batch", "flags", "weights etc. GiB", "peak GiB", "seconds", "CPU seconds")
+    print_rows(names, ["---"] + ["---:"] * 2 + ["---"] + ["---:"] * 4)
+    for arch, pixels, batch in args.models:
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in build_model(arch, 3).parameters())
+        # One image a part; but at 32 px the last feature map is a single pixel, and batch norm needs two.
+        accumulate = ["--accumulate", batch if pixels > 32 else batch // 2]
+        for flags in [], accumulate, ["--checkpoint-activations"], [*accumulate, "--checkpoint-activations"]:
+            cells = measure_steps(arch, pixels, batch, flags, args)
+            flags = " ".join(map(str, flags)) or "none"
+            print_rows((arch, pixels, batch, flags, f"{5 * 4 * weights / 2**30:.2f}", *cells))
+
+
+ON_GPU = (  # stage 01, and then what it took
+    "import runpy, sys, torch; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+    "print(torch.cuda.max_memory_allocated())"
+)
+
+
+def measure_steps(arch: str, pixels: int, batch: int, flags: list, args: argparse.Namespace) -> tuple[str, ...]:
+    """(peak GiB, seconds, CPU seconds) of stage 01 for two steps: RMSprop's tensors come to be after the first."""
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        data = draw_data(Path(folder) / "data")
+        for image in sorted(data.glob("val/*/*"))[1:]:  # one is left: evaluating takes less than training
+            image.unlink()
+        epochs = 2 * batch / len(list(data.glob("train/*/*")))
+        command = [sys.executable, *(["-c", ON_GPU] if args.device == "cuda" else []), ROOT / "01_train_teacher.py"]
+        command += ["--data", data, "--out", f"{folder}/out", "--device", args.device, "--workers", 0, "--arch", arch]
+        command += ["--image-size", pixels, "--batch-size", batch, "--epochs", epochs, "--warmup-epochs", 0]
+        command += ["--eval-every", 0, *flags]
+        env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+        began = time.monotonic()
+        with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE) as process:
+            output = process.stdout.read()
+            # Linux counts this process, which it is forked from, too; but stage 01 takes more from its imports on.
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.monotonic() - began
+    if process.returncode:  # the table goes on, for it may be the memory that was too small
+        peak = f"failed with status {process.returncode}"
+    else:
+        peak = f"{(int(output.split()[-1]) if args.device == 'cuda' else usage.ru_maxrss * 1024) / 2**30:.2f}"
+    return peak, f"{seconds:.0f}", f"{usage.ru_utime + usage.ru_stime:.0f}"
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    args.function(args)
