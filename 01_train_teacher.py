@@ -79,7 +79,7 @@ RECIPES = {
     "efficientnet_l2": (350, 2, 27),
 }
 OTHER_RECIPE = (350, 2, 9)  # any torchvision model: RandAugment's own setting for ResNet-50 (1909.13719)
-# How the images of published TensorFlow weights must look: a pattern of "arch folder/file", the first that fits counts;
+# How the images of published TensorFlow weights must look: a pattern of "arch path/file", the first that fits counts;
 # resolution in pixels (None: the model's own), mean, std. The crop is size / (size + 32), bicubic (official
 # preprocessing.py:104-134). What must be known of torchvision's own weights torchvision records itself.
 PUBLISHED = (
@@ -144,18 +144,17 @@ def read_initial(path: Path, arch: str | None) -> dict:
         return source
     if not arch:
         fail(f"--init {path} is not of this toolkit: --arch must say of which model its weights are")
-    name = f"{arch} {path.parent.name}/{path.name}"
+    name = f"{arch} {'/'.join(path.absolute().parts[-4:])}"  # the Hugging Face cache has the name three folders up
     if found := next((row for pattern, *row in PUBLISHED if re.search(pattern, name)), None):
         size, mean, std = found
         size = size or EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
         crop_fraction, interpolation = default_crop_fraction(size), "bicubic"
     else:
-        from torchvision.models import get_model_weights
+        from torchvision import models
 
-        try:
-            published = list(get_model_weights(arch))
-        except ValueError as error:
-            fail(f"--arch: {error}")
+        if arch not in models.list_models(module=models):
+            fail(f"--arch {arch}: neither an EfficientNet nor one of torchvision's classification models")
+        published = list(models.get_model_weights(arch))
         record = next((one for one in published if Path(one.url).name == path.name), published[0]).transforms()
         size, mean, std = record.crop_size[0], tuple(record.mean), tuple(record.std)
         crop_fraction, interpolation = size / record.resize_size[0], record.interpolation.value

@@ -237,8 +237,8 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         )
     if "drop_path" in options:
         options["stochastic_depth_prob"] = options.pop("drop_path")
-    if arch in ("googlenet", "inception_v3"):  # without the second classifiers, which only training would see
-        options |= {"aux_logits": False, "init_weights": True}
+    if arch in ("googlenet", "inception_v3"):  # without the second classifiers; images as their published weights want
+        options |= {"aux_logits": False, "init_weights": True, "transform_input": True}
     try:
         return models.get_model(arch, weights=None, num_classes=num_classes, **options)
     except (ValueError, TypeError) as error:
@@ -1177,14 +1177,17 @@ def read_file(path: str | Path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch.load does not look at the checksums of what it maps
                     raise OSError(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # plain data, in the files of many training scripts
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
     except ImportError:
         fail(f"{path}: reading it needs a package: pip install safetensors")
     except Exception as error:  # a text file, a truncated one, a pickle with code in it: each raises something else
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        fail(f"{path}: not a checkpoint, or damaged; nothing in it was executed ({reason})")
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:120]
+        fail(f"{path}: not a checkpoint, or damaged; nothing in it was executed ({reason or type(error).__name__})")
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -1227,10 +1230,13 @@ def own_names(weights: dict) -> dict[str, Tensor]:
     containers = ("model_ema", "state_dict_ema", "state_dict", "model")
     while isinstance(weights, dict) and (inside := [key for key in containers if isinstance(weights.get(key), dict)]):
         weights = weights[inside[0]]
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    items = weights.items() if isinstance(weights, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
         raise ValueError(f"not a state_dict, with or without one of {', '.join(containers)} around it")
-    weights = {name: tensor for name, tensor in weights.items() if name != "n_averaged"}  # of torch's AveragedModel
+    # Without the counter of torch's AveragedModel and the second classifiers of GoogLeNet and Inception.
+    weights = {k: v for k, v in items if not re.match(r"n_averaged$|((module|_orig_mod)\.)*(aux[12]|AuxLogits)\.", k)}
     own = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in weights.items()}
+    own = {re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", name): tensor for name, tensor in own.items()}  # of old
     if "conv_stem.weight" in own:
         own = {timm_to_own(name): tensor for name, tensor in own.items()}
     if len(own) < len(weights):

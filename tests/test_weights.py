@@ -1,6 +1,8 @@
 """Weights of this toolkit, torchvision and timm: what fits, what is refused by name, files that are damaged or evil;
 `01 --init`: the published weights' views, the classifier, what comes along; the flags that save memory."""
 
+import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -46,13 +48,18 @@ def save_own(path, model, arch, options=OPTIONS, **header):
     return path
 
 
+def pictures(num, *size):
+    """Noise on patches."""
+    return F.interpolate(torch.randn(num, 3, 8, 8), size=size) + 0.3 * torch.randn(num, 3, *size)
+
+
 @torch.no_grad()
 def with_statistics(model, size):
     """In eval mode, batch norms with the statistics of a batch: the logits depend on the image and on every layer."""
     for module in model.train().modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    model(F.interpolate(torch.randn(16, 3, 8, 8), size=size) + 0.3 * torch.randn(16, 3, size, size))
+    model(pictures(16, size, size))
     return model.eval()
 
 
@@ -103,12 +110,13 @@ def test_from_timm_through_a_checkpoint_is_bitwise(tmp_path):
     assert_same(loaded.state_dict(), own_names(theirs.state_dict()))
     assert header["classes"] == CLASSES and not loaded.training
     assert {p.device.type for p in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
-    images = torch.randn(2, 3, 65, 51)
+    fused, _ = load_model(tmp_path / "model.pt", fuse=True)
+    images = pictures(2, 65, 51)
     with torch.no_grad():
         expected = theirs(images)
-        torch.testing.assert_close(loaded(images), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-        fused, _ = load_model(tmp_path / "model.pt", fuse=True)
-        torch.testing.assert_close(fused(images), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+        assert (expected[0] - expected[1]).abs().max() > 0.1 * expected.abs().max()
+        for model in loaded, fused:
+            assert (model(images) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
 
 
@@ -188,6 +196,42 @@ def test_files_of_every_kind(kind, tmp_path):
         assert_same(model.state_dict(), own_names(source.state_dict()))
 
 
+@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
+def test_the_second_classifiers_of_published_files_are_left_out(arch):
+    """As torchvision's own builder does with weights: no second outputs, images normalised again for these models."""
+    theirs = torchvision.models.get_model(
+        arch, num_classes=3, aux_logits=True, init_weights=False, transform_input=True
+    )
+    model = build_model(arch, 3)
+    load_weights(model, {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()})
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), theirs.eval()(images))
+
+
+def test_densenets_names_of_old():
+    source, model = build_model("densenet121", 3), build_model("densenet121", 3)
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in source.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    load_weights(model, old)
+    assert_same(model.state_dict(), source.state_dict())
+
+
+def test_the_arguments_of_a_training_script_do_not_stand_in_the_way(tmp_path):
+    source, model = small_model(0), small_model(1)
+    torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "reference.pth")
+    load_weights(model, tmp_path / "reference.pth")
+    assert_same(model.state_dict(), source.state_dict())
+
+
+def test_the_name_is_found_in_the_cache_of_hugging_face(tmp_path):
+    path = tmp_path / "models--timm--tf_efficientnet_b0.ap_in1k" / "snapshots" / "0123abcd" / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    view = load_stage("01_train_teacher").read_initial(path, "tf_efficientnet_b0")
+    assert view["mean"] == (0.5, 0.5, 0.5)
+
+
 def test_safetensors_without_its_package_says_what_to_install(tmp_path, monkeypatch, capsys):
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
@@ -248,7 +292,13 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(kind, meta):
 
 
 @pytest.mark.parametrize(
-    ("arch", "head"), [("efficientnet_b0", "classifier.1."), ("resnet18", "fc."), ("mobilenet_v2", "classifier.1.")]
+    ("arch", "head"),
+    [
+        ("efficientnet_b0", "classifier.1."),
+        ("resnet18", "fc."),
+        ("mobilenet_v2", "classifier.1."),
+        ("mobilenet_v3_small", "classifier.3."),
+    ],
 )
 def test_new_head_loads_everything_but_the_last_layer(arch, head):
     torch.manual_seed(0)
