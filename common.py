@@ -1177,9 +1177,8 @@ def read_file(path: str | Path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch.load does not look at the checksums of what it maps
                     raise OSError(f"wrong checksum of {damaged}")
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # plain data, in the files of many training scripts
+        # Namespace: plain data, in the files of many training scripts
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")

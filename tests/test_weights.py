@@ -2,11 +2,13 @@
 `01 --init`: the published weights' views, the classifier, what comes along; the flags that save memory."""
 
 import argparse
+import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import safetensors.torch
@@ -730,3 +732,36 @@ def test_a_step_in_parts_is_a_step_in_04(tiny_data, run_04, tmp_path):
     assert_refused(run_04(*flags, "--accumulate", 3, "--out", tmp_path / "3"), "--batch-size 8", "3 parts")
     assert_refused(run_04(*flags, "--ratio", 0.625, "--accumulate", 2, "--out", tmp_path / "3"), "--ratio", "2 parts")
     assert not (tmp_path / "3").exists()
+
+
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]], ids=" ".join)
+def test_labels_in_bf16_and_compiled(flags, tiny_data, run_stage, tmp_path):
+    """20 images, less than the 512 of a batch: nothing of the padded rows shows; bf16 rounds, compiling does not."""
+    save_own(tmp_path / "model.pt", small_model(arch="squeezenet1_1"), "squeezenet1_1", data=str(tiny_data))
+    base = ["02_pseudo_label.py", "--teacher", tmp_path / "model.pt"]
+    found = []
+    for name, more in (("plain", []), ("other", flags)):
+        run_stage(*base, "--out", tmp_path / f"{name}.h5", *more)
+        with h5py.File(tmp_path / f"{name}.h5") as file:
+            found.append((file["logits"][:].astype(np.float32), file["confidence"][:]))
+            assert (file["status"][:] == 1).all() and len(file["status"]) == 20
+    (logits, confidence), (other_logits, other_confidence) = found
+    assert np.ptp(confidence) > 1e-3
+    tolerance = 0.05 if "bf16" in flags else 2e-3  # logits are stored as float16
+    np.testing.assert_allclose(other_logits, logits, atol=tolerance * np.abs(logits).max())
+    rounding = np.abs(other_confidence - confidence).max()
+    assert rounding > 1e-5 if "bf16" in flags else rounding < 1e-5
+
+
+def test_evaluation_in_bf16_and_compiled(tiny_data, run_stage, tmp_path):
+    """Rounding shows in the loss of the clean part and not in an attack, which stays in float32."""
+    save_own(tmp_path / "model.pt", small_model(arch="squeezenet1_1"), "squeezenet1_1", data=str(tiny_data))
+    results = {}
+    for name, flags in {"plain": [], "bf16": ["--precision", "bf16"], "compiled": ["--compile"]}.items():
+        out = tmp_path / name
+        run_stage("06_eval_robustness.py", tmp_path / "model.pt", "--out", out, "--fgsm", 2, *flags)
+        results[name] = json.loads((out / "robustness.json").read_text())[str(tmp_path / "model.pt")]
+    plain, bf16, compiled = (result["clean"]["loss"] for result in results.values())
+    assert compiled == pytest.approx(plain, rel=1e-5) and bf16 == pytest.approx(plain, rel=0.05) and bf16 != plain
+    assert results["plain"]["fgsm"] == results["bf16"]["fgsm"] == results["compiled"]["fgsm"]
+    assert [result["settings"]["clean"]["precision"] for result in results.values()] == ["fp32", "bf16", "fp32"]
