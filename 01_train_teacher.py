@@ -58,6 +58,7 @@ from common import (
     read_file,
     reduce_sum,
     save_checkpoint,
+    small_image_noise,
     step_generator,
     train_keys,
     update_ema,
@@ -97,7 +98,11 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/teacher"), help="folder of the results; run again on it to go on")
     add("--init", type=Path, help="weights to start from (.pt, .pth, .safetensors); other classes: a new classifier")
     add("--arch", help="efficientnet_b0..b7, _l0.._l2, also behind tf_, or torchvision's; None: that of --init, or B0")
-    add("--small-images", action=argparse.BooleanOptionalAction, help="EfficientNet for 32 px; None: as --init, or not")
+    add(
+        "--small-images",
+        action=argparse.BooleanOptionalAction,
+        help="model and noise for 32 px; None: as --init, or not",
+    )
     add("--dropout", type=at_least(0), help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=at_least(0), help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
     add("--bn-momentum", type=at_least(0), default=0.01, help="of running statistics (official); 0.1 in short runs")
@@ -120,7 +125,12 @@ def parse_args() -> argparse.Namespace:
     add("--ema-decay", type=at_least(0), default=0.9999, help="of the averaged weights, which are those that are kept")
     add("--num-ops", type=at_least(0, int), help="RandAugment ops an image; None: 2, but 0 for B0 and B1 (official)")
     add("--magnitude", type=at_least(0), help="of RandAugment on a scale of 10 without a cap; None: B2 6 ... B7, L* 27")
-    add("--min-crop-area", type=at_least(0), default=0.08, help="smallest random crop, as a share of the image's area")
+    add(
+        "--min-crop-area",
+        type=at_least(0),
+        default=0.08,
+        help="smallest random crop, as a share of the area; not with small images",
+    )
     add("--hflip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images, not digits")
     add("--eval-every", type=at_least(0), default=1.0, help="epochs between evaluations on val, at which it also saves")
     add("--save-every", type=at_least(1, int), default=1000, help="steps between saving last.pt: what a crash can cost")
@@ -190,6 +200,9 @@ def main() -> None:
     rows, labels, classes = labeled_images(args.data, "train")
     val_rows, val_labels, _ = labeled_images(args.data, "val", classes)
     arch = args.arch or source.get("arch", "efficientnet_b0")
+    small_images = args.small_images
+    if small_images is None and source:
+        small_images = source.get("arch_options", {}).get("small_images")
     own_size = source.get("image_size") or EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
     image_size = args.image_size or own_size
     preprocessing = {"image_size": image_size, "crop_fraction": default_crop_fraction(image_size)}
@@ -197,7 +210,7 @@ def main() -> None:
     if source:  # the crop belongs to the size
         kept = preprocessing.keys() if image_size == own_size else {"interpolation", "mean", "std"}
         preprocessing |= {name: source[name] for name in kept & source.keys()}
-    noised = {"image_size": image_size, "min_area": args.min_crop_area, "hflip": args.hflip}
+    noised = {"image_size": image_size, "min_area": None if small_images else args.min_crop_area, "hflip": args.hflip}
     if args.epochs != 0:  # otherwise train/ gives nothing but the names of the classes
         good = check_images(ImageDataset(rows, clean=view_of(preprocessing)), args.max_bad, processes, args.workers)
         rows, labels = rows[good], labels[good]
@@ -220,9 +233,6 @@ def main() -> None:
 
     # model
     torch.manual_seed(args.seed)
-    small_images = args.small_images
-    if small_images is None and source:
-        small_images = source.get("arch_options", {}).get("small_images")
     arch_options = {"small_images": small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     arch_options |= {"zero_init_residual": args.zero_init_residual or None}
     try:
@@ -299,6 +309,8 @@ def main() -> None:
         images = batch.views[0].to(processes.device, non_blocking=True)
         if num_ops:
             images = rand_augment(images, num_ops, magnitude, generator)
+        if small_images:
+            images = small_image_noise(images, args.hflip, generator)
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         optimizer.zero_grad()
         for part_target, part_images in micro_batches(ddp_model, args.accumulate, target, images):

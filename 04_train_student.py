@@ -67,6 +67,7 @@ from common import (
     read_classes,
     reduce_sum,
     save_checkpoint,
+    small_image_noise,
     soft_cross_entropy,
     step_generator,
     train_keys,
@@ -115,7 +116,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--unlabeled-only", action="store_true", help="pre-train on the selection alone, as the billion-scale recipe")
     add("--arch", help="efficientnet_b0..b7, _l0.._l2, also behind tf_, or torchvision's; None: the teacher's own")
-    add("--small-images", action=argparse.BooleanOptionalAction, help="EfficientNet for 32 px; None: as the teacher")
+    add("--small-images", action=argparse.BooleanOptionalAction, help="model and noise for 32 px; None: as the teacher")
     add("--dropout", type=at_least(0), help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=at_least(0), help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
     add("--bn-momentum", type=at_least(0), default=0.01, help="of running statistics (official); 0.1 in short runs")
@@ -136,7 +137,12 @@ def parse_args() -> argparse.Namespace:
     add("--ema-decay", type=at_least(0), default=0.9999, help="of the averaged weights, which are those that are kept")
     add("--num-ops", type=at_least(0, int), help="RandAugment ops an image; None: 2, but 0 for B0 and B1 (official)")
     add("--magnitude", type=at_least(0), help="of RandAugment on a scale of 10 without a cap; None: B2 6 ... B7, L* 27")
-    add("--min-crop-area", type=at_least(0), default=0.08, help="smallest random crop, as a share of the image's area")
+    add(
+        "--min-crop-area",
+        type=at_least(0),
+        default=0.08,
+        help="smallest random crop, as a share of the area; not with small images",
+    )
     add("--hflip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images, not digits")
     add("--eval-every", type=at_least(0), default=1.0, help="epochs between evaluations on val, at which it also saves")
     add("--save-every", type=at_least(1, int), default=1000, help="steps between saving last.pt: what a crash can cost")
@@ -222,10 +228,13 @@ def main() -> None:
     rows, labels, classes = labeled_images(data, "train")
     val_rows, val_labels, _ = labeled_images(data, "val", classes)
     arch = args.arch or source["arch"]
+    small_images = args.small_images
+    if small_images is None and teacher:
+        small_images = source["arch_options"]["small_images"]
     image_size = args.image_size or int(source["image_size"])
     preprocessing = {"image_size": image_size, "crop_fraction": default_crop_fraction(image_size)}
     preprocessing |= {"interpolation": "bicubic", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    noised = {"image_size": image_size, "min_area": args.min_crop_area, "hflip": args.hflip}
+    noised = {"image_size": image_size, "min_area": None if small_images else args.min_crop_area, "hflip": args.hflip}
     good = check_images(ImageDataset(rows, clean=view_of(preprocessing)), args.max_bad, processes, args.workers)
     rows, labels = rows[good], labels[good]
     targets = torch.from_numpy(labels)
@@ -260,9 +269,6 @@ def main() -> None:
 
     # model
     torch.manual_seed(args.seed)
-    small_images = args.small_images
-    if small_images is None and teacher:
-        small_images = source["arch_options"]["small_images"]
     arch_options = {"small_images": small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     arch_options |= {"zero_init_residual": args.zero_init_residual or None}
     try:
@@ -349,6 +355,8 @@ def main() -> None:
         images = torch.cat([batch.views[0], pseudo.views[-1]]).to(processes.device, non_blocking=True)
         if num_ops:
             images = rand_augment(images, num_ops, magnitude, generator)
+        if small_images:
+            images = small_image_noise(images, args.hflip, generator)
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         if selection:
             examples = pseudo.rows.numpy()

@@ -264,53 +264,75 @@ def fuse_batch_norms(model: nn.Module) -> None:
 # gives the same batch on every device. `sign` (N,) is +1 or -1. Sources: official randaugment.py; Pillow for rounding.
 
 
+def pick(images: Tensor, rows: Tensor) -> Tensor:
+    return images.index_select(0, rows.to(images.device, non_blocking=True))
+
+
+def put(images: Tensor, rows: Tensor, values: Tensor) -> None:
+    if images.device.type == "cpu":
+        images.numpy()[rows.numpy()] = values.numpy()  # 7 times as fast as torch's
+    else:
+        images.index_copy_(0, rows.to(images.device, non_blocking=True), values)
+
+
 def table_lookup(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace each pixel by its entry in tables, uint8 (N, 3, 256)."""
-    flat = images.flatten(2)
-    return tables.gather(2, flat.long()).view(images.shape)
+    """Replace each pixel by its entry in uint8 tables (N, 3, 256), or (N, 1, 256), or (1, 1, 256) for all images."""
+    if images.device.type != "cpu":
+        tables = tables.expand(len(images), 3, 256)
+        return tables.gather(2, images.flatten(2).long()).view(images.shape)
+    planes = images.numpy().reshape(tables.shape[0] * tables.shape[1], -1)
+    tables = tables.numpy().reshape(-1, 256)  # translate() is twice as fast as any indexing of numpy or torch
+    out = bytearray().join(bytearray(p).translate(t) for p, t in zip(planes, tables, strict=True))
+    return torch.frombuffer(out, dtype=torch.uint8).view(images.shape)
 
 
 def one_table(images: Tensor, values: Tensor) -> Tensor:
     """The same table (256,) of any dtype, clipped to 0..255 and truncated, for all images and channels."""
-    return values.clamp(0, 255).to(torch.uint8).to(images.device)[images.int()]
+    return table_lookup(images, values.clamp(0, 255).to(torch.uint8).view(1, 1, 256).to(images.device))
 
 
 def blend(degenerate: Tensor, images: Tensor, magnitude: float) -> Tensor:
     """degenerate + factor * (image - degenerate), truncated as in Pillow; factor 1.8 M/10 + 0.1: M = 5 is nothing."""
     factor = 1.8 * magnitude / 10 + 0.1
     degenerate = degenerate.float()
-    return (degenerate + factor * (images.float() - degenerate)).clamp(0, 255).to(torch.uint8)
+    return (images - degenerate).mul_(factor).add_(degenerate).clamp_(0, 255).to(torch.uint8)
 
 
 def grayscale(images: Tensor) -> Tensor:
     """ITU-R 601 luma as Pillow rounds it, int32 (N, 1, H, W)."""
     red, green, blue = images.int().split(1, dim=1)
-    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+    return (19595 * red).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768) >> 16
 
 
-def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f), nearest neighbour, grey 128 outside.
-
-    matrix: float (N, 6) of a to f, in pixel indices, as TensorFlow counts (Pillow counts from pixel corners).
-    """
-    num, _, height, width = images.shape
-    a, b, c, d, e, f = matrix.to(images.device).view(num, 6, 1, 1).unbind(1)
-    y, x = torch.meshgrid(
-        torch.arange(height, device=images.device), torch.arange(width, device=images.device), indexing="ij"
-    )
+@lru_cache(maxsize=64)
+def source_index(height: int, width: int, matrix: tuple[float, ...], device: torch.device) -> Tensor:
+    """Where in the flattened image each output pixel comes from, int64 (H * W,); H * W for outside: see `warp`."""
+    a, b, c, d, e, f = matrix
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     source_x, source_y = (a * x + b * y + c + 0.5).floor().long(), (d * x + e * y + f + 0.5).floor().long()
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    index = (source_y.clamp(0, height - 1) * width + source_x.clamp(0, width - 1)).flatten(1)
-    moved = images.flatten(2).gather(2, index[:, None].expand(-1, 3, -1)).view(images.shape)
-    return torch.where(inside[:, None], moved, moved.new_tensor(128))
+    return torch.where(inside, source_y * width + source_x, height * width).flatten().to(device)
 
 
-def affine(num: int, **terms: Tensor | float) -> Tensor:
-    """The identity matrices (num, 6) with the named terms (a to f) replaced."""
-    matrix = torch.tensor([1.0, 0, 0, 0, 1, 0]).repeat(num, 1)
-    for name, value in terms.items():
-        matrix[:, "abcdef".index(name)] = value
-    return matrix
+def warp(images: Tensor, sign: Tensor, matrix) -> Tensor:
+    """Output pixel (x, y) is input pixel (a x + b y + c, d x + e y + f), nearest neighbour, grey 128 outside.
+
+    matrix(s) gives (a, ..., f) for the images of sign s, in pixel indices, as TensorFlow counts (Pillow: from corners).
+    """
+    flat = F.pad(images.flatten(2), (0, 1), value=128)  # one more pixel stands for all that is outside
+    moved = torch.empty_like(images.flatten(2))
+    for s in (1, -1):
+        rows = (sign == s).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        index = source_index(*images.shape[2:], matrix(s), images.device)
+        chosen = flat if len(rows) == len(flat) else pick(flat, rows)
+        if images.device.type == "cpu":
+            taken = torch.from_numpy(chosen.numpy().take(index.numpy(), axis=2, mode="clip"))
+        else:
+            taken = chosen.index_select(2, index)
+        put(moved, rows, taken)
+    return moved.view(images.shape)
 
 
 def pixels_at_10(images: Tensor, official: int) -> int:
@@ -320,7 +342,7 @@ def pixels_at_10(images: Tensor, official: int) -> int:
 
 
 def auto_contrast(images, magnitude, sign, generator, tf_quirks=False):
-    low, high = (value.double()[..., None] for value in images.flatten(2).aminmax(dim=2))
+    low, high = images.flatten(2).amin(2, True).double(), images.flatten(2).amax(2, True).double()  # aminmax is slow
     # As Pillow's int(ix * scale + offset); torch computes number / tensor as number * (1 / tensor), not the same.
     scale = torch.full_like(high, 255) / (high - low).clamp(min=1)
     levels = torch.arange(256, dtype=torch.float64, device=images.device)
@@ -343,11 +365,10 @@ def invert(images, magnitude, sign, generator, tf_quirks=False):
 
 
 def rotate(images, magnitude, sign, generator, tf_quirks=False):
-    angle = sign.float() * math.radians(3 * magnitude)
-    cos, sin = angle.cos(), angle.sin()
     y, x = (images.shape[2] - 1) / 2, (images.shape[3] - 1) / 2
+    cos, sin = math.cos(math.radians(3 * magnitude)), math.sin(math.radians(3 * magnitude))
     return warp(
-        images, affine(len(images), a=cos, b=-sin, c=x - x * cos + y * sin, d=sin, e=cos, f=y - x * sin - y * cos)
+        images, sign, lambda s: (cos, -s * sin, x - x * cos + y * s * sin, s * sin, cos, y - x * s * sin - y * cos)
     )
 
 
@@ -384,10 +405,10 @@ def color(images, magnitude, sign, generator, tf_quirks=False):
 def contrast(images, magnitude, sign, generator, tf_quirks=False):
     """Blend with the mean grey; the official code takes the pixel count over 256 for it (tensorflow/tpu#825)."""
     if tf_quirks:
-        mean = torch.full((len(images), 1, 1, 1), min(images.shape[2] * images.shape[3] // 256, 255))
+        mean = torch.full((len(images), 1, 1), min(images.shape[2] * images.shape[3] // 256, 255), device=images.device)
     else:
-        mean = (grayscale(images).double().mean((1, 2, 3), keepdim=True) + 0.5).floor()
-    return blend(mean.to(images.device), images, magnitude)
+        mean = (grayscale(images).flatten(2).sum(2, keepdim=True) / images[0, 0].numel() + 0.5).floor()
+    return table_lookup(images, blend(mean, torch.arange(256, device=images.device), magnitude))
 
 
 def brightness(images, magnitude, sign, generator, tf_quirks=False):
@@ -396,40 +417,44 @@ def brightness(images, magnitude, sign, generator, tf_quirks=False):
 
 def sharpness(images, magnitude, sign, generator, tf_quirks=False):
     """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels stay as they are."""
-    wide = images.int()
+    wide = images.short()
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[..., 1:-1, 1:-1]
-    smooth = images.clone()
-    smooth[..., 1:-1, 1:-1] = ((2 * total + 13) // 26).to(torch.uint8)  # rounded to nearest, in integers
-    return blend(smooth, images, magnitude)
+    total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(wide[..., 1:-1, 1:-1], alpha=4)
+    smooth = total.float().div_(13).add_(0.5).floor_()
+    out = images.clone()
+    out[..., 1:-1, 1:-1] = blend(smooth, images[..., 1:-1, 1:-1], magnitude)
+    return out
 
 
 def shear_x(images, magnitude, sign, generator, tf_quirks=False):
-    return warp(images, affine(len(images), b=sign * 0.3 * magnitude / 10))
+    return warp(images, sign, lambda s: (1, s * 0.3 * magnitude / 10, 0, 0, 1, 0))
 
 
 def shear_y(images, magnitude, sign, generator, tf_quirks=False):
-    return warp(images, affine(len(images), d=sign * 0.3 * magnitude / 10))
+    return warp(images, sign, lambda s: (1, 0, 0, s * 0.3 * magnitude / 10, 1, 0))
 
 
 def translate_x(images, magnitude, sign, generator, tf_quirks=False):
-    return warp(images, affine(len(images), c=sign * pixels_at_10(images, 100) * magnitude / 10))
+    return warp(images, sign, lambda s: (1, 0, s * pixels_at_10(images, 100) * magnitude / 10, 0, 1, 0))
 
 
 def translate_y(images, magnitude, sign, generator, tf_quirks=False):
-    return warp(images, affine(len(images), f=sign * pixels_at_10(images, 100) * magnitude / 10))
+    return warp(images, sign, lambda s: (1, 0, 0, 0, 1, s * pixels_at_10(images, 100) * magnitude / 10))
 
 
 def cutout(images, magnitude, sign, generator, tf_quirks=False):
     """A grey square of side 2 int(40 M/10) pixels around a uniformly drawn pixel, cut off at the image's edge."""
-    half = int(pixels_at_10(images, 40) * magnitude / 10)
-    hole = []
-    for size in images.shape[2:]:
-        center = torch.randint(size, (len(images), 1), generator=generator)
-        pixels = torch.arange(size)
-        hole.append((pixels >= center - half) & (pixels < center + half))
-    mask = (hole[0][:, None, :, None] & hole[1][:, None, None, :]).to(images.device)
-    return torch.where(mask, images.new_tensor(128), images)
+    return cut_squares(images, int(pixels_at_10(images, 40) * magnitude / 10), generator)
+
+
+def cut_squares(images: Tensor, half: int, generator: torch.Generator | None) -> Tensor:
+    centers = (torch.rand(len(images), 2, generator=generator) * torch.tensor(images.shape[2:])).long()
+    inside = []
+    for center, size in zip(centers.unbind(1), images.shape[2:], strict=True):
+        distance = torch.arange(size) - center[:, None]
+        inside.append((distance >= -half) & (distance < half))
+    hole = (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(images.device, non_blocking=True)
+    return (images * ~hole).add_(hole.byte() * 128)  # 4 times as fast as masked_fill
 
 
 RAND_AUGMENT_OPS = {
@@ -461,19 +486,52 @@ def rand_augment(
 ) -> Tensor:
     """Apply `num_ops` ops, drawn for each image on its own with replacement, to uint8 (N, 3, H, W) on any device.
 
-    Not in place. `generator`: a CPU generator (None: torch's own). `tf_quirks`: do what the official code really does
-    where it overflows. Source: official randaugment.py:530-554 (the op's probability there is never used).
+    Not in place. `generator`: a CPU generator (None: torch's own). `tf_quirks`: do what the official code does when it
+    is run, where it overflows. Source: official randaugment.py:530-554 (the op's probability there is never used).
+
+    op                       at magnitude M                                          with tf_quirks
+    AutoContrast, Equalize,  in full
+    Invert
+    Rotate                   by +-3 M degrees
+    ShearX, ShearY           by +-0.03 M
+    TranslateX, TranslateY   by +-10 M pixels; images up to 64 px by size // 8 x M / 10
+    Cutout                   2 int(4 M) pixels a side; up to 64 px 2 int(size // 8 x M / 10)
+    Posterize                int(4 M / 10) bits stay, at least 1; above M = 10       int(4 M / 10); from 22.5 on 1 bit
+                             8 - round(4 M / 30)                                     (a negative shift wraps)
+    Solarize                 inverted from int(256 M / 10) up; above M = 10          the threshold modulo 256
+                             from 255 (1 - M / 30) up
+    SolarizeAdd              int(110 M / 10) is added below 128
+    Color, Contrast,         away from grey, mean grey, black, blurred by            mean grey: pixel count / 256
+    Brightness, Sharpness    the factor 1.8 M / 10 + 0.1; M = 5 does nothing
     """
-    images = images.clone()
+    images = images.clone(memory_format=torch.contiguous_format)
     ops = torch.randint(len(RAND_AUGMENT_OPS), (num_ops, len(images)), generator=generator)
     signs = torch.randint(2, (num_ops, len(images)), generator=generator) * 2 - 1
+    fits = max(1, 2**18 // math.prod(images.shape[1:])) if images.device.type == "cpu" else len(images)  # in the cache
     for chosen, sign in zip(ops, signs, strict=True):
         for number, op in enumerate(RAND_AUGMENT_OPS.values()):
-            rows = (chosen == number).nonzero().squeeze(1)
-            if len(rows):  # `rows` is on the CPU: no host synchronisation
-                here = rows.to(images.device, non_blocking=True)
-                images[here] = op(images[here], magnitude, sign[rows], generator, tf_quirks)
+            for rows in (chosen == number).nonzero().squeeze(1).split(fits):  # on the CPU: no host synchronisation
+                if len(rows):
+                    put(images, rows, op(pick(images, rows), magnitude, sign[rows], generator, tf_quirks))
     return images
+
+
+def small_image_noise(images: Tensor, hflip: bool, generator: torch.Generator | None = None) -> Tensor:
+    """What the official code does to images of 32 pixels after RandAugment, where it crops larger ones before it.
+
+    uint8 (N, 3, H, W) -> the same. A grey square of half the side; a shift by up to an eighth of the side, with what
+    comes in reflected at the edge; half of the images mirrored, if `hflip` (preprocessing.py:189-224).
+    """
+    num, _, height, width = images.shape
+    size = min(height, width)
+    images = cut_squares(images, size // 4, generator)
+    shifts = torch.randint(-(size // 8), size // 8 + 1, (num, 2), generator=generator)
+    mirrored = torch.rand(num, generator=generator) < (0.5 if hflip else 0)
+    y, x = (torch.arange(length) + shift[:, None] for length, shift in zip((height, width), shifts.T, strict=True))
+    y, x = (last - (last - i.abs()).abs() for i, last in ((y, height - 1), (x, width - 1)))
+    x = torch.where(mirrored[:, None], x.flip(1), x)
+    index = (y[:, :, None] * width + x[:, None, :]).flatten(1).to(images.device, non_blocking=True)
+    return images.flatten(2).gather(2, index[:, None].expand(-1, 3, -1)).view(images.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -527,12 +585,15 @@ def eval_view(image: Image.Image, image_size: int, crop_fraction: float, interpo
     return np.asarray(square.resize((image_size, image_size), Image.Resampling[interpolation.upper()]))
 
 
-def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, min_area: float, hflip: bool):
+def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, min_area: float | None, hflip: bool):
     """Inception crop: a random `min_area` to all of the area, aspect 3/4 to 4/3, bicubic, flipped half the time.
 
+    `min_area` None: the clean view, for `small_image_noise` to shift and flip.
     Official preprocessing.py:81-102 tries 10 times and falls back to the centre; areas and log-aspects are uniform here
     as in torchvision (TensorFlow's sampler draws heights uniformly).
     """
+    if min_area is None:
+        return eval_view(image, image_size, default_crop_fraction(image_size))
     width, height = image.size
     box = None
     for _ in range(10):
@@ -1438,3 +1499,40 @@ def draw_curves(out: Path) -> None:
         axis.legend(frameon=False)
     axes[1].set_ylabel("percent")
     save_figure(plt, out / "curves.png")
+
+
+def draw_noise(image: Image.Image, out: Path, image_size: int) -> None:
+    """An image under each op of RandAugment at magnitudes 5, 15 and 27: what a student is about to learn from."""
+    if (plt := pyplot()) is None:
+        return
+    view = eval_view(image, image_size, 1.0)
+    batch, plus = torch.from_numpy(view.copy()).permute(2, 0, 1)[None], torch.ones(1, dtype=torch.int64)
+    _, axes = plt.subplots(6, 9, figsize=(9 * 1.1, 6 * 1.25), layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for column, (name, op) in enumerate(({"as it is": None} | RAND_AUGMENT_OPS).items()):
+        for row, magnitude in enumerate((5, 15, 27)):
+            axis = axes[row + 3 * (column // 9), column % 9]
+            seen = op(batch, magnitude, plus, torch.Generator().manual_seed(0)) if op else batch
+            if op or row == 0:
+                axis.imshow(seen[0].permute(1, 2, 0))
+                axis.set_title(f"{name} {magnitude}" if op else name, fontsize=7)
+    save_figure(plt, out)
+
+
+def main() -> None:
+    parser = argument_parser("Draw an image under each op of the noise, at magnitudes 5, 15 and 27.")
+    parser.add_argument("command", choices=["noise"], help="what to draw")
+    parser.add_argument("image", type=Path, help="any image")
+    parser.add_argument("--out", type=Path, default=Path("noise.png"), help="the picture")
+    parser.add_argument("--image-size", type=at_least(1, int), default=224, help="what the noise sees, in pixels")
+    args = parser.parse_args()
+    try:
+        image = load_image(args.image)
+    except Exception as error:  # decoders raise anything
+        fail(f"{args.image}: {type(error).__name__}: {error}")
+    draw_noise(image, args.out, args.image_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,12 @@
 inference  images a second of EfficientNet-B0: timm's as `create_model` gives it against ours with the same weights as
            stage 02 runs it (batch norms folded, channels_last, autocast, its batch), once both agree on the logits
 memory     peak of training steps of stage 01, with and without --accumulate and --checkpoint-activations
+noise      RandAugment with 2 ops of magnitude 9, each applied always: torchvision's and timm's image by image, kornia's
+           (if it is installed) and ours on a batch of the same images
 
     python tests/benchmark.py inference --compile
     python tests/benchmark.py memory --models efficientnet_b7:224:8
+    python tests/benchmark.py noise --threads 1
 
 Variants of `inference` take turns in one process, and the median of the rounds counts. On a machine that others use
 too, absolute numbers mean little, also from one run to the next: quote ratios within one table.
@@ -23,11 +26,22 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from conftest import ROOT, draw_data, load_stage
+from PIL import Image
 from torch import Tensor, nn
 
-from common import argument_parser, at_least, autocast, build_model, fuse_batch_norms, init_processes, load_weights
+from common import (
+    argument_parser,
+    at_least,
+    autocast,
+    build_model,
+    fuse_batch_norms,
+    init_processes,
+    load_weights,
+    rand_augment,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,6 +63,9 @@ def parse_args() -> argparse.Namespace:
     models = [model_pixels_batch(text) for text in ("efficientnet_b7:224:8", "efficientnet_l2:128:4")]
     add("--models", type=model_pixels_batch, nargs="+", default=models, help="ARCH:PIXELS:BATCH ...")
     add("--tmp", help="folder for data and checkpoints, 10 GB for L2, removed again; None: the system's")
+    add = command(noise, "speed of RandAugment, others' and ours")
+    add("--rounds", type=at_least(1, int), default=7, help="over which the median is taken")
+    add("--sizes", type=at_least(8, int), nargs="+", default=[32, 96, 224], help="pixels, a row each")
     return parser.parse_args()
 
 
@@ -209,6 +226,51 @@ def measure_steps(arch: str, pixels: int, batch: int, flags: list, args: argpars
     else:
         peak = f"{(int(output.split()[-1]) if args.device == 'cuda' else usage.ru_maxrss * 1024) / 2**30:.2f}"
     return peak, f"{seconds:.0f}", f"{usage.ru_utime + usage.ru_stime:.0f}"
+
+
+def noise(args: argparse.Namespace) -> None:
+    import timm.data.auto_augment
+    import torchvision
+    from torchvision.transforms import v2
+
+    device = init_processes(args.device).device
+    torch.set_num_threads(args.threads)
+    print(
+        f"torchvision {torchvision.__version__}, timm {timm.__version__}, {machine(args)}, {args.rounds} rounds, median"
+    )
+    print("images/s, and the ratio to torchvision's v1\n")
+    for size in args.sizes:
+        num = min(256, 2**22 // size**2) if device.type == "cpu" else 2**24 // size**2
+        rng = np.random.default_rng(0)  # blurred noise: photographs in little
+        grids = rng.integers(0, 256, (num, 8, 8, 3), dtype=np.uint8)
+        images = [Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC) for grid in grids]
+        batch = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).to(device)
+        v1s, v2s = torchvision.transforms.RandAugment(2, 9), v2.RandAugment(2, 9)
+        timms = timm.data.auto_augment.rand_augment_transform("rand-m9-n2-p1", {"img_mean": (128, 128, 128)})
+        few = images[:256]  # one by one: more of them would not be faster
+        variants = {"torchvision v1 on PIL": (len(few), lambda f=v1s, few=few: [f(image) for image in few])}
+        variants["torchvision v2 on PIL"] = len(few), lambda f=v2s, few=few: [f(image) for image in few]
+        variants["timm p = 1 on PIL"] = len(few), lambda f=timms, few=few: [f(image) for image in few]
+        with contextlib.suppress(ImportError):
+            from kornia.augmentation.auto import RandAugment
+
+            kornias = RandAugment(2, 9)
+            variants["kornia, ops per batch"] = num, lambda f=kornias, b=batch: f(b.float() / 255).mul(255).byte()
+        variants["ours"] = num, lambda b=batch: rand_augment(b, 2, 9)
+        seconds = {name: [] for name in variants}
+        for turn in range(args.rounds + 1):
+            for name, (_, call) in variants.items():
+                wait = torch.cuda.synchronize if batch.is_cuda else lambda: None
+                wait()
+                began = time.perf_counter()
+                call()
+                wait()
+                if turn:  # the first warms up
+                    seconds[name].append(time.perf_counter() - began)
+        speed = {name: number / median(seconds[name]) for name, (number, _) in variants.items()}
+        if size == args.sizes[0]:
+            print_rows(("pixels", *speed), ["---:"] * (1 + len(speed)))
+        print_rows((size, *(f"{s:.0f} ({s / speed['torchvision v1 on PIL']:.2f})" for s in speed.values())))
 
 
 if __name__ == "__main__":

@@ -695,11 +695,11 @@ def assert_close_runs(start, one, two, names):
     start, a, b = (weights_of(out) for out in (start, one, two))
     assert any(not torch.equal(a[name], b[name]) for name in a), "they were the same steps"
     for name in start:
-        assert (a[name] - b[name]).norm() < 0.01 * (a[name] - start[name]).norm(), name
+        assert (a[name] - b[name]).norm() < 0.05 * (a[name] - start[name]).norm(), name
     one, two = read_metrics(one), read_metrics(two)
     for name in names:
         losses = [[line[name] for line in lines if name in line] for lines in (one, two)]
-        assert len(losses[0]) >= 6 and losses[0] == pytest.approx(losses[1], rel=1e-5), name
+        assert len(losses[0]) >= 6 and losses[0] == pytest.approx(losses[1], rel=1e-3), name
 
 
 SQUEEZED = ["--arch", "squeezenet1_1", "--dropout", 0, "--image-size", 32, "--batch-size", 8, "--epochs", 2]
