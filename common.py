@@ -642,10 +642,18 @@ class ImageRows:
 
 
 def list_images(root: str | Path) -> ImageRows:
-    """All images below `root`, in the sorted order of their paths; .tar shards are indexed and read in place."""
+    """All images below `root`, in the sorted order of their paths; .tar shards are indexed and read in place.
+
+    Symbolic links are followed; a folder that is reached twice, by a loop of links for one, counts once.
+    """
     root = os.path.abspath(root)
-    found = []
+    found, seen = [], set()
     for folder, folders, names in os.walk(os.fsencode(root), followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(b"."))
         below = os.path.relpath(folder, os.fsencode(root))
         for name in names:

@@ -480,3 +480,16 @@ def test_grid_keys_are_each_row_once_in_the_same_batches(num, batch_size, world_
     assert all(len(batch) == batch_size for batch in alone[:-1])
     shares = [batch for rank in ranks(world_size) for batch in grid_keys(num, batch_size, rank)]
     assert sorted(shares) == alone
+
+
+def test_links_are_followed_and_a_loop_of_them_counts_once(tmp_path):
+    real = tmp_path / "real" / "inside"
+    real.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(real / name)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "real")
+    (real / "up").symlink_to(root)
+    (real / "self").symlink_to(real)
+    assert list_images(root).path.tolist() == [b"linked/inside/a.png", b"linked/inside/b.png"]
