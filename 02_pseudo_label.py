@@ -80,13 +80,18 @@ class RowWriter:
     def __init__(self, path: Path):
         with open_label_file(path, LOGITS_FORMAT) as file:
             self.offsets = {name: file[name].id.get_offset() for name in ("logits", "label", "confidence", "status")}
-        self.file = os.open(path, os.O_RDWR)
+        self.path, self.file = path, os.open(path, os.O_RDWR)
         self.pending, self.synced = [], time.monotonic()
 
     def put(self, name: str, first: int, values: np.ndarray) -> None:
         data, offset = values.tobytes(), self.offsets[name] + first * values.nbytes // len(values)
         while data:  # a write may be short, on a disk that is filling up for one
-            written = os.pwrite(self.file, data, offset)
+            try:
+                written = os.pwrite(self.file, data, offset)
+            except OSError as error:  # a full disk, a quota
+                fail(
+                    f"{self.path}: {error.strerror}; all rows whose status is 1 or 2 are kept: make room and run again"
+                )
             data, offset = data[written:], offset + written
 
     def write(self, first: int, logits: np.ndarray, good: np.ndarray) -> None:

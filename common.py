@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
@@ -641,6 +642,24 @@ class ImageRows:
         return load_image(name, int(self.offset[row]), int(self.size[row]))
 
 
+def tar_members(path: str) -> list[tarfile.TarInfo]:
+    """The members of a plain .tar file; of one that is cut off those before the end, and a line that says so."""
+    members = []
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                members.append(member)
+            shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
+            if shard.fileobj.read(512).strip(b"\0"):
+                raise tarfile.ReadError("no header of a member, and not the end")
+    except tarfile.TarError as error:
+        if not members:
+            fail(f"{path} is not a plain .tar file ({error})")
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{path} is damaged after {members[-1].name} ({error}): what follows is not seen")
+    return members
+
+
 def list_images(root: str | Path) -> ImageRows:
     """All images below `root`, in the sorted order of their paths; .tar shards are indexed and read in place.
 
@@ -668,14 +687,9 @@ def list_images(root: str | Path) -> ImageRows:
                     f"{os.fsdecode(path)} in {root} is compressed: images are read in place from plain .tar files only"
                 )
             elif lower.endswith(".tar"):
-                try:
-                    with tarfile.open(os.path.join(folder, name), "r:") as shard:
-                        members = [member for member in shard if member.isfile()]
-                except tarfile.TarError as error:
-                    fail(f"{os.fsdecode(path)} in {root} is not a plain .tar file ({error})")
-                for member in members:
+                for member in tar_members(os.path.join(os.fsdecode(folder), os.fsdecode(name))):
                     base = os.path.basename(member.name).lower()
-                    if base.endswith(EXTENSIONS) and not base.startswith("."):
+                    if member.isfile() and base.endswith(EXTENSIONS) and not base.startswith("."):
                         found.append((path + b"/" + os.fsencode(member.name), member.offset_data, member.size))
     found.sort()
     paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
@@ -874,6 +888,10 @@ def create_logits(path: Path, rows: ImageRows, classes: list[str], **attributes)
     Contiguous and allocated at once (sparse on disk): processes then fill it in place with os.pwrite, nothing in the
     HDF5 structure changes any more, and the file opens at any moment, after a kill -9 too.
     """
+    needed = len(rows) * (2 * len(classes) + rows.path.dtype.itemsize + 25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(path.parent).free) < needed:
+        fail(f"{path}: {len(rows)} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
     with (
         write_atomically(path) as temporary,
         h5py.File(temporary, "w", alignment_threshold=1, alignment_interval=4096) as file,

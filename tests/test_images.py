@@ -493,3 +493,21 @@ def test_links_are_followed_and_a_loop_of_them_counts_once(tmp_path):
     (real / "up").symlink_to(root)
     (real / "self").symlink_to(real)
     assert list_images(root).path.tolist() == [b"linked/inside/a.png", b"linked/inside/b.png"]
+
+
+def test_of_a_shard_that_is_cut_off_the_members_before_the_end_are_read(tmp_path, capsys):
+    data = io.BytesIO()
+    Image.effect_noise((32, 32), 50).save(data, "PNG")
+    make_tar(tmp_path / "0.tar", {f"{i}.png": data.getvalue() for i in range(5)})
+    whole = (tmp_path / "0.tar").read_bytes()
+    fourth = 3 * (512 + -(-len(data.getvalue()) // 512) * 512)  # members are padded to blocks of 512 bytes
+    for end, number in ((fourth + 600, 4), (fourth + 300, 3)):  # in the data, in the header
+        (tmp_path / "0.tar").write_bytes(whole[:end])
+        rows = list_images(tmp_path)
+        assert "is damaged after" in capsys.readouterr().out and len(rows) == number
+        errors = [ImageDataset(rows, clean={"image_size": 32, "crop_fraction": 1.0})[row][2] for row in range(number)]
+        assert errors[:3] == [None] * 3 and all(errors[3:])
+    (tmp_path / "0.tar").write_bytes(whole[:fourth])  # without the two empty blocks at the end: that is no damage
+    assert len(list_images(tmp_path)) == 3 and not capsys.readouterr().out
+    (tmp_path / "0.tar").write_bytes(whole[:fourth] + b"x" * 512 + whole[fourth + 512 :])  # no header
+    assert len(list_images(tmp_path)) == 3 and "is damaged after 2.png" in capsys.readouterr().out

@@ -2,18 +2,21 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_data
+from conftest import ROOT, draw_data, load_stage
 
 TRAIN = ["--image-size", 32, "--batch-size", 8, "--optimizer", "adamw", "--lr", 4e-3, "--zero-init-residual"]
 TRAIN += [
@@ -212,6 +215,37 @@ def test_labelling_goes_on_where_it_was_killed(teacher, tiny_data, labels, run_s
         assert all(a[name][:].tobytes() == b[name][:].tobytes() for name in b if name != "classes")
     untouched = out.read_bytes()
     assert "20 of them done before" in run_stage(*args).stdout and out.read_bytes() == untouched
+
+
+def test_a_disk_that_fills_up_is_one_line_and_costs_nothing(teacher, labels, tmp_path):
+    """A limit on the size of files stands in for the disk: what was done before stays, and the run goes on later."""
+    with h5py.File(labels[0]) as file:
+        limit, complete = file["logits"].id.get_offset(), {name: file[name][:] for name in file}
+    command = ["02_pseudo_label.py", "--teacher", teacher[0] / "model.pt", "--out", tmp_path / "l.h5"]
+    command = [sys.executable, *map(str, command)]
+    shutil.copy(labels[0], tmp_path / "l.h5")
+    with h5py.File(tmp_path / "l.h5", "r+") as file:
+        file["status"][:] = 0  # as if nothing was done
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=full, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "File too large" in done.stderr and "run again" in done.stderr
+    with h5py.File(tmp_path / "l.h5") as file:
+        assert not file["status"][:].any()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with h5py.File(tmp_path / "l.h5") as file:
+        for name, values in complete.items():
+            np.testing.assert_array_equal(file[name][:], values)
+
+
+def test_too_small_a_disk_is_said_before_the_start(teacher, monkeypatch, tmp_path, capsys):
+    stage = load_stage("02_pseudo_label")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    command = ["02", "--teacher", teacher[0] / "model.pt", "--out", tmp_path / "l.h5"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with pytest.raises(SystemExit) as stop:
+        stage.main()
+    assert stop.value.code == 2 and "20 images need" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_too_many_unreadable_images_end_with_status_2_and_everything_kept(teacher, run_stage, tmp_path):
