@@ -1541,7 +1541,7 @@ def draw_noise(image: Image.Image, out: Path, image_size: int) -> None:
             axis = axes[row + 3 * (column // 9), column % 9]
             seen = op(batch, magnitude, plus, torch.Generator().manual_seed(0)) if op else batch
             if op or row == 0:
-                axis.imshow(seen[0].permute(1, 2, 0))
+                axis.imshow(seen[0].permute(1, 2, 0).numpy())
                 axis.set_title(f"{name} {magnitude}" if op else name, fontsize=7)
     save_figure(plt, out)
 

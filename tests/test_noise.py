@@ -15,6 +15,7 @@ import torchvision.transforms.functional as torchvision_functional
 from conftest import load_stage
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import common
 from common import (
@@ -222,7 +223,7 @@ def test_translation_in_pixels(size, shift):
 
 def cut(image, center, half):
     """In place, as numpy cuts a slice at the far edge."""
-    (y, x) = center
+    y, x = center
     image[max(0, y - half) : y + half, max(0, x - half) : x + half] = 128
 
 
@@ -412,23 +413,36 @@ def test_slices_change_nothing(num, size, monkeypatch):
     assert sum(calls) == 2 * num and len(calls) > 32, "there were no slices"
 
 
-class AsOnGpu(torch.Tensor):
-    """For the code that only GPUs run: it does the same on a CPU."""
+class PretendedGpu(TorchFunctionMode):
+    """For the code that only GPUs run, without one: tensors say that they are elsewhere, and stay."""
 
-    is_cuda = True
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
+        if func == torch.Tensor.device.__get__:
+            return torch.device("meta")
+        if func is torch.Tensor.to and isinstance(args[1], torch.device):
+            return args[0]
+        assert func is not torch.Tensor.numpy, "a GPU's tensor has no numpy()"
+        return func(*args, **kwargs)
+
+
+def on_gpu(noise, images, *args):
+    if torch.cuda.is_available():
+        return noise(images.cuda(), *args).cpu()
+    with PretendedGpu():
+        return noise(images, *args)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47)])
 def test_gpus_get_the_same(size):
+    """So many images that each op gets several slices on a CPU."""
     pictured = torch.from_numpy(pictures(size)).permute(0, 3, 1, 2)
-    images = torch.cat([pictured.repeat(20, 1, 1, 1), random_batch(1500, *size)])
-    on_gpu = images.cuda() if torch.cuda.is_available() else images.as_subclass(AsOnGpu)
-    for magnitude in (9, 27):
-        for quirks in (False, True):
-            one, two = (rand_augment(batch, 2, magnitude, generator_of(0), quirks) for batch in (images, on_gpu))
-            assert torch.equal(one, two.cpu().as_subclass(torch.Tensor))
-    one, two = (small_image_noise(batch, True, generator_of(0)) for batch in (images, on_gpu))
-    assert torch.equal(one, two.cpu().as_subclass(torch.Tensor))
+    images = torch.cat([pictured.repeat(20, 1, 1, 1), random_batch(1800, *size)])
+    for magnitude, quirks in ((9, False), (27, False), (27, True)):
+        one = rand_augment(images, 2, magnitude, generator_of(0), quirks)
+        assert torch.equal(one, on_gpu(rand_augment, images, 2, magnitude, generator_of(0), quirks))
+    one = small_image_noise(images, True, generator_of(0))
+    assert torch.equal(one, on_gpu(small_image_noise, images, True, generator_of(0)))
 
 
 def test_no_ops_no_images_one_image():
