@@ -606,9 +606,16 @@ SMALL = [  # stage, flags, the teacher's or --init's own small_images, whether t
 
 
 @pytest.mark.parametrize(("name", "flags", "teachers", "on"), SMALL)
-@pytest.mark.parametrize("hflip", ["--hflip", "--no-hflip"])
+@pytest.mark.parametrize(
+    ("more", "randaugment", "mirrors"),
+    [
+        (["--num-ops", 1, "--magnitude", 3], (1, 3.0), True),
+        (["--arch", "efficientnet_b2", "--no-hflip"], (2, 6), False),
+    ],
+    ids=["given", "recipe"],
+)
 def test_small_images_get_their_noise_after_randaugment_and_others_do_not(
-    name, flags, teachers, on, hflip, run_main, tiny_data, tmp_path, monkeypatch
+    name, flags, teachers, on, more, randaugment, mirrors, run_main, tiny_data, tmp_path, monkeypatch
 ):
     """On what is not cropped: the pixels of the files, which have 32 pixels here, of both kinds of images in 04."""
     stage, calls, seen = load_stage(name), [], []
@@ -629,8 +636,9 @@ def test_small_images_get_their_noise_after_randaugment_and_others_do_not(
         monkeypatch.setattr(stage, noise.__name__, recorded(noise))
     monkeypatch.setattr(stage, "normalize", recorded_normalize)
     flags = [part for flag in flags for part in ([flag, tmp_path / "teacher.pt"] if flag == "--init" else [flag])]
-    run_main(name, *flags, hflip, "--epochs", 0.34, "--num-ops", 1, "--magnitude", 3, small_images=teachers)
-    expected = [("rand_augment", (1, 3.0)), ("small_image_noise", (hflip == "--hflip",))][: 1 + on]  # one step
+    more = [*more, "--ratio", 1] if name == "04_train_student" else more
+    run_main(name, *flags, *more, "--epochs", 0.34, small_images=teachers)
+    expected = [("rand_augment", randaugment), ("small_image_noise", (mirrors,))][: 1 + on]  # one step
     assert [(function, args) for function, _, args, _, _ in calls] == expected
     assert calls[-1][1] is calls[0][3 if on else 1], "not one after the other"
     assert calls[0][4] is calls[-1][4] and isinstance(calls[0][4], torch.Generator)
