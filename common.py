@@ -396,7 +396,7 @@ def solarize(images, magnitude, sign, generator, tf_quirks=False):
 
 def solarize_add(images, magnitude, sign, generator, tf_quirks=False):
     levels = torch.arange(256)
-    return one_table(images, torch.where(levels < 128, levels + int(110 * magnitude / 10), levels))
+    return one_table(images, torch.where(levels < 128, levels + int(magnitude / 10 * 110), levels))
 
 
 def color(images, magnitude, sign, generator, tf_quirks=False):
@@ -408,7 +408,7 @@ def contrast(images, magnitude, sign, generator, tf_quirks=False):
     if tf_quirks:
         mean = torch.full((len(images), 1, 1), min(images.shape[2] * images.shape[3] // 256, 255), device=images.device)
     else:
-        mean = (grayscale(images).flatten(2).sum(2, keepdim=True) / images[0, 0].numel() + 0.5).floor()
+        mean = (grayscale(images).flatten(2).sum(2, keepdim=True).double() / images[0, 0].numel() + 0.5).floor()
     return table_lookup(images, blend(mean, torch.arange(256, device=images.device), magnitude))
 
 
@@ -501,7 +501,7 @@ def rand_augment(
                              8 - round(4 M / 30)                                     (a negative shift wraps)
     Solarize                 inverted from int(256 M / 10) up; above M = 10          the threshold modulo 256
                              from 255 (1 - M / 30) up
-    SolarizeAdd              int(110 M / 10) is added below 128
+    SolarizeAdd              int(M / 10 x 110) is added below 128
     Color, Contrast,         away from grey, mean grey, black, blurred by            mean grey: pixel count / 256
     Brightness, Sharpness    the factor 1.8 M / 10 + 0.1; M = 5 does nothing
     """
