@@ -1557,7 +1557,10 @@ def main() -> None:
         image = load_image(args.image)
     except Exception as error:  # decoders raise anything
         fail(f"{args.image}: {type(error).__name__}: {error}")
-    draw_noise(image, args.out, args.image_size)
+    try:
+        draw_noise(image, args.out, args.image_size)
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
 
 
 if __name__ == "__main__":
