@@ -5,47 +5,55 @@ layers. That asymmetry is the method: the student must find the same answer unde
 
     y~_i = softmax(f(x~_i, theta_teacher))        stored as logits, so that any temperature can be had later
 
-reads   --teacher model.pt, a folder of images in any nesting, .tar shards in place
+reads   --teacher model.pt, a folder of images in any nesting, .tar shards in place; or --only balanced.h5 and the
+        logits file that it names: a better teacher labels just the images that were selected (the official "reassign")
 writes  logits.h5: one row an image, in the order of the paths. The same command goes on where it was interrupted, with
         any number of processes: the batches are a fixed grid of rows, so the numbers do not depend on it.
 
     python 02_pseudo_label.py --teacher runs/teacher/model.pt --unlabeled DATA/unlabeled --out runs/logits.h5
     torchrun --nproc-per-node 8 02_pseudo_label.py --teacher runs/teacher/model.pt --out runs/logits.h5
+    python 02_pseudo_label.py --teacher runs/student/model.pt --only runs/balanced.h5 --out runs/newer.h5
 """
 
 import argparse
 import os
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import (
+    DONE,
     LOGITS_FORMAT,
+    SELECTION_FORMAT,
+    TODO,
+    UNREADABLE,
     ImageDataset,
     ImageRows,
     StopSignal,
     argument_parser,
     at_least,
     autocast,
-    barrier,
     create_logits,
     fail,
     file_sha256,
+    image_rows,
     init_processes,
     load_batches,
     load_model,
+    map_dataset,
     normalize,
     open_label_file,
     progress,
-    read_classes,
     report_bad,
+    selected_files,
     unlabeled_images,
     view_of,
 )
-
-TODO, DONE, UNREADABLE = 0, 1, 2  # status of a row
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--teacher", type=Path, required=True, help="checkpoint whose averaged weights label")
     add("--unlabeled", type=Path, help="folder of images and .tar shards; None: unlabeled/ of the teacher's data")
+    add("--only", type=Path, help="balanced.h5: label its images alone, at their old rows; for 04 --logits")
     add("--out", type=Path, required=True, help="the logits file; run again on it to go on after an interruption")
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")
     add("--workers", type=at_least(0, int), help="loaders a process; None: 0 on CPUs, its share of the cores on GPUs")
@@ -80,121 +89,185 @@ class RowWriter:
     def __init__(self, path: Path):
         with open_label_file(path, LOGITS_FORMAT) as file:
             self.offsets = {name: file[name].id.get_offset() for name in ("logits", "label", "confidence", "status")}
-        self.path, self.file = path, os.open(path, os.O_RDWR)
+        try:
+            self.path, self.file = path, os.open(path, os.O_RDWR)
+        except OSError as error:
+            fail(f"{path} cannot be written: {error.strerror}")
         self.pending, self.synced = [], time.monotonic()
 
-    def put(self, name: str, first: int, values: np.ndarray) -> None:
-        data, offset = values.tobytes(), self.offsets[name] + first * values.nbytes // len(values)
-        while data:  # a write may be short, on a disk that is filling up for one
-            try:
-                written = os.pwrite(self.file, data, offset)
-            except OSError as error:  # a full disk, a quota
-                fail(
-                    f"{self.path}: {error.strerror}; all rows whose status is 1 or 2 are kept: make room and run again"
-                )
-            data, offset = data[written:], offset + written
+    def stop(self, reason: str) -> None:
+        fail(f"{self.path}: {reason}; the rows whose status is 1 or 2 are kept: run again", from_any=True)
 
-    def write(self, first: int, logits: np.ndarray, good: np.ndarray) -> None:
-        """Rows `first` and following: fp32 logits (n, C), and which of the n images could be read."""
+    def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
+        """One value of `values` a row; the rows ascend."""
+        begins = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # of the runs of neighbours, each written at once
+        for first, part in zip(rows[begins], np.split(values, begins[1:]), strict=True):
+            data, offset = part.tobytes(), self.offsets[name] + int(first) * part[0].nbytes
+            while data:  # a write may be short, on a disk that is filling up for one
+                try:
+                    written = os.pwrite(self.file, data, offset)
+                except OSError as error:
+                    self.stop(f"{error.strerror}: make room")
+                data, offset = data[written:], offset + written
+
+    def write(self, rows: np.ndarray, logits: torch.Tensor, good: np.ndarray) -> None:
+        """Logits (n, C) of n rows, on any device and of any precision, and which of the images could be read."""
+        logits = logits.float().cpu().numpy()
+        if not np.isfinite(logits[good]).all():
+            self.stop("the teacher gives logits that are not finite, try --precision fp32 or another teacher")
         shifted = logits - logits.max(1, keepdims=True)
         confidence = (1 / np.exp(shifted).sum(1)).astype(np.float32)
-        self.put("logits", first, np.where(good[:, None], shifted, np.nan).astype(np.float16))
-        self.put("label", first, np.where(good, logits.argmax(1), -1).astype(np.int32))
-        self.put("confidence", first, np.where(good, confidence, np.float32("nan")).astype(np.float32))
-        self.pending.append((first, np.where(good, DONE, UNREADABLE).astype(np.uint8)))
+        self.put("logits", rows, np.where(good[:, None], shifted, np.nan).astype(np.float16))
+        self.put("label", rows, np.where(good, logits.argmax(1), -1).astype(np.int32))
+        self.put("confidence", rows, np.where(good, confidence, np.float32("nan")).astype(np.float32))
+        self.pending.append((rows, np.where(good, DONE, UNREADABLE).astype(np.uint8)))
         if time.monotonic() - self.synced > 5:
             self.sync()
 
     def sync(self) -> None:
-        os.fdatasync(self.file)
-        for first, status in self.pending:
-            self.put("status", first, status)
+        if not os.path.exists(self.path) or not os.path.samestat(os.stat(self.path), os.fstat(self.file)):
+            self.stop("it was removed or replaced while it was being filled")
+        try:
+            os.fdatasync(self.file)
+        except OSError as error:
+            self.stop(f"{error.strerror}: make room")
+        for rows, status in self.pending:
+            self.put("status", rows, status)
         self.pending, self.synced = [], time.monotonic()
 
 
-def create_or_check(args: argparse.Namespace, checkpoint: dict, is_main: bool) -> None:
-    """Create the file for a new run; of an earlier one, check that teacher and images are the same."""
-    sha256 = file_sha256(args.teacher)
-    folder = args.unlabeled or (Path(checkpoint["data"]) / "unlabeled")
-    if args.out.exists():
-        with open_label_file(args.out, LOGITS_FORMAT) as file:
-            if file.attrs["teacher_sha256"] != sha256:
-                fail(f"{args.out} was made by another teacher ({file.attrs['teacher']}): choose another --out")
-            if file.attrs["root"] != os.path.abspath(folder):
-                fail(f"{args.out} is of --unlabeled {file.attrs['root']}, not {folder}: choose another --out")
-    elif is_main:
-        create_logits(
-            args.out,
-            unlabeled_images(folder),
-            checkpoint["classes"],
-            arch=checkpoint["arch"],
-            image_size=checkpoint["image_size"],
-            teacher=os.path.abspath(args.teacher),
-            teacher_sha256=sha256,
-        )
+def images_to_label(args: argparse.Namespace, checkpoint: dict) -> tuple[ImageRows, np.ndarray | range]:
+    """The images of --unlabeled, all of them wanted; or those of the logits file that --only names, and its rows."""
+    if not args.only:
+        rows = unlabeled_images(args.unlabeled or (Path(checkpoint["data"]) / "unlabeled"))
+        return rows, range(len(rows))
+    with open_label_file(args.only, SELECTION_FORMAT) as file:
+        number, selected = file["file"][:], file["row"][:]
+        images = []
+        for name in selected_files(args.only, file):
+            with open_label_file(name, LOGITS_FORMAT) as logits:
+                images.append(image_rows(logits))
+    roots = [rows.root for rows in images]
+    folder = os.path.abspath(args.unlabeled) if args.unlabeled else None
+    if len(images) > 1 and roots.count(folder) != 1:
+        fail(f"{args.only} is of several folders: label one after the other, --unlabeled {' or '.join(roots)}")
+    this = roots.index(folder) if len(images) > 1 else 0
+    rows, wanted = images[this], np.unique(selected[number == this])
+    if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(rows):
+        fail(f"{args.only}: its rows are not those of the logits file it names: run 03 again")
+    return replace(rows, root=folder or rows.root), wanted
 
 
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device)
+    processes = init_processes(args.device, connect=False)  # none waits for another, so none can hang
+    stop = StopSignal(processes)
     model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
-    create_or_check(args, checkpoint, processes.is_main)
-    barrier(processes)
+    sha256 = file_sha256(args.teacher)
+    if args.only or (processes.is_main and not args.out.exists()):
+        rows, wanted = images_to_label(args, checkpoint)
+    if processes.is_main and not args.out.exists():
+        attributes = {"arch": checkpoint["arch"], "image_size": checkpoint["image_size"]}
+        attributes |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
+        create_logits(args.out, rows, checkpoint["classes"], len(wanted), **attributes)
+    while not args.out.exists():  # rank 0 may be listing images for hours
+        time.sleep(0.1)
+        if stop.received:
+            raise SystemExit(143)
     with open_label_file(args.out, LOGITS_FORMAT) as file:
-        rows = ImageRows(file.attrs["root"], file["path"][:], file["offset"][:], file["size"][:])
-        status, num_classes = file["status"][:], len(read_classes(file))
-    barrier(processes)  # nobody writes before everybody has read what is to be done
+        folder = rows.root if args.only else os.path.abspath(args.unlabeled or Path(checkpoint["data"]) / "unlabeled")
+        if file.attrs["teacher_sha256"] != sha256:
+            fail(f"{args.out} was made by another teacher ({file.attrs['teacher']}): choose another --out")
+        if file.attrs["root"] != folder:
+            fail(f"{args.out} is of --unlabeled {file.attrs['root']}, not {folder}: choose another --out")
+        here = image_rows(file)
+        if args.only and not (len(here) == len(rows) and np.array_equal(here.path[wanted], rows.path[wanted])):
+            fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")
+        rows, columns = here, [map_dataset(file, name) for name in ("status", "label", "confidence")]
+    if not args.only:
+        wanted = range(len(rows))
+    chosen = wanted if args.only else slice(None)
 
+    # Batch k is a fixed list of rows and belongs to process k % world_size, whatever was done before.
     size = rows_per_batch(checkpoint["image_size"], processes.device)
-    grid = [range(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
-    todo = [
-        batch for batch in grid if (status[batch.start : batch.stop] == TODO).any()
-    ]  # a cut-off one is redone whole
+    todo = np.zeros(-(-len(wanted) // size) * size, dtype=bool)
+    todo[: len(wanted)] = columns[0][chosen] == TODO
     if processes.is_main:
         print(
-            f"{args.out}: {len(rows)} images, {(status != TODO).sum()} of them done before; {size} a batch", flush=True
+            f"{args.out}: {len(wanted)} images, {len(wanted) - todo.sum()} of them done before; {size} a batch",
+            flush=True,
         )
+    todo = np.flatnonzero(todo.reshape(-1, size).any(1))  # a batch that was cut off is redone whole
+    mine = todo[todo % processes.world_size == processes.rank]
+
+    def rows_of(k: int) -> np.ndarray:
+        return np.asarray(wanted[k * size : (k + 1) * size])
+
     if args.compile:
         model.compile()
     amp, _ = autocast(args.precision, processes.device)
     dataset = ImageDataset(rows, clean=view_of(checkpoint))
-    mine = todo[processes.rank :: processes.world_size]
-    batches = load_batches(dataset, [list(batch) for batch in mine], processes, args.workers)
-    stop, writer = StopSignal(processes), RowWriter(args.out)
-    for rows_here, batch in zip(mine, progress(batches, len(mine), "labels", processes), strict=True):
+    batches = load_batches(dataset, (rows_of(k).tolist() for k in mine), processes, args.workers)
+    writer = RowWriter(args.out)
+    writing, pool = deque(), ThreadPoolExecutor(1)  # writing goes on beside the next batches
+    began, num_seen, num_bad, gone = time.monotonic(), 0, 0, False
+
+    def note() -> str:
+        rate = processes.world_size * num_seen / (time.monotonic() - began)
+        return f"{rate:.0f} images/s, {processes.world_size * num_bad} unreadable"
+
+    for k, batch in zip(mine, progress(batches, len(mine), "batches", processes, note=note), strict=True):
         # Unreadable images are zeros in their place: a batch's shape, and so its numbers, do not depend on them. For a
         # compiled model all shapes are the same, the last one's too.
-        side, num = checkpoint["image_size"], len(rows_here)
-        images = torch.zeros(size if args.compile else num, 3, side, side, dtype=torch.uint8)
-        good = np.zeros(num, dtype=bool)
-        if len(batch.rows):
-            good[batch.rows.numpy() - rows_here.start] = True
-            images[:num][torch.from_numpy(good)] = batch.views[0]
+        here, side = rows_of(k), checkpoint["image_size"]
+        images = torch.zeros(size if args.compile else len(here), 3, side, side, dtype=torch.uint8)
+        good = np.isin(here, batch.rows.numpy())
+        if good.any():
+            images[: len(here)][torch.from_numpy(good)] = batch.views[0]
         images = images.to(processes.device, non_blocking=True)
         with amp:
             logits = model(normalize(images, checkpoint["mean"], checkpoint["std"]))
-        logits = logits[:num].float().cpu().numpy()
-        if not np.isfinite(logits[good]).all():
-            fail(f"--teacher {args.teacher} gives logits that are not finite")
-        writer.write(rows_here.start, logits, good)
-        if stop.received:  # each process for itself: nothing here waits for another
-            writer.sync()
-            raise SystemExit(143)
+        gone = bool(batch.errors) and not os.path.isdir(rows.root)  # a lost mount is not millions of bad images
+        if not gone:
+            writing.append(pool.submit(writer.write, here, logits[: len(here)], good))
+        if len(writing) > 4:
+            writing.popleft().result()  # what ends the writing ends this process
+        num_seen, num_bad = num_seen + len(here), num_bad + len(batch.errors)
+        if stop.received or gone:
+            break
+    for write in writing:
+        write.result()
     writer.sync()
-    barrier(processes)
+    if gone:
+        fail(f"{rows.root} is gone; the rows that are done are kept: run again when it is back", from_any=True)
+    if stop.received:
+        raise SystemExit(143)
+    if not processes.is_main:
+        return
+    while (columns[0][chosen] == TODO).any():  # the other processes
+        time.sleep(0.2)
+        if stop.received:
+            raise SystemExit(143)
 
-    with open_label_file(args.out, LOGITS_FORMAT) as file:
-        status, confidence, label = file["status"][:], file["confidence"][:], file["label"][:]
-    done = status == DONE
-    if processes.is_main and done.any():
+    counts, sum_confidence, num_above, bad = np.zeros(len(checkpoint["classes"]), np.int64), 0.0, 0, []
+    for begin in range(0, len(wanted), 1 << 20):  # the columns of 300 million rows are gigabytes
+        part = slice(begin, begin + (1 << 20))
+        status, label, confidence = (column[wanted[part] if args.only else part] for column in columns)
+        done = status == DONE
+        counts += np.bincount(label[done], minlength=len(counts))
+        sum_confidence += confidence[done].sum(dtype=np.float64)
+        num_above += (confidence[done] > 0.3).sum()
+        bad.append(np.asarray(wanted[part])[status == UNREADABLE])
+    bad = np.concatenate(bad)
+    if num_done := counts.sum():
         print(
-            f"{args.out}: {done.sum()} images labelled, of {len(np.unique(label[done]))} of {num_classes} classes, "
-            f"mean confidence {confidence[done].mean():.3f}, {(confidence[done] > 0.3).mean():.1%} above 0.3",
+            f"{args.out}: {num_done} images labelled, of {(counts > 0).sum()} of {len(counts)} classes, "
+            f"mean confidence {sum_confidence / num_done:.3f}, {num_above / num_done:.1%} above 0.3",
             flush=True,
         )
-    bad = np.flatnonzero(status == UNREADABLE)
-    report_bad([(int(row), rows.name(row)) for row in bad], len(rows), args.max_bad, processes)
+    first = [dataset[int(row)][2] or f"{rows.name(row)}: readable now, not when it was its turn" for row in bad[:3]]
+    report_bad(len(bad), first, len(wanted), args.max_bad, processes)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ import numpy as np
 from common import (
     LOGITS_FORMAT,
     SELECTION_FORMAT,
-    ImageRows,
     argument_parser,
     at_least,
     fail,
+    image_rows,
     map_dataset,
     open_label_file,
     pyplot,
@@ -178,7 +178,6 @@ def draw(path: Path, files, file, row, label, confidence, classes, report, thres
     axis.legend(frameon=False)
     columns = 16
     sheet = grid[1].subgridspec(len(shown), columns)
-    rows_of = {}
     for line, c in enumerate(shown):
         mine = first_copy[label[first_copy] == c]
         mine = mine[np.argsort(-confidence[mine], kind="stable")][:columns]
@@ -192,10 +191,8 @@ def draw(path: Path, files, file, row, label, confidence, classes, report, thres
                 continue
             i, r = int(file[mine[column]]), int(row[mine[column]])
             f = files[i]
-            one = slice(r, r + 1)
-            rows_of[column] = ImageRows(f.attrs["root"], f["path"][one], f["offset"][one], f["size"][one])
             try:
-                axis.imshow(rows_of[column].load(0).resize((64, 64)))
+                axis.imshow(image_rows(f).load(r).resize((64, 64)))
             except OSError:  # moved or removed since it was labelled: the cell stays empty
                 continue
     save_figure(plt, path)

@@ -17,7 +17,6 @@ writes  OUT/model.pt (hand-off: the next teacher), OUT/last.pt (resume), OUT/met
 
 import argparse
 import copy
-import json
 import math
 import os
 from itertools import repeat
@@ -29,10 +28,12 @@ import torch.nn.functional as F
 
 from common import (
     CHECKPOINT_FORMAT,
+    DONE,
     IMAGENET_MEAN,
     IMAGENET_STD,
     LOGITS_FORMAT,
     SELECTION_FORMAT,
+    TODO,
     Batch,
     ImageDataset,
     ImageRows,
@@ -50,6 +51,7 @@ from common import (
     evaluate,
     fail,
     flags_of,
+    image_rows,
     init_processes,
     labeled_images,
     learning_rate,
@@ -67,6 +69,7 @@ from common import (
     read_classes,
     reduce_sum,
     save_checkpoint,
+    selected_files,
     small_image_noise,
     soft_cross_entropy,
     step_generator,
@@ -99,6 +102,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--teacher", type=Path, help="labels on the fly; beside --pseudo-labels it only gives the defaults")
     add("--pseudo-labels", type=Path, help="balanced.h5: the selected unlabelled images and their labels")
+    add("--logits", type=Path, nargs="+", default=[], help="newer labels of the selected images: see 02 --only")
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; None: the teacher's own")
     add(
         "--unlabeled", type=Path, help="where the unlabelled images are; None: where they were labelled, DATA/unlabeled"
@@ -110,10 +114,7 @@ def parse_args() -> argparse.Namespace:
         help="unlabelled images a labelled one; None: official, 1 for B0, else 3, 14 for L2",
     )
     add("--unlabeled-weight", type=at_least(0), help="w of the loss; None: the ratio (official); 1 is algorithm 1's")
-    add("--pseudo-label-type", choices=["soft", "hard"], help="None: soft (paper), but hard for a top-p selection")
-    add(
-        "--temperature", type=at_least(1e-6), default=1.0, help="softmax(logits / T) of the teacher, not of the student"
-    )
+    add("--temperature", type=at_least(0), help="T of softmax(teacher's logits / T), 0: hard labels; None: 1, top-p 0")
     add("--unlabeled-only", action="store_true", help="pre-train on the selection alone, as the billion-scale recipe")
     add("--arch", help="efficientnet_b0..b7, _l0.._l2, also behind tf_, or torchvision's; None: the teacher's own")
     add("--small-images", action=argparse.BooleanOptionalAction, help="model and noise for 32 px; None: as the teacher")
@@ -168,39 +169,59 @@ def noisy_student_loss(logits, targets, pseudo_logits, pseudo_targets, num_pseud
 
 
 class Selection:
-    """The training examples of a balanced.h5: their images, hard labels and logits (mapped, never read as a whole)."""
+    """The training examples of a balanced.h5: their images, hard labels and logits (mapped, never read as a whole).
 
-    def __init__(self, path: Path, folder: Path | None):
+    `newer`: logits files of the same images to take the labels from instead; what they could not read is left out.
+    """
+
+    def __init__(self, path: Path, newer: list[Path], folder: Path | None):
         with open_label_file(path, SELECTION_FORMAT) as file:
-            self.number, self.row, label = (file[name][:] for name in ("file", "row", "label"))
+            number, row, label = (file[name][:] for name in ("file", "row", "label"))
             self.classes, self.method = read_classes(file), file.attrs["method"]
-            self.label = torch.from_numpy(label).long()
-            names = json.loads(file.attrs["files"])
-        # the folder of a run may have been moved as a whole: then the logits are still beside the selection
-        names = [name if os.path.exists(name) else path.parent / os.path.basename(name) for name in names]
-        files = [open_label_file(name, LOGITS_FORMAT) for name in names]
+            names = selected_files(path, file)
+        if len(row) == 0 or number.max() >= len(names) or not 0 <= label.min() <= label.max() < len(self.classes):
+            fail(f"{path}: no examples, or of unknown files or classes: run 03 again")
+        newer = [open_label_file(name, LOGITS_FORMAT) for name in newer]
+        files, images, status = [], [], []
+        for i, name in enumerate(names):
+            file, rows = open_label_file(name, LOGITS_FORMAT), row[number == i]
+            if len(rows) and not 0 <= rows.min() <= rows.max() < len(file["status"]):
+                fail(f"{path}: its rows are not those of {name}: run 03 again")
+            images.append(image_rows(file, folder)[rows])
+            if newer:
+                of_same_length = [f for f in newer if len(f["status"]) == len(file["status"])]
+                same = [f for f in of_same_length if np.array_equal(image_rows(f).path[rows], images[i].path)]
+                if not same:
+                    fail(f"--logits: none of them has the images of {name} in its rows")
+                file = same[0]
+                label[number == i] = map_dataset(file, "label")[rows]
+            files.append(file)
+            status.append(map_dataset(file, "status")[rows])
+            if num_todo := (status[i] == TODO).sum():
+                fail(f"{file.filename} is unfinished: {num_todo} selected images have no label: run 02 again on it")
+        if len({file.attrs["teacher_sha256"] for file in files}) > 1:
+            fail(f"{path}: its labels are of several teachers: {', '.join(file.filename for file in files)}")
+        if len(roots := sorted({rows.root for rows in images})) > 1:
+            fail(f"{path}: its images are in several folders ({', '.join(roots)}): give --unlabeled")
+        self.classes = read_classes(files[0])
         self.source = dict(files[0].attrs)
-        roots = {str(folder or file.attrs["root"]) for file in files}
-        if len(roots) > 1:
-            fail(f"{path}: its images are in several folders ({', '.join(sorted(roots))}): give --unlabeled")
-        starts = np.cumsum([0, *(len(file["status"]) for file in files)])
-        index = starts[self.number] + self.row
-        if (index >= starts[self.number + 1]).any():
-            fail(f"{path}: its rows are not those of {', '.join(map(str, names))}: run 03 again")
-        columns = (np.concatenate([file[name][:] for file in files])[index] for name in ("path", "offset", "size"))
-        self.images = ImageRows(os.path.abspath(roots.pop()), *columns)
         self.logits = [map_dataset(file, "logits") for file in files]
+        order = np.argsort(number, kind="stable")[np.concatenate(status) == DONE]
+        self.number, self.row, self.label = number[order], row[order], torch.from_numpy(label[order]).long()
+        columns = (np.concatenate([getattr(rows, name) for rows in images]) for name in ("path", "offset", "size"))
+        self.images = ImageRows(roots[0], *columns)[np.concatenate(status) == DONE]
 
     def read_logits(self, examples: np.ndarray) -> torch.Tensor:
-        logits = np.zeros((len(examples), len(self.classes)), dtype=np.float32)
-        for i, example in enumerate(examples):
-            logits[i] = self.logits[self.number[example]][self.row[example]]
+        logits = np.empty((len(examples), len(self.classes)), dtype=np.float32)
+        number, row = self.number[examples], self.row[examples]
+        for i in np.unique(number):
+            logits[number == i] = self.logits[i][row[number == i]]
         return torch.from_numpy(logits)
 
 
-def pseudo_targets(logits, labels, kind: str, temperature: float, label_smoothing: float) -> torch.Tensor:
-    """Probabilities (m, C): softmax(logits / T), or one-hot labels, smoothed as those of people (main.py:518-541)."""
-    if kind == "soft":
+def pseudo_targets(logits, labels, temperature: float, label_smoothing: float) -> torch.Tensor:
+    """Probabilities (m, C): softmax(logits / T), T = 0: one-hot, smoothed as labels of people (main.py:518-541)"""
+    if temperature:
         return (logits / temperature).softmax(1)
     num_classes = logits.shape[1]
     return F.one_hot(labels, num_classes) * (1 - label_smoothing) + label_smoothing / num_classes
@@ -214,7 +235,9 @@ def main() -> None:
         fail("--teacher or --pseudo-labels: one of them must say what the unlabelled images show")
     if args.unlabeled_only and not args.pseudo_labels:
         fail("--unlabeled-only needs --pseudo-labels: an epoch is a pass over the selected images")
-    selection = Selection(args.pseudo_labels, args.unlabeled) if args.pseudo_labels else None
+    if args.logits and not args.pseudo_labels:
+        fail("--logits needs --pseudo-labels: they replace the labels of a selection")
+    selection = Selection(args.pseudo_labels, args.logits, args.unlabeled) if args.pseudo_labels else None
     teacher, source = (None, selection.source) if selection else (None, {})
     if args.teacher:
         teacher, source = load_model(args.teacher, processes.device, fuse=True)
@@ -263,7 +286,8 @@ def main() -> None:
         fail(f"--ratio {ratio:g}: {num_unlabeled} unlabelled images a step cannot be split in {num_parts} parts")
     steps_per_epoch = len(unlabeled) / num_unlabeled if args.unlabeled_only else len(rows) / num_labeled
     unlabeled_weight = ratio if args.unlabeled_weight is None else args.unlabeled_weight
-    kind = args.pseudo_label_type or ("hard" if selection and selection.method == "top-p" else "soft")
+    top_p = selection is not None and selection.method == "top-p"
+    temperature = args.temperature if args.temperature is not None else 0 if top_p else 1
     total_steps = round(epochs * steps_per_epoch)
     log_every = max(1, min(100, total_steps // 100))
 
@@ -360,14 +384,16 @@ def main() -> None:
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         if selection:
             examples = pseudo.rows.numpy()
-            pseudo_logits, pseudo_labels = selection.read_logits(examples), selection.label[examples]
+            pseudo_labels = selection.label[examples]
+            # hard labels alone: the logits need not be read
+            pseudo_logits = selection.read_logits(examples) if temperature else torch.zeros(len(examples), len(classes))
         else:
             clean_images = pseudo.views[0].to(processes.device, non_blocking=True).tensor_split(args.accumulate)
             with amp, torch.no_grad():
                 pseudo_logits = [teacher(normalize(part, source["mean"], source["std"])) for part in clean_images]
             pseudo_logits = torch.cat(pseudo_logits).float()
             pseudo_labels = pseudo_logits.argmax(1)
-        probs = pseudo_targets(pseudo_logits, pseudo_labels, kind, args.temperature, args.label_smoothing)
+        probs = pseudo_targets(pseudo_logits, pseudo_labels, temperature, args.label_smoothing)
         # the readable ones of a part, in the mean over the processes
         num_pseudo = reduce_sum(torch.tensor(float(len(pseudo.rows))), processes).item() / num_parts
         probs = probs[:, columns].to(processes.device, non_blocking=True)

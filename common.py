@@ -20,21 +20,23 @@ import signal
 import sys
 import tarfile
 import time
+import warnings
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import h5py
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
@@ -544,18 +546,21 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # the other decoders are where most CVEs are
 
 
-def load_image(path: str | bytes, offset: int = 0, size: int = 0) -> Image.Image:
+def load_image(file: str | Path | BinaryIO, enough: int = 0) -> Image.Image:
     """Read an image as RGB, as a person would see it: EXIF rotation applied, 16-bit grey scaled, alpha over grey 128.
 
-    With `size` > 0 the file is that many bytes at `offset` of `path`, a .tar shard. Raises whatever the decoder raises.
+    `enough`: an upright JPEG may be decoded at 1/2, 1/4 or 1/8, which is faster, while its short side keeps that many
+    pixels; `full_size` then says what it was. Raises whatever the decoder raises, and above 89 million pixels.
     """
-    with open(path, "rb") as file:
-        if size:
-            file.seek(offset)
-            file = io.BytesIO(file.read(size))
-        with Image.open(file, formats=FORMATS) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:  # EXIF data is often bad
+        full_size = image.size
+        if full_size[0] * full_size[1] > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{full_size[0]} x {full_size[1]} pixels")
+        if enough and image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            image.draft(None, (enough, enough))
+        drafted = image.size != full_size
+        image.load()
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point images have no defined range")
     if image.mode.startswith("I"):  # Pillow's own convert() clips 16 bits at 255: a white image
@@ -563,7 +568,10 @@ def load_image(path: str | bytes, offset: int = 0, size: int = 0) -> Image.Image
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if drafted:
+        image.full_size = full_size
+    return image
 
 
 def default_crop_fraction(image_size: int) -> float:
@@ -579,11 +587,15 @@ def view_of(checkpoint: dict) -> dict:
 
 def eval_view(image: Image.Image, image_size: int, crop_fraction: float, interpolation: str = "bicubic") -> np.ndarray:
     """The clean view, what a teacher labels: the centre square, antialiased, uint8 (size, size, 3)."""
-    width, height = image.size
+    width, height = getattr(image, "full_size", image.size)
     side = max(1, int(crop_fraction * min(width, height)))
     left, top = (width - side + 1) // 2, (height - side + 1) // 2  # official preprocessing.py:104-134
-    square = image.crop((left, top, left + side, top + side))  # resize(box=...) would look at pixels around the box
-    return np.asarray(square.resize((image_size, image_size), Image.Resampling[interpolation.upper()]))
+    box = (left, top, left + side, top + side)
+    if (scale := round(width / image.width)) > 1:
+        box = tuple(edge / scale for edge in box)
+    else:  # resize(box=...) alone would look at pixels around the box
+        image, box = image.crop(box), None
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling[interpolation.upper()], box))
 
 
 def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, min_area: float | None, hflip: bool):
@@ -614,6 +626,22 @@ def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, m
     return view[:, ::-1] if hflip and rng.random() < 0.5 else view
 
 
+@lru_cache(maxsize=16)
+def open_shard(path: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)
+
+
+def read_member(path: str, offset: int, size: int) -> io.BytesIO:
+    """A member of a .tar shard; an error if the shard has another one there than when it was indexed."""
+    shard = open_shard(path)
+    if offset < 512 or offset + size > os.fstat(shard.fileno()).st_size:
+        raise OSError(f"{path} ends before the image: it has changed or was cut off")
+    data = os.pread(shard.fileno(), 512 + size, offset - 512)  # with the header, and without a shared position
+    if tarfile.TarInfo.frombuf(data[:512], "utf-8", "surrogateescape").size != size:
+        raise OSError(f"{path} has changed since it was indexed")
+    return io.BytesIO(data[512:])
+
+
 @dataclass(frozen=True)
 class ImageRows:
     """Where images are: file `path` below `root`, or `size` > 0 bytes at `offset` of a shard."""
@@ -632,32 +660,69 @@ class ImageRows:
     def name(self, row: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.path[row]))
 
-    def load(self, row: int) -> Image.Image:
+    def load(self, row: int, enough: int = 0) -> Image.Image:
         name = self.name(row)
         if self.size[row]:
             end = name.index(".tar/", len(self.root)) + 4
-            while not os.path.isfile(name[:end]):  # a folder may be called like a shard
+            while os.path.isdir(name[:end]):  # a folder may be called like a shard
                 end = name.index(".tar/", end) + 4
-            name = name[:end]
-        return load_image(name, int(self.offset[row]), int(self.size[row]))
+            return load_image(read_member(name[:end], int(self.offset[row]), int(self.size[row])), enough)
+        # a pipe that is called like an image gives nothing, instead of waiting for ever
+        with open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            return load_image(file, enough)
 
 
-def tar_members(path: str) -> list[tarfile.TarInfo]:
+def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
     """The members of a plain .tar file; of one that is cut off those before the end, and a line that says so."""
-    members = []
+    last = None
     try:
         with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                members.append(member)
+            while (member := shard.next()) is not None:
+                yield member
+                last = member.name
+                shard.members.clear()  # a shard may have millions
             shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
             if shard.fileobj.read(512).strip(b"\0"):
                 raise tarfile.ReadError("no header of a member, and not the end")
     except tarfile.TarError as error:
-        if not members:
+        if last is None:
             fail(f"{path} is not a plain .tar file ({error})")
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{path} is damaged after {members[-1].name} ({error}): what follows is not seen")
-    return members
+            print(f"{path} is damaged after {last} ({error}): what follows is not seen")
+
+
+def find_images(root: str) -> Iterator[tuple[bytes, int, int]]:
+    """(path, offset, size) of each image below `root`, as in ImageRows but in no order."""
+
+    def not_listed(error: OSError) -> None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{os.fsdecode(error.filename)} cannot be listed ({error.strerror}): its images are not seen")
+
+    seen = set()
+    for folder, folders, names in os.walk(os.fsencode(root), onerror=not_listed, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(b"."))
+        below = os.path.relpath(folder, os.fsencode(root))
+        prefix = b"" if below == b"." else below + b"/"
+        for name in names:
+            lower = os.fsdecode(name).lower()
+            if lower.startswith("."):
+                continue
+            if lower.endswith(EXTENSIONS):
+                yield prefix + name, 0, 0
+            elif lower.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+                name = os.fsdecode(prefix + name)
+                fail(f"{name} in {root} is compressed: images are read in place from plain .tar files only")
+            elif lower.endswith(".tar"):
+                for member in tar_members(os.fsdecode(os.path.join(folder, name))):
+                    base = os.path.basename(member.name).lower()
+                    plain = member.isfile() and not member.issparse()
+                    if plain and base.endswith(EXTENSIONS) and not base.startswith("."):
+                        yield prefix + name + b"/" + os.fsencode(member.name), member.offset_data, member.size
 
 
 def list_images(root: str | Path) -> ImageRows:
@@ -666,34 +731,14 @@ def list_images(root: str | Path) -> ImageRows:
     Symbolic links are followed; a folder that is reached twice, by a loop of links for one, counts once.
     """
     root = os.path.abspath(root)
-    found, seen = [], set()
-    for folder, folders, names in os.walk(os.fsencode(root), followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith(b"."))
-        below = os.path.relpath(folder, os.fsencode(root))
-        for name in names:
-            path = name if below == b"." else os.path.join(below, name)
-            lower = os.fsdecode(name).lower()
-            if lower.startswith("."):
-                continue
-            if lower.endswith(EXTENSIONS):
-                found.append((path, 0, 0))
-            elif lower.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-                fail(
-                    f"{os.fsdecode(path)} in {root} is compressed: images are read in place from plain .tar files only"
-                )
-            elif lower.endswith(".tar"):
-                for member in tar_members(os.path.join(os.fsdecode(folder), os.fsdecode(name))):
-                    base = os.path.basename(member.name).lower()
-                    if member.isfile() and base.endswith(EXTENSIONS) and not base.startswith("."):
-                        found.append((path + b"/" + os.fsencode(member.name), member.offset_data, member.size))
-    found.sort()
-    paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
-    return ImageRows(root, np.array(paths, dtype="S"), np.array(offsets, np.int64), np.array(sizes, np.int64))
+    found = find_images(root)
+    parts = [(np.zeros(0, "S1"), np.zeros(0, np.int64), np.zeros(0, np.int64))]
+    while part := list(islice(found, 1 << 16)):  # never a Python list of all names: they may be hundreds of millions
+        paths, offsets, sizes = zip(*part, strict=True)
+        parts.append((np.array(paths, "S"), np.array(offsets, np.int64), np.array(sizes, np.int64)))
+    path, offset, size = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(path, kind="stable")
+    return ImageRows(root, path[order], offset[order], size[order])
 
 
 def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -774,7 +819,9 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, row = key if isinstance(key, tuple) else (0, key)
         try:
-            image = self.rows.load(row)
+            # twice what the view needs leaves its resize enough to average; a random crop may need every pixel
+            enough = 0 if self.noised else math.ceil(2 * self.clean["image_size"] / self.clean["crop_fraction"])
+            image = self.rows.load(row, enough)
             views = [eval_view(image, **self.clean)] if self.clean else []
             if self.noised:
                 rng = np.random.default_rng([self.seed, epoch, row])
@@ -837,6 +884,7 @@ def load_batches(dataset: ImageDataset, keys, processes: "Processes", workers: i
         num_workers=workers,
         collate_fn=collate,
         pin_memory=on_gpu,
+        multiprocessing_context="fork" if workers else None,  # millions of paths are shared with it, not copied
         worker_init_fn=ignore_signals,
     )
 
@@ -856,19 +904,16 @@ def check_images(dataset: ImageDataset, max_bad: float, processes: "Processes", 
         gathered = [None] * processes.world_size
         dist.all_gather_object(gathered, errors)
         errors = sorted(error for share in gathered for error in share)
-    report_bad(errors, len(dataset), max_bad, processes)
+    report_bad(len(errors), [error for _, error in errors[:3]], len(dataset), max_bad, processes)
     return np.setdiff1d(np.arange(len(dataset)), [row for row, _ in errors])
 
 
-def report_bad(errors: list[tuple[int, str]], num: int, max_bad: float, processes: "Processes") -> None:
+def report_bad(num_bad: int, first: list[str], num: int, max_bad: float, processes: "Processes") -> None:
     """Print how many images are unreadable and the first of them; more than `max_bad` percent end the program."""
-    if errors and processes.is_main:
-        print(
-            f"{len(errors)} of {num} images are unreadable and left out; the first: "
-            + "; ".join(e for _, e in errors[:3])
-        )
-    if len(errors) > num * max_bad / 100:
-        fail(f"{len(errors)} of {num} images are unreadable, more than --max-bad {max_bad:g} percent: {errors[0][1]}")
+    if num_bad and processes.is_main:
+        print(f"{num_bad} of {num} images are unreadable and left out; the first: " + "; ".join(first))
+    if num_bad > num * max_bad / 100:
+        fail(f"{num_bad} of {num} images are unreadable, more than --max-bad {max_bad:g} percent: {first[0]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -876,22 +921,25 @@ def report_bad(errors: list[tuple[int, str]], num: int, max_bad: float, processe
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGITS_FORMAT, SELECTION_FORMAT = "noisy-student-logits-1", "noisy-student-selection-1"
-LABEL_FILE_DATASETS = {
-    LOGITS_FORMAT: {"logits", "label", "confidence", "status", "path", "offset", "size", "classes"},
-    SELECTION_FORMAT: {"file", "row", "label", "confidence", "classes"},
+LABEL_FILE_COLUMNS = {  # of one row an image or example, beside `classes`; path: bytes of any length
+    LOGITS_FORMAT: {"logits": "f2", "label": "i4", "confidence": "f4", "status": "u1", "path": "S"}
+    | {"offset": "i8", "size": "i8"},
+    SELECTION_FORMAT: {"file": "u2", "row": "i8", "label": "i4", "confidence": "f4"},
 }
+TODO, DONE, UNREADABLE = 0, 1, 2  # status of a row of logits.h5
 
 
-def create_logits(path: Path, rows: ImageRows, classes: list[str], **attributes) -> None:
+def create_logits(path: Path, rows: ImageRows, classes: list[str], num_wanted: int, **attributes) -> None:
     """Create a whole logits.h5, every row `not done`, under a temporary name, and rename it.
 
     Contiguous and allocated at once (sparse on disk): processes then fill it in place with os.pwrite, nothing in the
-    HDF5 structure changes any more, and the file opens at any moment, after a kill -9 too.
+    HDF5 structure changes any more, and the file opens at any moment, after a kill -9 too. `num_wanted`: how many rows
+    will be filled, for which there must be room on the disk.
     """
-    needed = len(rows) * (2 * len(classes) + rows.path.dtype.itemsize + 25)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(path.parent).free) < needed:
-        fail(f"{path}: {len(rows)} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
+    needed = len(rows) * (rows.path.dtype.itemsize + 17) + num_wanted * (2 * len(classes) + 8)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        fail(f"{path}: {num_wanted} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
     with (
         write_atomically(path) as temporary,
         h5py.File(temporary, "w", alignment_threshold=1, alignment_interval=4096) as file,
@@ -919,28 +967,74 @@ def create_logits(path: Path, rows: ImageRows, classes: list[str], **attributes)
 
 
 def open_label_file(path: str | Path, kind: str) -> h5py.File:
-    """Open logits.h5 or balanced.h5 for reading; anything else ends the program with a line that says what it is."""
+    """Open logits.h5 or balanced.h5 for reading; anything else ends the program with a line that says what it is.
+
+    The file may be a stranger's. Links and external storage would be followed silently into any file of this machine;
+    a shape or a string that is larger than the file would fill the memory.
+    """
     try:
         file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        fail(f"{path}: not a readable HDF5 file ({error})")
-    if file.attrs.get("format") != kind:
-        fail(f"{path}: format is {file.attrs.get('format')!r}, expected {kind!r}")
-    for name in file:  # links out of the file would be followed silently, into any file of this machine
-        dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-        if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-            fail(f"{path}: {name!r} is not a plain dataset of this file")
-    if missing := sorted(LABEL_FILE_DATASETS[kind] - file.keys()):
-        fail(f"{path}: lacks {', '.join(missing)}")
-    if kind == LOGITS_FORMAT and file["logits"].id.get_offset() is None:
-        fail(f"{path}: its logits are not contiguous, so they cannot be mapped")
+        end = os.path.getsize(path)
+        for name in file.attrs:
+            if file.attrs.get_id(name).shape != ():
+                fail(f"{path}: attribute {name!r} is not a single value")
+        if file.attrs.get("format") != kind:
+            fail(f"{path}: format is {file.attrs.get('format')!r}, expected {kind!r}")
+        for name in file:
+            dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+            if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+                fail(f"{path}: {name!r} is not a plain dataset of this file")
+        columns = LABEL_FILE_COLUMNS[kind]
+        if missing := sorted({*columns, "classes"} - file.keys()):
+            fail(f"{path}: lacks {', '.join(missing)}")
+        num_rows, num_classes = file["label"].size, file["classes"].size
+        for name, dtype in columns.items():
+            dataset = file[name]
+            if dataset.dtype.kind != "S" if dtype == "S" else dataset.dtype != dtype:
+                fail(f"{path}: {name} is of type {dataset.dtype}, expected {np.dtype(dtype)}")
+            shape = (num_rows, num_classes) if name == "logits" else (num_rows,)
+            if dataset.shape != shape:
+                fail(f"{path}: {name} has the shape {dataset.shape}, expected {shape}")
+            if dataset.size and (dataset.id.get_offset() is None or dataset.id.get_offset() + dataset.nbytes > end):
+                fail(f"{path}: {name} is not stored in one piece inside the file, so it cannot be mapped")
+        names = file["classes"]
+        if names.ndim != 1 or not h5py.check_string_dtype(names.dtype) or names.chunks or names.nbytes > end:
+            fail(f"{path}: classes is not a plain list of names")
+        length = 0
+        for c in range(num_classes):  # one by one: many may refer to one long string
+            length += len(names[c])
+            if length > end:
+                fail(f"{path}: the names of its classes are longer than the file")
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # h5py raises each of them on damaged files
+        errno = getattr(error, "errno", None)
+        fail(f"{path}: not a readable HDF5 file ({os.strerror(errno) if errno else error})")
     return file
 
 
 def map_dataset(file: h5py.File, name: str) -> np.ndarray:
     """A contiguous dataset as np.memmap: 30 times as fast as h5py's indexing for random rows."""
     dataset = file[name]
+    if not dataset.size:
+        return dataset[:]
     return np.memmap(file.filename, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+
+
+def image_rows(file: h5py.File, root: str | Path | None = None) -> ImageRows:
+    """The images of a logits.h5, mapped: the processes and loaders of a machine share one copy of the paths."""
+    columns = (map_dataset(file, name) for name in ("path", "offset", "size"))
+    return ImageRows(os.path.abspath(root or file.attrs["root"]), *columns)
+
+
+def selected_files(path: str | Path, file: h5py.File) -> list[Path]:
+    """The logits files of a selection, where they were or, if the folder of a run was moved as a whole, beside it."""
+    names = json.loads(file.attrs["files"])
+    return [Path(name) if os.path.exists(name) else Path(path).parent / os.path.basename(name) for name in names]
 
 
 def read_classes(file: h5py.File) -> list[str]:
@@ -1046,10 +1140,11 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def fail(message: str) -> NoReturn:
-    """The user's mistake: one line on stderr, from one process, and exit status 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+def fail(message: str, from_any: bool = False) -> NoReturn:
+    """The user's mistake: one line on stderr and exit status 2. All processes meet it, and one prints it; `from_any`:
+    this one may be alone with it."""
+    if from_any or int(os.environ.get("RANK", 0)) == 0:
+        print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -1091,8 +1186,11 @@ class Processes(NamedTuple):
         return self.rank == 0
 
 
-def init_processes(device: str = "auto") -> Processes:
-    """This process's device and place among those that torchrun started; alone without torchrun."""
+def init_processes(device: str = "auto", connect: bool = True) -> Processes:
+    """This process's device and place among those that torchrun started; alone without torchrun.
+
+    `connect`: they will exchange tensors or wait for each other.
+    """
     rank, local_rank, world_size = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
@@ -1102,7 +1200,7 @@ def init_processes(device: str = "auto") -> Processes:
     if on_gpu:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True
-    if world_size > 1:
+    if world_size > 1 and connect:
         # gloo beside nccl carries the stop flag without waiting for the GPU. A rank may list files for a long time.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
@@ -1194,8 +1292,13 @@ def autocast(precision: str, device: torch.device):
     return context, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def progress(iterable, total: int, description: str, processes: Processes, start: int = 0):
-    """Iterate with a tqdm bar on a terminal, with a plain line every half minute elsewhere, from one process."""
+def progress(
+    iterable, total: int, description: str, processes: Processes, start: int = 0, note: Callable[[], str] = str
+):
+    """Iterate with a tqdm bar on a terminal, with a plain line every half minute elsewhere, from one process.
+
+    `note`: gives what is to be said beside how much is done and how long the rest will take.
+    """
     if not processes.is_main:
         yield from iterable
         return
@@ -1203,14 +1306,18 @@ def progress(iterable, total: int, description: str, processes: Processes, start
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            yield from tqdm(iterable, description, total, initial=start, dynamic_ncols=True)
+            with tqdm(iterable, description, total, initial=start, dynamic_ncols=True) as bar:
+                for item in bar:
+                    yield item
+                    bar.set_postfix_str(note(), refresh=False)
             return
     began = printed = time.monotonic()
     for done, item in enumerate(iterable, start + 1):
         yield item
         if (now := time.monotonic()) - printed >= 30:
             left = (now - began) / (done - start) * (total - done)
-            print(f"{description}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+            words = [f"{description}: {done} of {total}", f"{left:.0f} s left", note()]
+            print(", ".join(filter(None, words)), file=sys.stderr, flush=True)
             printed = now
 
 
@@ -1225,15 +1332,18 @@ CHECKPOINT_FORMAT = "noisy-student-checkpoint-1"
 def write_atomically(path: str | Path):
     """Give a temporary path in the same folder; synced and renamed at the end, removed after an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # no permission, a full disk, a folder of that name
+        fail(f"{path} cannot be written: {error.strerror or error}; what was there before is kept")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -18,7 +18,7 @@ TRAINING = {  # flag: a value that must change the result; None: the flag alone
     "--num-ops": 2, "--magnitude": 9, "--min-crop-area": 0.9, "--no-hflip": None, "--seed": 1, "--precision": "bf16",
     "--arch": "resnet18",
 }  # fmt: skip
-STUDENT = TRAINING | {"--ratio": 2, "--unlabeled-weight": 3, "--temperature": 3, "--pseudo-label-type": "hard"}
+STUDENT = TRAINING | {"--ratio": 2, "--unlabeled-weight": 3, "--temperature": 3}
 FIXRES = {
     "--image-size": 48, "--frozen-blocks": 15, "--batch-size": 12, "--accumulate": 2, "--epochs": 1, "--lr": 0.02,
     "--optimizer": "adamw", "--schedule": "cosine", "--weight-decay": 0.5, "--label-smoothing": 0.5, "--seed": 1,
@@ -95,8 +95,9 @@ def test_the_loss_is_the_weighted_sum(weights_of):
 @pytest.mark.parametrize("name", ["01_train_teacher", "04_train_student", "05_fixres_finetune"])
 def test_no_flag_is_forgotten_here(name, capsys, monkeypatch):
     """What --help lists is either in the tables above or tested where it belongs."""
-    elsewhere = {"--help", "--data", "--out", "--init", "--teacher", "--checkpoint", "--pseudo-labels", "--unlabeled",
-                 "--unlabeled-only", "--eval-every", "--compile", "--hflip", "--no-small-images"}  # fmt: skip
+    elsewhere = {"--help", "--data", "--out", "--init", "--teacher", "--checkpoint", "--pseudo-labels", "--logits",
+                 "--unlabeled", "--unlabeled-only", "--eval-every", "--compile", "--hflip"}  # fmt: skip
+    elsewhere |= {"--no-small-images"}
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit):
         load_stage(name).parse_args()

@@ -4,8 +4,10 @@ what stage 04 makes of a selection: its logits, targets and loss."""
 import csv
 import json
 import math
+import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -152,7 +154,14 @@ def write_logits(path, logits, root="/data/unlabeled", names=None, classes=CLASS
     nothing = np.zeros(len(names), np.int64)
     rows = ImageRows(str(root), np.array([name.encode() for name in names], dtype="S"), nothing, nothing)
     create_logits(
-        path, rows, classes, arch="efficientnet_b0", image_size=32, teacher="/t/model.pt", teacher_sha256=teacher
+        path,
+        rows,
+        classes,
+        len(rows),
+        arch="efficientnet_b0",
+        image_size=32,
+        teacher="/t/model.pt",
+        teacher_sha256=teacher,
     )
     shifted = logits - logits.max(1, keepdims=True)
     good = ~np.isin(np.arange(len(logits)), unreadable)
@@ -409,38 +418,125 @@ def test_with_its_picture_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-# files made to read others
+# files made to read others, or to fill the memory
 
 
-def evil_file(path, how, tmp_path):
-    """A logits file one of whose datasets is really another file's data."""
-    write_logits(path, logits_of((0, 0.9), (1, 0.8)))
-    secret = tmp_path / "secret.h5"
-    with h5py.File(secret, "w") as file:
-        file["x"] = np.ones(2, np.float32)
-    (tmp_path / "secret.txt").write_bytes(b"password")
+def low_level(file: h5py.File, name: str, dtype, shape: tuple, *, external=None) -> None:
+    """A dataset whose data need not be in the file."""
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    if external:
+        creation.set_external(*external)
+    h5py.h5d.create(
+        file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), creation
+    )
+
+
+def make_evil(path: Path, name: str, how: str, folder: Path) -> None:
+    """Replace a dataset or an attribute by something that a careless reader would follow or fill the memory with."""
+    secret = folder / "secret.h5"
     with h5py.File(path, "r+") as file:
-        del file["confidence"]
+        dtype, shape = file[name].dtype, file[name].shape
+        with h5py.File(secret, "w") as other:
+            other["x"] = np.zeros(shape, "S3" if dtype.kind in "OS" else dtype)
+        (folder / "secret.txt").write_bytes(b"password" * 100)
+        if "attribute" not in how:
+            del file[name]
+        huge = (2**40, *shape[1:])
         if how == "external link":
-            file["confidence"] = h5py.ExternalLink(str(secret), "x")
+            file[name] = h5py.ExternalLink(str(secret), "x")
         elif how == "soft link":
-            file["confidence"] = h5py.SoftLink("/label")
+            file[name] = h5py.SoftLink("/classes" if name != "classes" else "/label")
         elif how == "external storage":
-            external = [(str(tmp_path / "secret.txt"), 0, 8)]
-            file.create_dataset("confidence", (2,), np.float32, external=external)
+            low_level(
+                file,
+                name,
+                "S3" if dtype.kind in "OS" else dtype,
+                shape,
+                external=(str(folder / "secret.txt").encode(), 0, 800),
+            )
+        elif how == "virtual dataset":
+            layout = h5py.VirtualLayout(shape, other_dtype := "S3" if dtype.kind in "OS" else dtype)
+            layout[...] = h5py.VirtualSource(str(secret), "x", shape, other_dtype)
+            file.create_virtual_dataset(name, layout)
         elif how == "group":
-            file.create_group("confidence")
-        else:
-            layout = h5py.VirtualLayout((2,), np.float32)
-            layout[:] = h5py.VirtualSource(str(secret), "x", (2,))
-            file.create_virtual_dataset("confidence", layout)
-    return path
+            file.create_group(name)
+        elif how == "2 TB":
+            low_level(file, name, "S3" if dtype.kind in "OS" else dtype, huge)
+        elif how == "2 TB in all":  # every column, so that the lengths agree
+            for other in [key for key in file if key != "classes" and key != name]:
+                kind = file[other].dtype
+                more = file[other].shape[1:]
+                del file[other]
+                low_level(file, other, kind, (2**40, *more))
+            low_level(file, name, dtype, huge)
+        elif how == "2 TB in chunks":
+            file.create_dataset(name, huge, "S3" if dtype.kind in "OS" else dtype, chunks=True, compression="gzip")
+        elif how == "strings of any length":
+            kind = h5py.string_dtype()
+            file.create_dataset(name, shape, kind)[...] = "x" * 10_000
+        elif how == "one long string many times":
+            kind = h5py.string_dtype()
+            dataset = file.create_dataset(name, (3000,), kind)
+            dataset[0] = "x" * 10**6
+            file.flush()
+            where, end = dataset.id.get_offset(), dataset.id.get_storage_size() // 3000
+        elif how == "another type":
+            file.create_dataset(name, data=np.zeros(shape, "f8" if dtype != "f8" else "i4"))
+        elif how == "another shape":
+            file.create_dataset(name, data=np.zeros((shape[0] + 1, *shape[1:]), "S3" if dtype.kind in "OS" else dtype))
+        elif how == "an attribute of many values":
+            file.attrs["format"] = [file.attrs["format"]] * 100
+    if how == "one long string many times":
+        data = bytearray(path.read_bytes())
+        data[where : where + 3000 * end] = data[where : where + end] * 3000
+        path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["external link", "soft link", "external storage", "virtual dataset", "group"])
-def test_evil_logits_are_refused(tmp_path, run, how):
-    path = evil_file(tmp_path / "evil.h5", how, tmp_path)
-    refused(run(path, "--out", tmp_path / "o.h5"), "evil.h5", "confidence")
+EVIL = ["external link", "soft link", "external storage", "virtual dataset", "group", "2 TB", "2 TB in chunks"]
+EVIL += ["another type", "another shape"]
+CASES = [("logits.h5", name, how) for name in ("logits", "confidence", "status", "path") for how in EVIL]
+CASES += [("balanced.h5", name, how) for name in ("file", "row", "label", "confidence") for how in EVIL]
+CASES += [(name, "classes", how) for name in ("logits.h5", "balanced.h5") for how in EVIL[:7]]
+CASES += [(name, "classes", "one long string many times") for name in ("logits.h5", "balanced.h5")]
+CASES += [("logits.h5", name, "strings of any length") for name in ("path", "label")]
+CASES += [("logits.h5", "label", "2 TB in all"), ("balanced.h5", "row", "2 TB in all")]
+CASES += [(name, "label", "an attribute of many values") for name in ("logits.h5", "balanced.h5")]
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    write_logits(folder / "logits.h5", logits_of((0, 0.9), (1, 0.8)))
+    rows = {"file": np.zeros(2, np.uint16), "row": np.arange(2), "label": np.array([0, 1], np.int32)}
+    with h5py.File(folder / "balanced.h5", "w") as file:
+        for name, values in (rows | {"confidence": np.array([0.9, 0.8], np.float32)}).items():
+            file[name] = values
+        file.create_dataset("classes", data=CLASSES, dtype=h5py.string_dtype())
+        file.attrs.update(format=SELECTION_FORMAT, files='["logits.h5"]', method="noisy-student")
+    return folder
+
+
+@pytest.mark.parametrize(("file", "name", "how"), CASES)
+def test_evil_files_are_refused_by_03_and_04(file, name, how, whole_files, tmp_path, run, capsys):
+    for whole in whole_files.iterdir():
+        shutil.copy(whole, tmp_path)
+    make_evil(tmp_path / file, name, how, tmp_path)
+    if file == "logits.h5":
+        refused(run(tmp_path / file, "--out", tmp_path / "o.h5"), "logits.h5")
+    with pytest.raises(SystemExit) as stop:
+        student.Selection(tmp_path / "balanced.h5", [], None)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and file in err, err
+    words = {"strings of any length": "type", "another type": "type", "another shape": "shape", "group": "plain"}
+    words |= {"one long string many times": "longer than the file", "2 TB in all": "inside the file"}
+    assert words.get(how, "") in err, err
+    assert "not a readable HDF5 file" not in err, err  # it is readable, and the line says what is wrong with it
+
+
+def test_whole_files_are_read(whole_files, tmp_path, run):
+    assert student.Selection(whole_files / "balanced.h5", [], None).label.tolist() == [0, 1]
+    assert run(whole_files / "logits.h5", "--out", tmp_path / "o.h5")[0] == 0
 
 
 @pytest.mark.parametrize("how", ["text", "empty", "missing", "selection", "no dataset"])
@@ -472,7 +568,7 @@ def test_a_fresh_logits_file_is_contiguous_and_all_undone(tmp_path):
     nothing = np.zeros(3, np.int64)
     paths = np.array([name.encode() for name in ("a.png", "c.tar/d.png", "ü/b.png")])
     rows = ImageRows("/root", paths, nothing + 7, nothing + 9)
-    create_logits(tmp_path / "x.h5", rows, CLASSES, arch="a", image_size=32, teacher="t", teacher_sha256="s")
+    create_logits(tmp_path / "x.h5", rows, CLASSES, 3, arch="a", image_size=32, teacher="t", teacher_sha256="s")
     with open_label_file(tmp_path / "x.h5", LOGITS_FORMAT) as file:
         assert file["status"][:].tolist() == [0, 0, 0]
         assert file["path"][:].tolist() == rows.path.tolist()
@@ -493,7 +589,7 @@ def test_a_fresh_logits_file_is_contiguous_and_all_undone(tmp_path):
 def test_the_student_reads_the_rows_that_were_selected(two_files, tmp_path, run):
     out = tmp_path / "balanced.h5"
     assert run(*two_files, "--out", out, "--threshold", 0.4, "--per-class", 4)[0] == 0
-    selection = student.Selection(out, None)
+    selection = student.Selection(out, [], None)
     columns, _, _ = read_selection(out)
     examples = np.array([5, 0, 0, len(columns["row"]) - 1])
     got = selection.read_logits(examples)
@@ -513,7 +609,7 @@ def test_the_selection_moves_with_its_folder(two_files, tmp_path, run):
     moved.mkdir()
     for name in ("a.h5", "b.h5", "balanced.h5"):
         (tmp_path / name).rename(moved / name)
-    assert student.Selection(moved / "balanced.h5", None).read_logits(np.array([0])).shape == (1, 3)
+    assert student.Selection(moved / "balanced.h5", [], None).read_logits(np.array([0])).shape == (1, 3)
 
 
 def log_softmax(logits):
@@ -553,12 +649,12 @@ def test_loss_divides_by_the_readable_images_of_all_processes():
 def test_soft_targets_are_tempered_and_never_smoothed(temperature):
     logits = torch.tensor([[0.0, -1.0, -5.0], [-2.0, 0.0, 0.0]])
     expected = np.exp(log_softmax(logits.double().numpy() / temperature))
-    got = student.pseudo_targets(logits, torch.tensor([0, 1]), "soft", temperature, 0.1)
+    got = student.pseudo_targets(logits, torch.tensor([0, 1]), temperature, 0.1)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_hard_targets_are_smoothed_like_those_of_people():
-    got = student.pseudo_targets(torch.randn(2, 4), torch.tensor([3, 0]), "hard", 1.0, 0.1)
+    got = student.pseudo_targets(torch.randn(2, 4), torch.tensor([3, 0]), 0, 0.1)
     expected = np.full((2, 4), 0.025)
     expected[0, 3] = expected[1, 0] = 0.925
     np.testing.assert_allclose(got, expected, rtol=1e-6)
