@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -542,7 +544,7 @@ def small_image_noise(images: Tensor, hflip: bool, generator: torch.Generator | 
 # ----------------------------------------------------------------------------------------------------------------------
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # the other decoders are where most CVEs are
 
 
@@ -627,18 +629,18 @@ def random_view(image: Image.Image, image_size: int, rng: np.random.Generator, m
 
 
 @lru_cache(maxsize=16)
-def open_shard(path: str) -> BinaryIO:
+def open_shard(path: bytes) -> BinaryIO:
     return open(path, "rb", buffering=0)
 
 
-def read_member(path: str, offset: int, size: int) -> io.BytesIO:
+def read_member(path: bytes, offset: int, size: int) -> io.BytesIO:
     """A member of a .tar shard; an error if the shard has another one there than when it was indexed."""
-    shard = open_shard(path)
+    shard, name = open_shard(path), os.fsdecode(path)
     if offset < 512 or offset + size > os.fstat(shard.fileno()).st_size:
-        raise OSError(f"{path} ends before the image: it has changed or was cut off")
+        raise OSError(f"{name} ends before the image: it has changed or was cut off")
     data = os.pread(shard.fileno(), 512 + size, offset - 512)  # with the header, and without a shared position
     if tarfile.TarInfo.frombuf(data[:512], "utf-8", "surrogateescape").size != size:
-        raise OSError(f"{path} has changed since it was indexed")
+        raise OSError(f"{name} has changed since it was indexed")
     return io.BytesIO(data[512:])
 
 
@@ -661,11 +663,11 @@ class ImageRows:
         return os.path.join(self.root, os.fsdecode(self.path[row]))
 
     def load(self, row: int, enough: int = 0) -> Image.Image:
-        name = self.name(row)
+        name = os.fsencode(self.name(row))
         if self.size[row]:
-            end = name.index(".tar/", len(self.root)) + 4
+            end = name.lower().index(b".tar/", len(os.fsencode(self.root))) + 4
             while os.path.isdir(name[:end]):  # a folder may be called like a shard
-                end = name.index(".tar/", end) + 4
+                end = name.lower().index(b".tar/", end) + 4
             return load_image(read_member(name[:end], int(self.offset[row]), int(self.size[row])), enough)
         # a pipe that is called like an image gives nothing, instead of waiting for ever
         with open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
@@ -688,41 +690,51 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
         if last is None:
             fail(f"{path} is not a plain .tar file ({error})")
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{path} is damaged after {last} ({error}): what follows is not seen")
+            print(f"{path} is damaged after {last} ({error}): what follows is not seen", flush=True)
 
 
-def find_images(root: str) -> Iterator[tuple[bytes, int, int]]:
-    """(path, offset, size) of each image below `root`, as in ImageRows but in no order."""
+def find_files(root: bytes) -> Iterator[bytes]:
+    """The paths below `root` of the images and .tar shards, in no order."""
 
     def not_listed(error: OSError) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{os.fsdecode(error.filename)} cannot be listed ({error.strerror}): its images are not seen")
 
     seen = set()
-    for folder, folders, names in os.walk(os.fsencode(root), onerror=not_listed, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=not_listed, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(b"."))
-        below = os.path.relpath(folder, os.fsencode(root))
+        below = os.path.relpath(folder, root)
         prefix = b"" if below == b"." else below + b"/"
         for name in names:
-            lower = os.fsdecode(name).lower()
-            if lower.startswith("."):
-                continue
-            if lower.endswith(EXTENSIONS):
-                yield prefix + name, 0, 0
-            elif lower.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+            lower = name.lower()
+            if lower.endswith((*EXTENSIONS, b".tar")) and not lower.startswith(b"."):
+                yield prefix + name
+            elif lower.endswith((b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz", b".tar.zst")):
                 name = os.fsdecode(prefix + name)
-                fail(f"{name} in {root} is compressed: images are read in place from plain .tar files only")
-            elif lower.endswith(".tar"):
-                for member in tar_members(os.fsdecode(os.path.join(folder, name))):
-                    base = os.path.basename(member.name).lower()
-                    plain = member.isfile() and not member.issparse()
-                    if plain and base.endswith(EXTENSIONS) and not base.startswith("."):
-                        yield prefix + name + b"/" + os.fsencode(member.name), member.offset_data, member.size
+                fail(
+                    f"{name} in {os.fsdecode(root)} is compressed: images are read in place from plain .tar files only"
+                )
+
+
+def as_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
+    paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
+    return np.array(paths, "S"), np.array(offsets, np.int64), np.array(sizes, np.int64)
+
+
+def index_shard(root: bytes, path: bytes) -> tuple[np.ndarray, ...]:
+    """The columns of ImageRows for the images in one shard."""
+    found = []
+    for member in tar_members(os.fsdecode(os.path.join(root, path))):
+        name = os.fsencode(member.name)
+        base = os.path.basename(name).lower()
+        if member.isfile() and not member.issparse() and base.endswith(EXTENSIONS) and not base.startswith(b"."):
+            found.append((path + b"/" + name, member.offset_data, member.size))
+    return as_columns(found)
 
 
 def list_images(root: str | Path) -> ImageRows:
@@ -731,12 +743,18 @@ def list_images(root: str | Path) -> ImageRows:
     Symbolic links are followed; a folder that is reached twice, by a loop of links for one, counts once.
     """
     root = os.path.abspath(root)
-    found = find_images(root)
-    parts = [(np.zeros(0, "S1"), np.zeros(0, np.int64), np.zeros(0, np.int64))]
+    found, shards, columns = find_files(os.fsencode(root)), [], [as_columns([])]
     while part := list(islice(found, 1 << 16)):  # never a Python list of all names: they may be hundreds of millions
-        paths, offsets, sizes = zip(*part, strict=True)
-        parts.append((np.array(paths, "S"), np.array(offsets, np.int64), np.array(sizes, np.int64)))
-    path, offset, size = (np.concatenate(column) for column in zip(*parts, strict=True))
+        shards += [path for path in part if path.lower().endswith(b".tar")]
+        columns.append(as_columns([(path, 0, 0) for path in part if not path.lower().endswith(b".tar")]))
+    index = partial(index_shard, os.fsencode(root))
+    if (processes := min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(shards) // 8)) > 1:
+        sys.stdout.flush()  # else each of them would print what is waiting to be printed
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+            columns += pool.map(index, shards)
+    else:
+        columns += map(index, shards)
+    path, offset, size = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     order = np.argsort(path, kind="stable")
     return ImageRows(root, path[order], offset[order], size[order])
 
@@ -778,7 +796,7 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
         if lacking := sorted(set(classes) - set(found)):
             fail(f"{folder} lacks the classes {', '.join(lacking[:5])}")
         if empty := [name for name in found if number[os.fsencode(name)] not in labels]:
-            fail(f"{folder}: class {empty[0]!r} has no images (looked for {' '.join(EXTENSIONS)})")
+            fail(f"{folder}: class {empty[0]!r} has no images (looked for {b' '.join(EXTENSIONS).decode()})")
     if held_out:
         held = is_held_out(rows.path, labels)
         rows, labels = rows[held == (split == "val")], labels[held == (split == "val")]
@@ -798,7 +816,7 @@ def unlabeled_images(folder: str | Path) -> ImageRows:
         return labeled_images(folder.parent, "train")[0]
     rows = list_images(folder)
     if not len(rows):
-        fail(f"{folder}: no images in it (looked for {' '.join(EXTENSIONS)} and .tar)")
+        fail(f"{folder}: no images in it (looked for {b' '.join(EXTENSIONS).decode()} and .tar)")
     return rows
 
 
@@ -987,7 +1005,15 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
         columns = LABEL_FILE_COLUMNS[kind]
         if missing := sorted({*columns, "classes"} - file.keys()):
             fail(f"{path}: lacks {', '.join(missing)}")
-        num_rows, num_classes = file["label"].size, file["classes"].size
+        names = file["classes"]
+        if names.ndim != 1 or not h5py.check_string_dtype(names.dtype) or names.chunks or names.nbytes > end:
+            fail(f"{path}: classes is not a plain list of names")
+        length = 0
+        for c in range(len(names)):  # one by one: many may refer to one long string
+            length += len(names[c])
+            if length > end:
+                fail(f"{path}: the names of its classes are longer than the file")
+        num_rows, num_classes = file["label"].size, len(names)
         for name, dtype in columns.items():
             dataset = file[name]
             if dataset.dtype.kind != "S" if dtype == "S" else dataset.dtype != dtype:
@@ -997,21 +1023,7 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
                 fail(f"{path}: {name} has the shape {dataset.shape}, expected {shape}")
             if dataset.size and (dataset.id.get_offset() is None or dataset.id.get_offset() + dataset.nbytes > end):
                 fail(f"{path}: {name} is not stored in one piece inside the file, so it cannot be mapped")
-        names = file["classes"]
-        if names.ndim != 1 or not h5py.check_string_dtype(names.dtype) or names.chunks or names.nbytes > end:
-            fail(f"{path}: classes is not a plain list of names")
-        length = 0
-        for c in range(num_classes):  # one by one: many may refer to one long string
-            length += len(names[c])
-            if length > end:
-                fail(f"{path}: the names of its classes are longer than the file")
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # h5py raises each of them on damaged files
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # h5py, of damaged files
         errno = getattr(error, "errno", None)
         fail(f"{path}: not a readable HDF5 file ({os.strerror(errno) if errno else error})")
     return file
@@ -1254,6 +1266,7 @@ class StopSignal:
 
     def __init__(self, processes: Processes):
         self.processes, self.received = processes, False
+        self.flag = torch.tensor(0)  # kept: gloo's thread may let go of it last, and aborts if Python ends meanwhile
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -1263,9 +1276,9 @@ class StopSignal:
     def __call__(self) -> bool:
         if self.processes.world_size == 1:
             return self.received
-        flag = torch.tensor(int(self.received))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        self.flag.fill_(int(self.received))
+        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
+        return bool(self.flag)
 
 
 def step_generator(seed: int, step: int, rank: int) -> torch.Generator:

@@ -2,15 +2,17 @@
 
 inference  images a second of EfficientNet-B0: timm's as `create_model` gives it against ours with the same weights as
            stage 02 runs it (batch norms folded, channels_last, autocast, its batch), once both agree on the logits
+label      images a second of stage 02, all of it, over a folder of JPEGs, against timm's inference script on the same
 memory     peak of training steps of stage 01, with and without --accumulate and --checkpoint-activations
 noise      RandAugment with 2 ops of magnitude 9, each applied always: torchvision's and timm's image by image, kornia's
            (if it is installed) and ours on a batch of the same images
 
     python tests/benchmark.py inference --compile
+    python tests/benchmark.py label
     python tests/benchmark.py memory --models efficientnet_b7:224:8
     python tests/benchmark.py noise --threads 1
 
-Variants of `inference` take turns in one process, and the median of the rounds counts. On a machine that others use
+Variants take turns in one process, and the median of the rounds counts. On a machine that others use
 too, absolute numbers mean little, also from one run to the next: quote ratios within one table.
 """
 
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -33,6 +36,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import (
+    CHECKPOINT_FORMAT,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     argument_parser,
     at_least,
     autocast,
@@ -41,6 +47,7 @@ from common import (
     init_processes,
     load_weights,
     rand_augment,
+    save_checkpoint,
 )
 
 
@@ -59,6 +66,14 @@ def parse_args() -> argparse.Namespace:
     add("--rounds", type=at_least(1, int), default=7, help="over which the median is taken")
     add("--sizes", type=at_least(32, int), nargs="+", default=[224, 32], help="pixels, a table each")
     add("--compile", action="store_true", help="ours compiled as well: a minute or two a size more")
+    add = command(label, "speed of labelling a folder, timm's inference script and stage 02")
+    add("--rounds", type=at_least(1, int), default=5, help="over which the median is taken")
+    add("--images", type=Path, help="folder of JPEGs in one folder or more; None: drawn, 500 x 375, 110 kB")
+    add("--number", type=at_least(1, int), default=256, help="of drawn images")
+    add("--size", type=at_least(32, int), default=224, help="pixels of the model")
+    add(
+        "--workers", type=at_least(0, int), help="of stage 02; None: its own choice; timm's always has its default of 2"
+    )
     add = command(memory, "peak memory of a training step")
     models = [model_pixels_batch(text) for text in ("efficientnet_b7:224:8", "efficientnet_l2:128:4")]
     add("--models", type=model_pixels_batch, nargs="+", default=models, help="ARCH:PIXELS:BATCH ...")
@@ -175,6 +190,100 @@ def compare_with_timm(theirs: nn.Module, size: int, device: torch.device, args: 
     print(f"\nfolded fp32 logits differ from timm's by {error:.1e} of the largest; bf16 against fp32: {agree:.1%} of")
     print(f"{len(full)} argmax agree, softmax differs by at most {(full - half).abs().max():.4f} (random weights: near")
     print(f"ties, mean confidence {full.amax(1).mean():.4f})", flush=True)
+
+
+def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.device, amp) -> int:
+    """The loop of timm's inference.py with its defaults: batches of 256, 2 workers, its loader, NCHW, top-1."""
+    import timm
+
+    config = timm.data.resolve_data_config({"input_size": (3, size, size)}, model=model)
+    dataset = timm.data.create_dataset("", str(folder))
+    loader = timm.data.create_loader(
+        dataset, batch_size=256, use_prefetcher=True, num_workers=2, device=device, **config
+    )
+    top = []
+    for images, _ in loader:
+        with amp:
+            output = model(images)
+        top.append([values.cpu().numpy() for values in output.softmax(-1).topk(1)])
+    return sum(len(index) for _, index in top)
+
+
+@torch.inference_mode()
+def label(args: argparse.Namespace) -> None:
+    import timm
+
+    device, stage = init_processes(args.device).device, load_stage("02_pseudo_label")
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.images or Path(temporary) / "images"
+        if not args.images:
+            (folder / "all").mkdir(parents=True)
+            rng = np.random.default_rng(0)
+            for i in range(args.number):  # noise of several scales: as many bytes as a photograph
+                layers = [
+                    Image.fromarray(rng.integers(0, 256, (3 * n, 4 * n, 3), dtype=np.uint8)) for n in (3, 30, 125)
+                ]
+                image = layers[0].resize((500, 375), Image.Resampling.BICUBIC)
+                for layer, share in zip(layers[1:], (0.4, 0.25), strict=True):
+                    image = Image.blend(image, layer.resize((500, 375), Image.Resampling.BICUBIC), share)
+                image.save(folder / "all" / f"{i:05}.jpg", quality=90)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        torch.manual_seed(0)
+        theirs = timm.create_model("efficientnet_b0")
+        calibrate(theirs, torch.randn(2**22 // args.size**2, 3, args.size, args.size))
+        ours = build_model("efficientnet_b0")
+        load_weights(ours, theirs.state_dict())
+        checkpoint = {"format": CHECKPOINT_FORMAT, "stage": "teacher", "arch": "efficientnet_b0", "arch_options": {}}
+        checkpoint |= {"classes": [f"{i:03}" for i in range(1000)], "image_size": args.size, "crop_fraction": 0.875}
+        checkpoint |= {
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "model": ours.state_dict(),
+            "metrics": {},
+            "args": {},
+        }
+        save_checkpoint(Path(temporary) / "model.pt", checkpoint)
+        theirs.to(device)
+        fuse_batch_norms(ours)
+        ours.to(device, memory_format=torch.channels_last)
+        batch = stage.rows_per_batch(args.size, device)
+        tensors = torch.randn(max(batch, 64), 3, args.size, args.size, device=device)
+        tensors = tensors.contiguous(memory_format=torch.channels_last)
+
+        def stage_02(precision: str) -> int:
+            out = Path(temporary) / "logits.h5"
+            words = ["--teacher", f"{temporary}/model.pt", "--unlabeled", folder, "--out", out, "--device", args.device]
+            words += ["--precision", precision, *([] if args.workers is None else ["--workers", args.workers])]
+            sys.argv = ["02_pseudo_label.py", *map(str, words)]
+            with contextlib.redirect_stdout(None):
+                stage.main()
+            out.unlink()
+            return len(files)
+
+        variants = {}
+        for precision in ("fp32", "bf16"):
+            amp = autocast(precision, device)[0]
+            variants[f"timm's inference.py, {precision}"] = partial(
+                timms_inference, theirs, folder, args.size, device, amp
+            )
+            variants[f"stage 02, {precision}"] = partial(stage_02, precision)
+            variants[f"stage 02's model alone, {precision}"] = lambda a=amp: len(run(ours, tensors, batch, a)[0])
+        kilobytes = sum(path.stat().st_size for path in files) / len(files) / 1000
+        print(f"timm {timm.__version__}, {machine(args)}, median of {args.rounds} rounds; {args.size} px, ", end="")
+        print(f"{len(files)} images of {kilobytes:.0f} kB on average\n", flush=True)
+        seconds = {name: [] for name in variants}
+        for turn in range(args.rounds + 1):
+            for name, call in variants.items():
+                began = time.perf_counter()
+                number = call()
+                if turn:  # the first warms up
+                    seconds[name].append((time.perf_counter() - began) / number)
+    print_rows(("EfficientNet-B0", "images/s", "ratio"), ("---", "---:", "---:"))
+    medians = {name: median(times) for name, times in seconds.items()}
+    first = next(iter(medians.values()))
+    for name, time_of in medians.items():
+        print_rows((name, f"{1 / time_of:.0f}", f"{first / time_of:.2f}"))
 
 
 def memory(args: argparse.Namespace) -> None:

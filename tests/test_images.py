@@ -307,6 +307,32 @@ def test_shards_are_read_in_place_like_folders(tmp_path, tiny_data):
     np.testing.assert_array_equal(np.asarray(part.load(1)), np.asarray(source.load(15)))
 
 
+@pytest.mark.parametrize("cores", [1, 3])
+def test_many_shards_are_indexed_by_several_processes(cores, tmp_path, tiny_data, monkeypatch, capfd):
+    source = list_images(tiny_data / "unlabeled")
+    data = Path(source.name(0)).read_bytes()
+    for i in range(30):  # names that sort otherwise than their shards
+        names = [f"{j}.png" for j in range(i % 4)] + ["notes.txt"]
+        make_tar(tmp_path / f"{i % 3}{i}.{'TAR' if i % 2 else 'tar'}", {name: data for name in names})
+    data_of_7 = (tmp_path / "17.TAR").read_bytes()
+    (tmp_path / "17.TAR").write_bytes(data_of_7[: -10240 + 512] + b"x" * 512)
+    (tmp_path / "0.png").write_bytes(data)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    print("waiting", end="")  # in a buffer, which the processes must not print too
+    rows = list_images(tmp_path)
+    out = capfd.readouterr().out
+    assert out.count("waiting") == 1 and out.count("17.TAR is damaged after") == 1
+    expected = [f"{i % 3}{i}.{'TAR' if i % 2 else 'tar'}/{j}.png" for i in range(30) for j in range(i % 4)]
+    assert names_of(rows) == sorted([*expected, "0.png"])
+    for row in range(len(rows)):
+        np.testing.assert_array_equal(np.asarray(rows.load(row)), np.asarray(source.load(0)))
+    make_tar(tmp_path / "9.tar", {"a.png": data}, "w:gz")
+    with pytest.raises(SystemExit) as stop:
+        list_images(tmp_path)
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and "9.tar is not a plain .tar file" in err
+
+
 def test_a_shard_below_a_folder_named_like_one(tmp_path, tiny_data):
     source = list_images(tiny_data / "unlabeled")
     (tmp_path / "x.tar").mkdir()

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -41,16 +42,39 @@ def kept_by_the_rule(label, confidence, c, threshold, per_class):
     return sorted(above, key=lambda i: (-confidence[i], i))[:per_class]
 
 
-@settings(max_examples=150, deadline=None)
+@contextmanager
+def pieces(num_rows: int):
+    """Everything in chunks of so many rows, and the best of the classes found anew after each."""
+    whole, add = balance.in_chunks, balance.BestOfClasses.add
+
+    def add_and_rank(self, *entries):
+        add(self, *entries)
+        self.best()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balance, "in_chunks", lambda *columns, **_: whole(*columns, num_rows=num_rows))
+        patch.setattr(balance.BestOfClasses, "add", add_and_rank)
+        yield
+
+
+@settings(max_examples=300, deadline=None)
 @given(
     labelled_rows(),
     st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]),
     st.sampled_from([None, 1, 2, 3, 7, 100]),
     st.integers(0, 3),
+    st.lists(st.integers(0, 40), max_size=3),
+    st.integers(1, 9),
 )
-def test_noisy_student_is_the_contracts_rule(rows, threshold, per_class, seed):
+def test_noisy_student_is_the_contracts_rule(rows, threshold, per_class, seed, cuts, chunk):
     label, confidence, num_classes = rows
-    index, used = balance.select_noisy_student(label, confidence, num_classes, threshold, per_class, seed)
+    above = np.bincount(label[confidence > np.float32(threshold)], minlength=num_classes)
+    used = per_class or balance.auto_per_class(above)
+    cut = sorted(cuts)  # in one to four files
+    parts = [list(np.split(column, [c for c in cut if c <= len(label)])) for column in (label, confidence)]
+    with pieces(chunk):
+        index, chosen, score = balance.select_noisy_student(*parts, num_classes, threshold, used or 1, seed)
+    assert (chosen == label[index]).all() and (score == confidence[index]).all()
     sizes = [len(kept_by_the_rule(label, confidence, c, threshold, None)) for c in range(num_classes)]
     full = sorted(size for size in sizes if size)
     if per_class is None:
@@ -69,30 +93,28 @@ def test_noisy_student_is_the_contracts_rule(rows, threshold, per_class, seed):
 
 def test_threshold_is_exclusive_and_in_float32():
     label, confidence = np.zeros(3, np.int32), np.array([0.3, ABOVE, 0.29], dtype=np.float32)
-    assert balance.select_noisy_student(label, confidence, 1, 0.3, 1, 0)[0].tolist() == [1]
-    assert balance.select_noisy_student(label[:1], confidence[:1], 1, 0.3, 1, 0)[0].tolist() == []
+    assert balance.select_noisy_student([label], [confidence], 1, 0.3, 1, 0)[0].tolist() == [1]
+    assert balance.select_noisy_student([label[:1]], [confidence[:1]], 1, 0.3, 1, 0)[0].tolist() == []
 
 
 def test_auto_is_the_lower_median_of_what_is_not_empty():
-    sizes = [0, 5, 0, 2, 9, 3]
-    label = np.repeat(np.arange(6), sizes).astype(np.int32)
-    _, per_class = balance.select_noisy_student(label, np.full(19, 0.9, np.float32), 6, 0.3, None, 0)
-    assert per_class == 3  # 2 3 5 9: the lower of the two in the middle
+    assert balance.auto_per_class(np.array([0, 5, 0, 2, 9, 3])) == 3  # 2 3 5 9: the lower of the two in the middle
+    assert balance.auto_per_class(np.array([0, 5, 0, 2, 9])) == 5
 
 
 def test_auto_is_at_most_the_papers_130000():
+    assert balance.auto_per_class(np.array([130_500])) == 130_000
     num = 130_500
     label, confidence = np.zeros(num, np.int32), np.linspace(0.5, 1, num).astype(np.float32)
-    index, per_class = balance.select_noisy_student(label, confidence, 1, 0.3, None, 0)
-    assert per_class == len(index) == 130_000
-    assert index.min() == 500
+    index, _, _ = balance.select_noisy_student([label], [confidence], 1, 0.3, 130_000, 0)
+    assert len(index) == 130_000 and index.min() == 500
 
 
 def test_the_seed_alone_decides_which_images_get_the_extra_copy():
     label, confidence = np.repeat([0, 1], 20).astype(np.int32), np.full(40, 0.9, np.float32)
 
     def twice(label, seed):
-        index, _ = balance.select_noisy_student(label, confidence[: len(label)], 2, 0.3, 30, seed)
+        index, _, _ = balance.select_noisy_student([label], [confidence[: len(label)]], 2, 0.3, 30, seed)
         return {i for i, copies in Counter(index.tolist()).items() if copies == 2}
 
     assert twice(label, 0) == twice(label, 0)
@@ -103,18 +125,36 @@ def test_the_seed_alone_decides_which_images_get_the_extra_copy():
     assert all(60 < drawn[i] < 140 for i in range(40)), "some images are favoured"
 
 
+@pytest.mark.parametrize("per_class", [1, 7, 5000])
+def test_a_thousand_classes_in_four_files(per_class):
+    """Many ties, several rankings on the way, classes without any image; both methods."""
+    rng = np.random.default_rng(per_class)
+    label = (rng.zipf(1.3, 400_000) % 1100).astype(np.int32)
+    label = label[label < 990]
+    confidence = rng.choice(np.linspace(0, 1, 200, dtype=np.float32), len(label))
+    parts = [np.array_split(column, 4) for column in (label, confidence)]
+    index, chosen, score = balance.select_noisy_student(*parts, 1000, 0.3, per_class, 0)
+    assert (chosen == label[index]).all() and (score == confidence[index]).all()
+    order = np.lexsort((-confidence, label))  # stable, so ties go by row
+    order = order[confidence[order] > np.float32(0.3)]
+    rank = np.arange(len(order)) - np.searchsorted(label[order], label[order])
+    assert np.unique(index).tolist() == sorted(order[rank < per_class].tolist())
+    sizes = np.bincount(chosen, minlength=1000)
+    assert set(sizes.tolist()) == {0, per_class} and (sizes[990:] == 0).all()
+
+
 @st.composite
 def logit_files(draw):
     num_classes = draw(st.integers(1, 5))
     level = st.sampled_from([0.0, -0.5, -1.0, -3.0, -20.0])
     row = st.lists(level, min_size=num_classes, max_size=num_classes)
     return num_classes, [np.array(rows, np.float16).reshape(-1, num_classes) for rows in draw(
-        st.lists(st.lists(row, max_size=12), min_size=1, max_size=3))]  # fmt: skip
+        st.lists(st.lists(row, max_size=12), min_size=1, max_size=4))]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
-@given(logit_files(), st.sampled_from([1, 2, 3, 10]), st.sampled_from([1, 2, 5, 100]))
-def test_top_p_is_yalniz_rule(files, top_p, per_class):
+@settings(max_examples=300, deadline=None)
+@given(logit_files(), st.sampled_from([1, 2, 3, 10]), st.sampled_from([1, 2, 5, 100]), st.integers(1, 9))
+def test_top_p_is_yalniz_rule(files, top_p, per_class, chunk):
     num_classes, parts = files
     logits = np.concatenate(parts).astype(np.float32)
     if len(logits) > 2:
@@ -126,7 +166,8 @@ def test_top_p_is_yalniz_rule(files, top_p, per_class):
                 part[unreadable - position] = np.nan
             position += len(part)
         logits[unreadable] = np.nan
-    index, label, score = balance.select_top_p(parts, num_classes, top_p, per_class)
+    with pieces(chunk):
+        index, label, score = balance.select_top_p(parts, num_classes, top_p, per_class)
     got = {(int(i), int(c)) for i, c in zip(index, label, strict=True)}
     assert len(got) == len(index), "an example is repeated"
     probs = np.exp(logits - logits.max(1, keepdims=True)) if len(logits) else logits
@@ -257,9 +298,9 @@ def test_selection_by_hand(two_files, tmp_path, run):
         3,
     ]
     ant, bee, cat = (report["classes"][name] for name in CLASSES)
-    counts = ("candidates", "above_threshold", "kept", "examples", "most_copies")
-    assert [ant[k] for k in counts] == [5, 5, 3, 3, 1]
-    assert [bee[k] for k in counts] == [2, 2, 2, 3, 2]
+    counts = ("candidates", "above_threshold", "kept", "examples", "copies")
+    assert [ant[k] for k in counts] == [5, 5, 3, 3, 0]
+    assert [bee[k] for k in counts] == [2, 2, 2, 3, 1] and cat["lowest_confidence"] is None
     assert [cat[k] for k in counts] == [2, 0, 0, 0, 0]
     assert ant["lowest_confidence"] == pytest.approx(0.8)
 
@@ -380,7 +421,10 @@ def test_truth_by_hand(two_files, tmp_path, run):
     assert got["accuracy_after"] == 100
     assert got["accuracy_of_examples"] == pytest.approx(100 * 5 / 6, abs=0.01)  # a2 is of no class
     assert got["passed_in_class"] == pytest.approx(100 * 4 / 7, abs=0.01)
-    assert got["passed_no_class"] == 50
+    assert got["passed_no_class"] == 50 and got["num_no_class_passed"] == 1
+    assert got["classes"]["ant"] == {"accuracy_before": pytest.approx(50, abs=0.01), "accuracy_after": 100}
+    assert got["classes"]["bee"] == {"accuracy_before": 100, "accuracy_after": 100}
+    assert got["classes"]["cat"] == {"accuracy_before": 100, "accuracy_after": None}
     assert "71.43" in printed and "50.0" in printed
     # the truth measures and never chooses
     other = tmp_path / "other.h5"
