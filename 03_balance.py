@@ -143,21 +143,25 @@ def select_noisy_student(label: list, confidence: list, num_classes: int, thresh
 
 def select_top_p(logits: list, num_classes: int, top_p: int, per_class: int):
     """Yalniz et al.'s rule: (index, label, probability) of each example, from the files' logits."""
-    best = BestOfClasses(num_classes, per_class)
+    best, top_p = BestOfClasses(num_classes, per_class), min(top_p, num_classes)
     for first, chunk in in_chunks(logits, num_rows=max(1, (1 << 19) // num_classes)):  # 2 MB in float32: a cache's size
         probs = torch.from_numpy(chunk).softmax(1, dtype=torch.float32)
-        row, label = (probs > torch.from_numpy(best.cutoff)).nonzero(as_tuple=True)  # none of NaN rows; few, soon
-        if top_p < num_classes and len(row):
-            rows, place = row.unique_consecutive(return_inverse=True)
-            few = probs[rows]
-            least = few.topk(top_p).values[:, -1:]
-            is_top = few >= least
-            for tied in (is_top.sum(1) > top_p).nonzero()[:, 0].tolist():  # equal probabilities: the first classes
-                is_top[tied] = False
-                is_top[tied, few[tied].sort(descending=True, stable=True).indices[:top_p]] = True
-            is_top = is_top[place, label]
-            row, label = row[is_top], label[is_top]
-        best.add(label.int().numpy(), probs[row, label].numpy(), first + row.numpy())
+        # Soon few rows have a class in which they could still get in; those of unreadable images, NaN, have none.
+        rows = ((probs - torch.from_numpy(best.cutoff)).amax(1) > 0).nonzero()[:, 0]
+        probs = probs[rows]
+        if num_classes < 64 * top_p:  # from there on torch's way is the faster one
+            least = np.partition(probs.numpy(), num_classes - top_p, 1)[:, num_classes - top_p]
+        else:
+            least = probs.topk(top_p, sorted=False).values.amin(1).numpy()
+        probs = probs.numpy()
+        row, label = np.divmod(np.flatnonzero((probs >= least[:, None]) & (probs > best.cutoff)), num_classes)
+        score = probs[row, label]
+        last = np.flatnonzero(score == least[row])  # the least probable of those that count; of equal ones, the first
+        rivals, own = probs[row[last]], score[last, None]
+        before = (rivals > own) | ((rivals == own) & (np.arange(num_classes) < label[last, None]))
+        counts = np.ones(len(row), dtype=bool)
+        counts[last[before.sum(1) >= top_p]] = False
+        best.add(label[counts].astype(np.int32), score[counts], first + rows.numpy()[row[counts]])
     label, score, index = best.best()
     return index, label, score
 

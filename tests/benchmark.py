@@ -3,12 +3,15 @@
 inference  images a second of EfficientNet-B0: timm's as `create_model` gives it against ours with the same weights as
            stage 02 runs it (batch norms folded, channels_last, autocast, its batch), once both agree on the logits
 label      images a second of stage 02, all of it, over a folder of JPEGs, against timm's inference script on the same
+balance    seconds and memory of stage 03's two selections over made-up logits, against reading them and their softmax
+           alone, and pandas and polars (if they are installed) choosing from the same columns
 memory     peak of training steps of stage 01, with and without --accumulate and --checkpoint-activations
 noise      RandAugment with 2 ops of magnitude 9, each applied always: torchvision's and timm's image by image, kornia's
            (if it is installed) and ours on a batch of the same images
 
     python tests/benchmark.py inference --compile
     python tests/benchmark.py label
+    python tests/benchmark.py balance --tmp /folder/with/5/GB
     python tests/benchmark.py memory --models efficientnet_b7:224:8
     python tests/benchmark.py noise --threads 1
 
@@ -19,6 +22,8 @@ too, absolute numbers mean little, also from one run to the next: quote ratios w
 import argparse
 import contextlib
 import copy
+import importlib.util
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -29,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import h5py
 import numpy as np
 import torch
 from conftest import ROOT, draw_data, load_stage
@@ -37,15 +43,21 @@ from torch import Tensor, nn
 
 from common import (
     CHECKPOINT_FORMAT,
+    DONE,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    LOGITS_FORMAT,
+    SELECTION_FORMAT,
+    ImageRows,
     argument_parser,
     at_least,
     autocast,
     build_model,
+    create_logits,
     fuse_batch_norms,
     init_processes,
     load_weights,
+    open_label_file,
     rand_augment,
     save_checkpoint,
 )
@@ -74,6 +86,10 @@ def parse_args() -> argparse.Namespace:
     add(
         "--workers", type=at_least(0, int), help="of stage 02; None: its own choice; timm's always has its default of 2"
     )
+    add = command(balance, "speed and memory of stage 03 over made-up logits")
+    sizes = [rows_classes_kept(text) for text in ("10000000:100:10000", "1000000:1000:1000")]
+    add("--sizes", type=rows_classes_kept, nargs="+", default=sizes, help="ROWS:CLASSES:PER_CLASS ...")
+    add("--tmp", help="folder for the logits, 5 GB, removed again; None: the system's")
     add = command(memory, "peak memory of a training step")
     models = [model_pixels_batch(text) for text in ("efficientnet_b7:224:8", "efficientnet_l2:128:4")]
     add("--models", type=model_pixels_batch, nargs="+", default=models, help="ARCH:PIXELS:BATCH ...")
@@ -87,6 +103,11 @@ def parse_args() -> argparse.Namespace:
 def model_pixels_batch(text: str) -> tuple[str, int, int]:
     arch, pixels, batch = text.split(":")
     return arch, int(pixels), int(batch)
+
+
+def rows_classes_kept(text: str) -> tuple[int, ...]:
+    rows, classes, per_class = map(int, text.split(":"))
+    return rows, classes, per_class
 
 
 def print_rows(*rows) -> None:
@@ -205,7 +226,7 @@ def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.dev
     for images, _ in loader:
         with amp:
             output = model(images)
-        top.append([values.cpu().numpy() for values in output.softmax(-1).topk(1)])
+        top.append([values.float().cpu().numpy() for values in output.softmax(-1).topk(1)])
     return sum(len(index) for _, index in top)
 
 
@@ -284,6 +305,101 @@ def label(args: argparse.Namespace) -> None:
     first = next(iter(medians.values()))
     for name, time_of in medians.items():
         print_rows((name, f"{1 / time_of:.0f}", f"{first / time_of:.2f}"))
+
+
+def write_logits(path: Path, num_rows: int, num_classes: int) -> None:
+    """A finished logits.h5 of a long tail of classes, as stage 02 leaves it."""
+    names = np.char.mod(b"part/%09d.jpg", np.arange(num_rows))
+    rows = ImageRows("/made/up", names, *np.zeros((2, num_rows), np.int64))
+    classes = [f"{c:04}" for c in range(num_classes)]
+    create_logits(path, rows, classes, num_rows, arch="a", image_size=224, teacher="t", teacher_sha256="s")
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "r+") as file:
+        for first in range(0, num_rows, 100_000):
+            part = slice(first, min(first + 100_000, num_rows))
+            logits = rng.standard_normal((part.stop - first, num_classes), dtype=np.float32)
+            peak = (num_classes * rng.random(len(logits)) ** 2).astype(int)  # the first classes have the most images
+            logits[np.arange(len(logits)), peak] += 12 * rng.random(len(logits), dtype=np.float32)
+            logits -= logits.max(1, keepdims=True)
+            file["logits"][part] = logits
+            file["label"][part], file["confidence"][part] = logits.argmax(1), 1 / np.exp(logits).sum(1)
+            file["status"][part] = DONE
+
+
+def with_pandas(label: np.ndarray, confidence: np.ndarray, per_class: int) -> int:
+    import pandas
+
+    frame = pandas.DataFrame({"label": label, "confidence": confidence})
+    frame = frame[frame["confidence"] > np.float32(0.3)]
+    return len(frame.sort_values("confidence", ascending=False, kind="stable").groupby("label").head(per_class))
+
+
+def with_polars(label: np.ndarray, confidence: np.ndarray, per_class: int) -> int:
+    import polars
+
+    frame = polars.DataFrame({"label": label, "confidence": confidence}).with_row_index()
+    frame = frame.filter(polars.col("confidence") > np.float32(0.3))
+    best = polars.all().top_k_by("confidence", per_class)
+    return len(frame.group_by("label").agg(best).explode("index", "confidence"))
+
+
+def of_file(function, path: Path, per_class: int) -> int:
+    file = open_label_file(path, LOGITS_FORMAT)
+    return function(file["label"][:], file["confidence"][:], per_class)
+
+
+def read_and_softmax(path: Path, num_classes: int) -> int:
+    logits, num = open_label_file(path, LOGITS_FORMAT)["logits"], (1 << 19) // num_classes
+    chunks = (torch.from_numpy(logits[i : i + num]) for i in range(0, len(logits), num))
+    return sum(len(chunk.softmax(1, dtype=torch.float32)) for chunk in chunks)
+
+
+def stage_03(path: Path, *flags) -> int:
+    stage, out = load_stage("03_balance"), path.with_name("balanced.h5")
+    sys.argv = ["03_balance.py", str(path), "--out", str(out), *map(str, flags)]
+    stage.draw = lambda *args: None
+    with contextlib.redirect_stdout(None):
+        stage.main()
+    with open_label_file(out, SELECTION_FORMAT) as file:
+        return len(file["row"])
+
+
+def measured(threads: int, function, *args) -> tuple[int, float, float]:
+    """(result, seconds, MB resident at most above what the process had at its start)"""
+
+    def peak() -> float:  # not getrusage's, which begins with that of the parent process
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) / 1024
+
+    torch.set_num_threads(threads)
+    before, began = peak(), time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - began, peak() - before
+
+
+def balance(args: argparse.Namespace) -> None:
+    print(machine(args))
+    for num_rows, num_classes, per_class in args.sizes:
+        with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+            path = Path(folder) / "logits.h5"
+            write_logits(path, num_rows, num_classes)
+            print(f"\n{num_rows:,} rows x {num_classes:,} classes, {per_class:,} a class\n")
+            print_rows(("what", "examples or rows", "seconds", "peak MB"), ("---", *["---:"] * 3))
+            flags = ["--per-class", per_class]
+            calls = {"reading the logits and softmax alone": (read_and_softmax, path, num_classes)}
+            calls["03 --method noisy-student, pictures apart"] = stage_03, path, *flags
+            calls["03 --method top-p, pictures apart"] = stage_03, path, "--method", "top-p", *flags
+            for name, function in {"pandas": with_pandas, "polars": with_polars}.items():
+                if importlib.util.find_spec(name):
+                    calls[f"{name}, the noisy-student rule without copies"] = of_file, function, path, per_class
+            results = {name: [] for name in calls}
+            for _ in range(3):
+                for name, call in calls.items():  # each in a process of its own, for the memory
+                    with multiprocessing.get_context("spawn").Pool(1) as pool:
+                        results[name].append(pool.apply(measured, (args.threads, *call)))
+            for name, turns in results.items():
+                seconds, peak = median(turn[1] for turn in turns), max(turn[2] for turn in turns)
+                print_rows((name, f"{turns[0][0]:,}", f"{seconds:.1f}", f"{peak:.0f}"))
 
 
 def memory(args: argparse.Namespace) -> None:

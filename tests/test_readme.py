@@ -21,7 +21,8 @@ def test_one_round_by_hand_as_the_readme_has_it(tmp_path):
     text = (ROOT / "README.md").read_text()
     commands = [line for block in text.split("```")[1::2] for line in block.splitlines() if line.startswith("python ")]
     stages = [shlex.split(command)[1] for command in commands]
-    assert stages == sorted(path.name for path in ROOT.glob("0*.py")), "one command for each stage, in order"
+    first_round = [stage for stage in stages if stage[0] == "0"][:7]
+    assert first_round == sorted(path.name for path in ROOT.glob("0*.py")), "one command for each stage, in order"
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
