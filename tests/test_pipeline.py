@@ -530,3 +530,38 @@ def test_the_whole_loop_twice(tiny_data, tmp_path):
     assert "2 x cpu" in done.stdout
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert [line.split()[1] for line in table[2:]] == ["teacher", "student1", "fixres"]
+
+
+def test_images_that_have_gone_since_are_reported_and_left_out(teacher, labels, run_stage, tmp_path):
+    data = shutil.copytree(Path(checkpoint(teacher[0] / "model.pt")["data"]), tmp_path / "data")
+    (data / "unlabeled" / "part0" / "000.png").unlink()
+    args = [
+        "04_train_student.py",
+        "--pseudo-labels",
+        labels[1],
+        "--data",
+        data,
+        "--unlabeled",
+        data / "unlabeled",
+        *STUDENT,
+    ]
+    done = run_stage(*args, "--out", tmp_path / "s")
+    assert "1 unlabelled images are unreadable and were left out" in done.stdout
+    assert f"{data}/unlabeled/part0/000.png: FileNotFoundError" in done.stdout
+
+
+def test_the_student_trains_on_newer_labels(teacher, labels, run_stage, tmp_path):
+    """02 --only and 04 --logits as the README has them: the same teacher again changes nothing, another one does."""
+    other = checkpoint(teacher[0] / "model.pt")
+    for name in ("classifier.1.weight", "classifier.1.bias"):
+        other["model"][name] = other["model"][name].roll(1, 0)  # one that calls every class by another's name
+    torch.save(other, tmp_path / "other.pt")
+    base = ["04_train_student.py", "--pseudo-labels", labels[1], "--data", other["data"], *STUDENT, "--epochs", 1]
+    run_stage(*base, "--out", tmp_path / "old")
+    for name, path in (("same", teacher[0] / "model.pt"), ("other", tmp_path / "other.pt")):
+        newer = tmp_path / f"{name}.h5"
+        run_stage("02_pseudo_label.py", "--teacher", path, "--only", labels[1], "--out", newer)
+        run_stage(*base, "--logits", newer, "--out", tmp_path / name)
+    assert_same_weights(tmp_path / "old" / "model.pt", tmp_path / "same" / "model.pt")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "old" / "model.pt", tmp_path / "other" / "model.pt")

@@ -702,3 +702,43 @@ def test_hard_targets_are_smoothed_like_those_of_people():
     expected = np.full((2, 4), 0.025)
     expected[0, 3] = expected[1, 0] = 0.925
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+# the picture
+
+
+def test_the_sheet_has_the_most_the_middle_and_the_least_confident():
+    assert balance.of_sheet(3).tolist() == [0, 1, 2]
+    assert balance.of_sheet(16).tolist() == list(range(16))
+    assert balance.of_sheet(17).tolist() == [*range(6), *range(6, 11), *range(12, 17)]
+    assert balance.of_sheet(1001).tolist() == [*range(6), *range(498, 503), *range(996, 1001)]
+
+
+def test_of_many_classes_the_fattest_and_the_thinnest_are_drawn(tmp_path, monkeypatch, tiny_data):
+    """60 classes, c + 1 images of class c; all images but one are gone, and their cells stay empty."""
+    num_classes, sizes = 60, np.arange(1, 61)
+    label = np.repeat(np.arange(num_classes), sizes)
+    logits = np.where(label[:, None] == np.arange(num_classes), 5.0, 0.0)
+    names = [f"part0/{i:03}.png" for i in range(len(label))]
+    classes = [f"c{c:02}" for c in range(num_classes)]
+    path = write_logits(tmp_path / "l.h5", logits, root=tiny_data / "unlabeled", names=names, classes=classes)
+    figures = []
+    monkeypatch.setattr(balance, "save_figure", lambda plt, path: figures.append(plt.gcf()))
+    monkeypatch.setattr(sys, "argv", ["03", str(path), "--out", str(tmp_path / "b.h5"), "--per-class", "30"])
+    balance.main()
+    axes = figures[0].axes
+    rows = [axis.get_ylabel() for axis in axes[2:] if axis.get_ylabel()]
+    assert rows == classes[:39:-1] + classes[19::-1]
+    there = {name for name in names if (tiny_data / "unlabeled" / name).exists()}
+    assert sum(bool(axis.images) for axis in axes[2:]) == len(
+        there & {names[i] for i in range(len(names))} & drawn(label)
+    )
+    heights = {c.get_label(): [bar.get_height() for bar in c] for c in axes[0].containers}
+    assert heights["candidates"] == [*range(60, 40, -1), *range(20, 0, -1)] and set(heights["examples"]) == {30}
+
+
+def drawn(label: np.ndarray) -> set[str]:
+    """Names of the images in the sheet of the test above: of equal confidence, so the first, middle and last rows."""
+    shown = [c for c in range(60) if c < 20 or c >= 40]
+    rows = [np.flatnonzero(label == c)[:30] for c in shown]
+    return {f"part0/{i:03}.png" for mine in rows for i in mine[balance.of_sheet(len(mine))]}
