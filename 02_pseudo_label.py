@@ -93,9 +93,12 @@ class RowWriter:
             self.path, self.file = path, os.open(path, os.O_RDWR)
         except OSError as error:
             fail(f"{path} cannot be written: {error.strerror}")
-        self.pending, self.synced = [], time.monotonic()
+        self.pending, self.synced, self.stopped = [], time.monotonic(), False
 
     def stop(self, reason: str) -> None:
+        if self.stopped:  # what was waiting to be written meets the same full disk: that was said
+            raise SystemExit(2)
+        self.stopped = True
         fail(f"{self.path}: {reason}; the rows whose status is 1 or 2 are kept: run again", from_any=True)
 
     def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
@@ -162,16 +165,16 @@ def images_to_label(args: argparse.Namespace, checkpoint: dict) -> tuple[ImageRo
 def main() -> None:
     args = parse_args()
     processes = init_processes(args.device, connect=False)  # none waits for another, so none can hang
-    stop = StopSignal(processes)
     model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
     sha256 = file_sha256(args.teacher)
     if args.only or (processes.is_main and not args.out.exists()):
-        rows, wanted = images_to_label(args, checkpoint)
+        rows, wanted = images_to_label(args, checkpoint)  # can take hours, and has nothing to save
+    stop = StopSignal(processes)
     if processes.is_main and not args.out.exists():
         attributes = {"arch": checkpoint["arch"], "image_size": checkpoint["image_size"]}
         attributes |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
         create_logits(args.out, rows, checkpoint["classes"], len(wanted), **attributes)
-    while not args.out.exists():  # rank 0 may be listing images for hours
+    while not args.out.exists():  # rank 0 may still be listing
         time.sleep(0.1)
         if stop.received:
             raise SystemExit(143)
@@ -184,7 +187,7 @@ def main() -> None:
         here = image_rows(file)
         if args.only and not (len(here) == len(rows) and np.array_equal(here.path[wanted], rows.path[wanted])):
             fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")
-        rows, columns = here, [map_dataset(file, name) for name in ("status", "label", "confidence")]
+        rows, status = here, map_dataset(file, "status")
     if not args.only:
         wanted = range(len(rows))
     chosen = wanted if args.only else slice(None)
@@ -192,7 +195,7 @@ def main() -> None:
     # Batch k is a fixed list of rows and belongs to process k % world_size, whatever was done before.
     size = rows_per_batch(checkpoint["image_size"], processes.device)
     todo = np.zeros(-(-len(wanted) // size) * size, dtype=bool)
-    todo[: len(wanted)] = columns[0][chosen] == TODO
+    todo[: len(wanted)] = status[chosen] == TODO
     if processes.is_main:
         print(
             f"{args.out}: {len(wanted)} images, {len(wanted) - todo.sum()} of them done before; {size} a batch",
@@ -245,8 +248,12 @@ def main() -> None:
         raise SystemExit(143)
     if not processes.is_main:
         return
-    while (columns[0][chosen] == TODO).any():  # the other processes
-        time.sleep(0.2)
+    while True:  # until the other processes are done as well
+        with open_label_file(args.out, LOGITS_FORMAT) as file:  # anew, for network file systems look when one opens
+            columns = [map_dataset(file, name) for name in ("status", "label", "confidence")]
+        if not (columns[0][chosen] == TODO).any():
+            break
+        time.sleep(0.5)
         if stop.received:
             raise SystemExit(143)
 

@@ -1,5 +1,6 @@
 """Stage 02: rows that never shift, runs that are killed, files that go away, a selection that is labelled again."""
 
+import errno
 import io
 import os
 import random
@@ -316,6 +317,29 @@ def test_logits_that_are_not_finite_are_never_written(tmp_path, capsys):
     writer.sync()
     assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
     assert not read(tmp_path / "l.h5")["status"].any()
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_said_once(teacher, label, tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "u", pictures(30))
+    words = ["--teacher", teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5"]
+    assert label(*words)[0] == 0
+    whole, pwrite, calls = read(tmp_path / "l.h5"), os.pwrite, []
+    undo(tmp_path / "l.h5")
+
+    def full(file, data, offset):
+        calls.append(offset)
+        if len(calls) > 16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data[:5], offset)  # a write may be short
+
+    monkeypatch.setattr(stage, "rows_per_batch", lambda size, device: 2)
+    monkeypatch.setattr(os, "pwrite", full)
+    one_line(label(*words), "No space left on device", "run again")
+    assert not read(tmp_path / "l.h5")["status"].any()
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:5], offset))
+    monkeypatch.setattr(stage, "rows_per_batch", lambda size, device: 512)
+    assert label(*words)[0] == 0
+    assert all(values.tobytes() == whole[name].tobytes() for name, values in read(tmp_path / "l.h5").items())
 
 
 @contextmanager
