@@ -20,7 +20,6 @@ import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ import torch
 from common import (
     DONE,
     LOGITS_FORMAT,
-    SELECTION_FORMAT,
     TODO,
     UNREADABLE,
     ImageDataset,
@@ -49,8 +47,8 @@ from common import (
     normalize,
     open_label_file,
     progress,
+    read_selection,
     report_bad,
-    selected_files,
     unlabeled_images,
     view_of,
 )
@@ -113,9 +111,12 @@ class RowWriter:
                     self.stop(f"{error.strerror}: make room")
                 data, offset = data[written:], offset + written
 
-    def write(self, rows: np.ndarray, logits: torch.Tensor, good: np.ndarray) -> None:
-        """Logits (n, C) of n rows, on any device and of any precision, and which of the images could be read."""
-        logits = logits.float().cpu().numpy()
+    def write(self, rows: np.ndarray, logits: torch.Tensor, good: np.ndarray, wanted=slice(None)) -> None:
+        """Logits (n, C) of n rows, on any device and of any precision, and which of the images could be read.
+
+        `wanted`: which of the n rows to write.
+        """
+        rows, logits, good = rows[wanted], logits.float().cpu().numpy()[wanted], good[wanted]
         if not np.isfinite(logits[good]).all():
             self.stop("the teacher gives logits that are not finite, try --precision fp32 or another teacher")
         shifted = logits - logits.max(1, keepdims=True)
@@ -144,27 +145,29 @@ def images_to_label(args: argparse.Namespace, checkpoint: dict) -> tuple[ImageRo
     if not args.only:
         rows = unlabeled_images(args.unlabeled or (Path(checkpoint["data"]) / "unlabeled"))
         return rows, range(len(rows))
-    with open_label_file(args.only, SELECTION_FORMAT) as file:
-        number, selected = file["file"][:], file["row"][:]
-        images = []
-        for name in selected_files(args.only, file):
-            with open_label_file(name, LOGITS_FORMAT) as logits:
-                images.append(image_rows(logits))
-    roots = [rows.root for rows in images]
+    files, selection, _ = read_selection(args.only)
+    roots = {i: file.attrs["root"] for i, file in files.items()}
     folder = os.path.abspath(args.unlabeled) if args.unlabeled else None
-    if len(images) > 1 and roots.count(folder) != 1:
-        fail(f"{args.only} is of several folders: label one after the other, --unlabeled {' or '.join(roots)}")
-    this = roots.index(folder) if len(images) > 1 else 0
-    rows, wanted = images[this], np.unique(selected[number == this])
-    if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < len(rows):
-        fail(f"{args.only}: its rows are not those of the logits file it names: run 03 again")
-    return replace(rows, root=folder or rows.root), wanted
+    these = [i for i, root in roots.items() if len(roots) == 1 or root == folder]
+    if len(these) != 1:
+        fail(f"{args.only} is of several folders: label one by one, --unlabeled {' or '.join(roots.values())}")
+    wanted = np.unique(selection["row"][selection["file"] == these[0]])
+    return image_rows(files[these[0]], folder), wanted
+
+
+def is_empty(folder: str) -> bool:
+    """Whether there is no such folder or nothing in it, as where a disk was mounted that is gone."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, connect=False)  # none waits for another, so none can hang
+    processes = init_processes(args.device, connect=False)  # no collectives, so no time limits
     model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
     sha256 = file_sha256(args.teacher)
     if args.only or (processes.is_main and not args.out.exists()):
@@ -174,7 +177,12 @@ def main() -> None:
         attributes = {"arch": checkpoint["arch"], "image_size": checkpoint["image_size"]}
         attributes |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
         create_logits(args.out, rows, checkpoint["classes"], len(wanted), **attributes)
-    while not args.out.exists():  # rank 0 may still be listing
+    if not args.out.exists():
+        print(
+            f"process {processes.rank} waits for {args.out}, which process 0 makes when it has listed all images",
+            flush=True,
+        )
+    while not args.out.exists():
         time.sleep(0.1)
         if stop.received:
             raise SystemExit(143)
@@ -231,9 +239,10 @@ def main() -> None:
         images = images.to(processes.device, non_blocking=True)
         with amp:
             logits = model(normalize(images, checkpoint["mean"], checkpoint["std"]))
-        gone = bool(batch.errors) and not os.path.isdir(rows.root)  # a lost mount is not millions of bad images
+        gone = bool(batch.errors) and is_empty(rows.root)  # a lost mount is not millions of bad images
         if not gone:
-            writing.append(pool.submit(writer.write, here, logits[: len(here)], good))
+            # what is done stays as it is
+            writing.append(pool.submit(writer.write, here, logits[: len(here)], good, status[here] == TODO))
         if len(writing) > 4:
             writing.popleft().result()  # what ends the writing ends this process
         num_seen, num_bad = num_seen + len(here), num_bad + len(batch.errors)
@@ -248,16 +257,22 @@ def main() -> None:
         raise SystemExit(143)
     if not processes.is_main:
         return
+    waits = False
     while True:  # until the other processes are done as well
         with open_label_file(args.out, LOGITS_FORMAT) as file:  # anew, for network file systems look when one opens
             columns = [map_dataset(file, name) for name in ("status", "label", "confidence")]
-        if not (columns[0][chosen] == TODO).any():
+        num_left = (columns[0][chosen] == TODO).sum()
+        if not num_left:
             break
+        if not waits:
+            print(f"{args.out}: {num_left} images are left to the other processes", flush=True)
+        waits = True
         time.sleep(0.5)
         if stop.received:
             raise SystemExit(143)
 
-    counts, sum_confidence, num_above, bad = np.zeros(len(checkpoint["classes"]), np.int64), 0.0, 0, []
+    counts, bad = np.zeros(len(checkpoint["classes"]), np.int64), [np.zeros(0, np.int64)]
+    sum_confidence, num_above = 0.0, 0
     for begin in range(0, len(wanted), 1 << 20):  # the columns of 300 million rows are gigabytes
         part = slice(begin, begin + (1 << 20))
         status, label, confidence = (column[wanted[part] if args.only else part] for column in columns)

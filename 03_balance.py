@@ -156,11 +156,12 @@ def select_top_p(logits: list, num_classes: int, top_p: int, per_class: int):
         probs = probs.numpy()
         row, label = np.divmod(np.flatnonzero((probs >= least[:, None]) & (probs > best.cutoff)), num_classes)
         score = probs[row, label]
-        last = np.flatnonzero(score == least[row])  # the least probable of those that count; of equal ones, the first
-        rivals, own = probs[row[last]], score[last, None]
-        before = (rivals > own) | ((rivals == own) & (np.arange(num_classes) < label[last, None]))
+        edge = np.flatnonzero(score == least[row])  # the least probable ones that count; of equal ones, the first
+        tied, place = np.unique(row[edge], return_inverse=True)
+        more, equal = (probs[tied] > least[tied, None]), (probs[tied] == least[tied, None])
+        is_top = equal.cumsum(1) <= top_p - more.sum(1, keepdims=True)
         counts = np.ones(len(row), dtype=bool)
-        counts[last[before.sum(1) >= top_p]] = False
+        counts[edge] = is_top[place, label[edge]]
         best.add(label[counts].astype(np.int32), score[counts], first + rows.numpy()[row[counts]])
     label, score, index = best.best()
     return index, label, score
@@ -297,6 +298,13 @@ def main() -> None:
 
     # read; sorted by path first, so that the order of the arguments changes nothing
     paths = sorted({os.path.abspath(path) for path in args.logits})
+    if not args.out.name or args.out.is_dir():
+        fail(f"--out {args.out} is a folder, expected the name of a file")
+    outs = [os.path.realpath(args.out.with_suffix(suffix)) for suffix in (args.out.suffix, ".json", ".png")]
+    if args.out.suffix in (".json", ".png") or {os.path.realpath(path) for path in paths} & set(outs):
+        fail(
+            f"--out {args.out}: it, or the .json and .png beside it, would be written over each other or over the input"
+        )
     files = [open_label_file(path, LOGITS_FORMAT) for path in paths]
     classes = read_classes(files[0])
     for path, file in zip(paths, files, strict=True):
@@ -409,7 +417,7 @@ def main() -> None:
 
 
 def at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         fail(f"--per-class {text}: expected auto or a whole number of at least 1")
     return int(text)
 

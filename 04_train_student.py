@@ -19,6 +19,7 @@ import argparse
 import copy
 import math
 import os
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
@@ -32,7 +33,6 @@ from common import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LOGITS_FORMAT,
-    SELECTION_FORMAT,
     TODO,
     Batch,
     ImageDataset,
@@ -67,9 +67,9 @@ from common import (
     progress,
     rand_augment,
     read_classes,
+    read_selection,
     reduce_sum,
     save_checkpoint,
-    selected_files,
     small_image_noise,
     soft_cross_entropy,
     step_generator,
@@ -175,41 +175,41 @@ class Selection:
     """
 
     def __init__(self, path: Path, newer: list[Path], folder: Path | None):
-        with open_label_file(path, SELECTION_FORMAT) as file:
-            number, row, label = (file[name][:] for name in ("file", "row", "label"))
-            self.classes, self.method = read_classes(file), file.attrs["method"]
-            names = selected_files(path, file)
-        if len(row) == 0 or number.max() >= len(names) or not 0 <= label.min() <= label.max() < len(self.classes):
-            fail(f"{path}: no examples, or of unknown files or classes: run 03 again")
+        files, columns, self.method = read_selection(path)
+        number, row, label = columns.values()
+        roots = {file.attrs["root"] for file in files.values()}
+        if folder and len(roots) > 1:
+            fail(
+                f"--unlabeled: {path} is of several folders, which must be where they were: {', '.join(sorted(roots))}"
+            )
         newer = [open_label_file(name, LOGITS_FORMAT) for name in newer]
-        files, images, status = [], [], []
-        for i, name in enumerate(names):
-            file, rows = open_label_file(name, LOGITS_FORMAT), row[number == i]
-            if len(rows) and not 0 <= rows.min() <= rows.max() < len(file["status"]):
-                fail(f"{path}: its rows are not those of {name}: run 03 again")
+        self.logits, images, status = {}, [], []
+        for i, file in files.items():
+            rows = row[number == i]
             images.append(image_rows(file, folder)[rows])
             if newer:
-                of_same_length = [f for f in newer if len(f["status"]) == len(file["status"])]
-                same = [f for f in of_same_length if np.array_equal(image_rows(f).path[rows], images[i].path)]
+                same = [f for f in newer if len(roots) == 1 or f.attrs["root"] == file.attrs["root"]]
+                same = [f for f in same if len(f["status"]) == len(file["status"])]
+                same = [f for f in same if np.array_equal(image_rows(f).path[rows], images[-1].path)]
                 if not same:
-                    fail(f"--logits: none of them has the images of {name} in its rows")
-                file = same[0]
+                    fail(f"--logits: none of them has the images of {file.filename} in its rows")
+                files[i] = file = same[0]
                 label[number == i] = map_dataset(file, "label")[rows]
-            files.append(file)
             status.append(map_dataset(file, "status")[rows])
-            if num_todo := (status[i] == TODO).sum():
+            if num_todo := (status[-1] == TODO).sum():
                 fail(f"{file.filename} is unfinished: {num_todo} selected images have no label: run 02 again on it")
-        if len({file.attrs["teacher_sha256"] for file in files}) > 1:
-            fail(f"{path}: its labels are of several teachers: {', '.join(file.filename for file in files)}")
-        if len(roots := sorted({rows.root for rows in images})) > 1:
-            fail(f"{path}: its images are in several folders ({', '.join(roots)}): give --unlabeled")
-        self.classes = read_classes(files[0])
-        self.source = dict(files[0].attrs)
-        self.logits = [map_dataset(file, "logits") for file in files]
-        order = np.argsort(number, kind="stable")[np.concatenate(status) == DONE]
-        self.number, self.row, self.label = number[order], row[order], torch.from_numpy(label[order]).long()
+            self.logits[i] = map_dataset(file, "logits")
+        if len({file.attrs["teacher_sha256"] for file in files.values()}) > 1:
+            fail(f"{path}: its labels are of several teachers: {', '.join(file.filename for file in files.values())}")
+        self.source = dict(file.attrs)
+        self.classes = read_classes(file)
+        if len(roots) > 1:  # paths from the top
+            images = [replace(r, root="/", path=np.char.add(os.fsencode(r.root[1:] + "/"), r.path)) for r in images]
         columns = (np.concatenate([getattr(rows, name) for rows in images]) for name in ("path", "offset", "size"))
-        self.images = ImageRows(roots[0], *columns)[np.concatenate(status) == DONE]
+        done = np.concatenate(status) == DONE
+        self.images = ImageRows(images[0].root, *columns)[done]
+        order = np.argsort(number, kind="stable")[done]
+        self.number, self.row, self.label = number[order], row[order], torch.from_numpy(label[order]).long()
 
     def read_logits(self, examples: np.ndarray) -> torch.Tensor:
         logits = np.empty((len(examples), len(self.classes)), dtype=np.float32)
@@ -262,6 +262,8 @@ def main() -> None:
     rows, labels = rows[good], labels[good]
     targets = torch.from_numpy(labels)
     unlabeled = selection.images if selection else unlabeled_images(args.unlabeled or data / "unlabeled")
+    if not os.path.isdir(unlabeled.root):
+        fail(f"the folder of the unlabelled images is gone, {unlabeled.root}: say where it is with --unlabeled")
     labels_of = selection.classes if selection else source["classes"]
     if sorted(labels_of) != sorted(classes):
         fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {' '.join(labels_of[:5])}")

@@ -9,6 +9,7 @@ models - noise - images - label files - optimization - processes - checkpoints -
 import argparse
 import atexit
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tarfile
 import time
@@ -634,7 +636,7 @@ def open_shard(path: bytes) -> BinaryIO:
 
 
 def read_member(path: bytes, offset: int, size: int) -> io.BytesIO:
-    """A member of a .tar shard; an error if the shard has another one there than when it was indexed."""
+    """A member of a .tar shard; an error if no member of this size begins there any more."""
     shard, name = open_shard(path), os.fsdecode(path)
     if offset < 512 or offset + size > os.fstat(shard.fileno()).st_size:
         raise OSError(f"{name} ends before the image: it has changed or was cut off")
@@ -688,7 +690,7 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError("no header of a member, and not the end")
     except tarfile.TarError as error:
         if last is None:
-            fail(f"{path} is not a plain .tar file ({error})")
+            raise tarfile.ReadError(f"{path} is not a plain .tar file ({error})") from None
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{path} is damaged after {last} ({error}): what follows is not seen", flush=True)
 
@@ -728,12 +730,18 @@ def as_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
 
 def index_shard(root: bytes, path: bytes) -> tuple[np.ndarray, ...]:
     """The columns of ImageRows for the images in one shard."""
-    found = []
-    for member in tar_members(os.fsdecode(os.path.join(root, path))):
-        name = os.fsencode(member.name)
-        base = os.path.basename(name).lower()
-        if member.isfile() and not member.issparse() and base.endswith(EXTENSIONS) and not base.startswith(b"."):
-            found.append((path + b"/" + name, member.offset_data, member.size))
+    found, shard = [], os.fsdecode(os.path.join(root, path))
+    try:
+        if not stat.S_ISREG(os.stat(shard).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        for member in tar_members(shard):
+            name = os.fsencode(member.name)
+            base = os.path.basename(name).lower()
+            if member.isfile() and not member.issparse() and base.endswith(EXTENSIONS) and not base.startswith(b"."):
+                found.append((path + b"/" + name, member.offset_data, member.size))
+    except OSError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{shard} cannot be read ({error.strerror}): its images are not seen", flush=True)
     return as_columns(found)
 
 
@@ -748,12 +756,16 @@ def list_images(root: str | Path) -> ImageRows:
         shards += [path for path in part if path.lower().endswith(b".tar")]
         columns.append(as_columns([(path, 0, 0) for path in part if not path.lower().endswith(b".tar")]))
     index = partial(index_shard, os.fsencode(root))
-    if (processes := min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(shards) // 8)) > 1:
-        sys.stdout.flush()  # else each of them would print what is waiting to be printed
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-            columns += pool.map(index, shards)
-    else:
-        columns += map(index, shards)
+    processes = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(shards) // 8)
+    try:
+        if processes > 1:
+            sys.stdout.flush()  # else each of them would print what is waiting to be printed
+            with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+                columns += pool.map(index, shards)
+        else:
+            columns += map(index, shards)
+    except tarfile.TarError as error:
+        fail(str(error))
     path, offset, size = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     order = np.argsort(path, kind="stable")
     return ImageRows(root, path[order], offset[order], size[order])
@@ -944,6 +956,7 @@ LABEL_FILE_COLUMNS = {  # of one row an image or example, beside `classes`; path
     | {"offset": "i8", "size": "i8"},
     SELECTION_FORMAT: {"file": "u2", "row": "i8", "label": "i4", "confidence": "f4"},
 }
+LABEL_FILE_TEXTS = {LOGITS_FORMAT: ("root", "teacher", "teacher_sha256"), SELECTION_FORMAT: ("files", "method")}
 TODO, DONE, UNREADABLE = 0, 1, 2  # status of a row of logits.h5
 
 
@@ -996,6 +1009,9 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
         for name in file.attrs:
             if file.attrs.get_id(name).shape != ():
                 fail(f"{path}: attribute {name!r} is not a single value")
+        for name in LABEL_FILE_TEXTS.get(file.attrs.get("format"), ()):
+            if not isinstance(file.attrs.get(name), str):
+                fail(f"{path}: attribute {name!r} is {file.attrs.get(name)!r}, expected a text")
         if file.attrs.get("format") != kind:
             fail(f"{path}: format is {file.attrs.get('format')!r}, expected {kind!r}")
         for name in file:
@@ -1010,7 +1026,7 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
             fail(f"{path}: classes is not a plain list of names")
         length = 0
         for c in range(len(names)):  # one by one: many may refer to one long string
-            length += len(names[c])
+            length += len(names[c].decode())
             if length > end:
                 fail(f"{path}: the names of its classes are longer than the file")
         num_rows, num_classes = file["label"].size, len(names)
@@ -1024,8 +1040,8 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
             if dataset.size and (dataset.id.get_offset() is None or dataset.id.get_offset() + dataset.nbytes > end):
                 fail(f"{path}: {name} is not stored in one piece inside the file, so it cannot be mapped")
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:  # h5py, of damaged files
-        errno = getattr(error, "errno", None)
-        fail(f"{path}: not a readable HDF5 file ({os.strerror(errno) if errno else error})")
+        number = getattr(error, "errno", None)
+        fail(f"{path}: not a readable HDF5 file ({os.strerror(number) if number else error})")
     return file
 
 
@@ -1043,10 +1059,30 @@ def image_rows(file: h5py.File, root: str | Path | None = None) -> ImageRows:
     return ImageRows(os.path.abspath(root or file.attrs["root"]), *columns)
 
 
-def selected_files(path: str | Path, file: h5py.File) -> list[Path]:
-    """The logits files of a selection, where they were or, if the folder of a run was moved as a whole, beside it."""
-    names = json.loads(file.attrs["files"])
-    return [Path(name) if os.path.exists(name) else Path(path).parent / os.path.basename(name) for name in names]
+def read_selection(path: str | Path) -> tuple[dict[int, h5py.File], dict[str, np.ndarray], str]:
+    """({number: logits file} of those that have examples, the columns `file`, `row` and `label`, the method).
+
+    The logits files are where they were or, if the folder of a run was moved as a whole, beside the selection.
+    """
+    with open_label_file(path, SELECTION_FORMAT) as file:
+        number, row, label = (file[name][:] for name in ("file", "row", "label"))
+        classes, method, text = read_classes(file), file.attrs["method"], file.attrs["files"]
+    try:
+        names = [os.fspath(name) for name in json.loads(text)]
+    except (ValueError, TypeError):
+        fail(f"{path}: attribute 'files' is {text[:100]!r}, expected a JSON list of paths")
+    if len(row) == 0 or number.max() >= len(names) or not 0 <= label.min() <= label.max() < len(classes):
+        fail(f"{path}: no examples, or of unknown files or classes: run 03 again")
+    files = {}
+    for i in np.unique(number).tolist():
+        name = names[i] if os.path.exists(names[i]) else os.path.join(os.path.dirname(path), os.path.basename(names[i]))
+        files[i], rows = open_label_file(name, LOGITS_FORMAT), row[number == i]
+        if read_classes(files[i]) != classes or not 0 <= rows.min() <= rows.max() < len(files[i]["status"]):
+            fail(f"{path}: its rows or classes are not those of {name}: run 03 again")
+        same = method == "top-p" or np.array_equal(map_dataset(files[i], "label")[rows], label[number == i])
+        if not same and int(os.environ.get("RANK", 0)) == 0:
+            print(f"{path}: the labels in {name} are others: if it was made anew, run 03 again", flush=True)
+    return files, {"file": number, "row": row, "label": label}, method
 
 
 def read_classes(file: h5py.File) -> list[str]:
@@ -1171,6 +1207,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser that shows defaults, takes no abbreviated flags (a typo fails), and fails with one line."""
+    with contextlib.suppress(AttributeError):  # names of files need not be UTF-8, and are printed all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
     return OneLineParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
@@ -1345,6 +1383,8 @@ CHECKPOINT_FORMAT = "noisy-student-checkpoint-1"
 def write_atomically(path: str | Path):
     """Give a temporary path in the same folder; synced and renamed at the end, removed after an error."""
     path = Path(path)
+    if not path.name or path.is_dir():
+        fail(f"{path} is a folder, expected the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1622,6 +1662,7 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110, "font.size": 9})
+    plt.rcParams["text.parse_math"] = False  # a class may be called a$b$c
     return plt
 
 

@@ -307,6 +307,16 @@ def test_shards_are_read_in_place_like_folders(tmp_path, tiny_data):
     np.testing.assert_array_equal(np.asarray(part.load(1)), np.asarray(source.load(15)))
 
 
+def test_shards_that_cannot_be_read_are_said_and_the_others_seen(tmp_path, capsys):
+    make_tar(tmp_path / "0.tar", {"a.png": b"1"})
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.tar")
+    assert names_of(list_images(tmp_path)) == ["0.tar/a.png"]
+    out = capsys.readouterr().out
+    assert "gone.tar cannot be read (No such file or directory)" in out
+    assert "pipe.tar cannot be read (not a regular file)" in out
+
+
 @pytest.mark.parametrize("cores", [1, 3])
 def test_many_shards_are_indexed_by_several_processes(cores, tmp_path, tiny_data, monkeypatch, capfd):
     source = list_images(tiny_data / "unlabeled")
@@ -326,11 +336,12 @@ def test_many_shards_are_indexed_by_several_processes(cores, tmp_path, tiny_data
     assert names_of(rows) == sorted([*expected, "0.png"])
     for row in range(len(rows)):
         np.testing.assert_array_equal(np.asarray(rows.load(row)), np.asarray(source.load(0)))
-    make_tar(tmp_path / "9.tar", {"a.png": data}, "w:gz")
+    for i in range(40):
+        make_tar(tmp_path / f"9{i}.tar", {"a.png": data}, "w:gz")
     with pytest.raises(SystemExit) as stop:
         list_images(tmp_path)
     err = capfd.readouterr().err
-    assert stop.value.code == 2 and len(err.splitlines()) == 1 and "9.tar is not a plain .tar file" in err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and ".tar is not a plain .tar file" in err
 
 
 def test_a_shard_below_a_folder_named_like_one(tmp_path, tiny_data):

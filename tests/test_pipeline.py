@@ -1,5 +1,6 @@
 """The stages through their command line, small but real: what they learn, what survives kills, what they refuse."""
 
+import contextlib
 import json
 import os
 import resource
@@ -64,15 +65,30 @@ def start(*args, nproc: int = 1) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def descendants(pid: int) -> list[int]:
+    """The process and all below it: torchrun gives each worker a process group of its own."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += [below for child in task.read_text().split() for below in descendants(int(child))]
+    return found
+
+
+def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
+    for pid in descendants(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    process.wait()
+
+
 def kill_when(process: subprocess.Popen, condition, number: int) -> None:
-    """Send a signal to the whole process group as soon as the condition holds."""
+    """Send a signal to all processes as soon as the condition holds."""
     end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "the condition never came true"
         time.sleep(0.01)
-    os.killpg(process.pid, number)
-    process.wait()
+    kill(process, number)
 
 
 @pytest.fixture(scope="session")

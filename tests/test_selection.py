@@ -320,6 +320,32 @@ def test_top_p_by_hand(two_files, tmp_path, run):
     assert Counter(columns["label"].tolist()) == {0: 2, 1: 2, 2: 2} and rows == sorted(rows)
 
 
+def test_an_output_over_the_input_is_refused(two_files, tmp_path, run):
+    before = two_files[0].read_bytes()
+    for out in (
+        two_files[0],
+        tmp_path / "x" / ".." / two_files[0].name,
+        tmp_path / "o.json",
+        tmp_path / "o.png",
+        tmp_path,
+    ):
+        refused(run(*two_files, "--out", out, "--threshold", 0.4), str(out))
+    assert two_files[0].read_bytes() == before and not list(tmp_path.glob("o.*"))
+
+
+def test_a_uniform_teacher_takes_no_more_memory_than_another(tmp_path):
+    """Every class ties with every other: the first ones of a row count, the first rows of a class."""
+    import tracemalloc
+
+    logits = np.zeros((600, 1000), np.float16)
+    tracemalloc.start()
+    index, label, _ = balance.select_top_p([logits], 1000, 10, 50)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sorted(zip(label.tolist(), index.tolist(), strict=True)) == [(c, i) for c in range(10) for i in range(50)]
+    assert peak < 60e6, f"{peak / 1e6:.0f} MB"
+
+
 def test_top_p_needs_per_class(two_files, tmp_path, run):
     refused(run(*two_files, "--out", tmp_path / "o.h5", "--method", "top-p"), "--per-class")
 
@@ -529,6 +555,10 @@ def make_evil(path: Path, name: str, how: str, folder: Path) -> None:
             file.create_dataset(name, data=np.zeros(shape, "f8" if dtype != "f8" else "i4"))
         elif how == "another shape":
             file.create_dataset(name, data=np.zeros((shape[0] + 1, *shape[1:]), "S3" if dtype.kind in "OS" else dtype))
+        elif how == "an attribute of another kind":
+            file.attrs["root" if "logits" in file else "files"] = 3
+        elif how == "names that are no text":
+            file.create_dataset(name, data=[b"\xff\xfe"] * shape[0], dtype=h5py.string_dtype())
         elif how == "an attribute of many values":
             file.attrs["format"] = [file.attrs["format"]] * 100
     if how == "one long string many times":
@@ -546,6 +576,7 @@ CASES += [(name, "classes", "one long string many times") for name in ("logits.h
 CASES += [("logits.h5", name, "strings of any length") for name in ("path", "label")]
 CASES += [("logits.h5", "label", "2 TB in all"), ("balanced.h5", "row", "2 TB in all")]
 CASES += [(name, "label", "an attribute of many values") for name in ("logits.h5", "balanced.h5")]
+CASES += [(name, "label", "an attribute of another kind") for name in ("logits.h5", "balanced.h5")]
 
 
 @pytest.fixture(scope="module")
@@ -559,6 +590,16 @@ def whole_files(tmp_path_factory):
         file.create_dataset("classes", data=CLASSES, dtype=h5py.string_dtype())
         file.attrs.update(format=SELECTION_FORMAT, files='["logits.h5"]', method="noisy-student")
     return folder
+
+
+@pytest.mark.parametrize("name", ["logits.h5", "balanced.h5"])
+def test_class_names_that_are_no_text_are_refused(name, whole_files, tmp_path, capsys):
+    for whole in whole_files.iterdir():
+        shutil.copy(whole, tmp_path)
+    make_evil(tmp_path / name, "classes", "names that are no text", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        student.Selection(tmp_path / "balanced.h5", [], None)
+    assert stop.value.code == 2 and name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("file", "name", "how"), CASES)
