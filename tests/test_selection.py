@@ -322,13 +322,8 @@ def test_top_p_by_hand(two_files, tmp_path, run):
 
 def test_an_output_over_the_input_is_refused(two_files, tmp_path, run):
     before = two_files[0].read_bytes()
-    for out in (
-        two_files[0],
-        tmp_path / "x" / ".." / two_files[0].name,
-        tmp_path / "o.json",
-        tmp_path / "o.png",
-        tmp_path,
-    ):
+    over = two_files[0], tmp_path / "x" / ".." / two_files[0].name
+    for out in (*over, tmp_path / "o.json", tmp_path / "o.png", tmp_path, Path(".")):
         refused(run(*two_files, "--out", out, "--threshold", 0.4), str(out))
     assert two_files[0].read_bytes() == before and not list(tmp_path.glob("o.*"))
 
