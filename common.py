@@ -759,7 +759,6 @@ def list_images(root: str | Path) -> ImageRows:
     processes = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(shards) // 8)
     try:
         if processes > 1:
-            sys.stdout.flush()  # else each of them would print what is waiting to be printed
             with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
                 columns += pool.map(index, shards)
         else:
@@ -1022,7 +1021,7 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
         if missing := sorted({*columns, "classes"} - file.keys()):
             fail(f"{path}: lacks {', '.join(missing)}")
         names = file["classes"]
-        if names.ndim != 1 or not h5py.check_string_dtype(names.dtype) or names.chunks or names.nbytes > end:
+        if names.ndim != 1 or not h5py.check_string_dtype(names.dtype) or names.nbytes > end:
             fail(f"{path}: classes is not a plain list of names")
         length = 0
         for c in range(len(names)):  # one by one: many may refer to one long string
