@@ -117,6 +117,8 @@ class RowWriter:
         `wanted`: which of the n rows to write.
         """
         rows, logits, good = rows[wanted], logits.float().cpu().numpy()[wanted], good[wanted]
+        if not len(rows):  # the same command runs twice, and the other one was here before
+            return
         if not np.isfinite(logits[good]).all():
             self.stop("the teacher gives logits that are not finite, try --precision fp32 or another teacher")
         shifted = logits - logits.max(1, keepdims=True)
@@ -262,7 +264,7 @@ def main() -> None:
         with open_label_file(args.out, LOGITS_FORMAT) as file:  # anew, for network file systems look when one opens
             columns = [map_dataset(file, name) for name in ("status", "label", "confidence")]
         num_left = (columns[0][chosen] == TODO).sum()
-        if not num_left:
+        if not num_left or processes.world_size == 1:
             break
         if not waits:
             print(f"{args.out}: {num_left} images are left to the other processes", flush=True)

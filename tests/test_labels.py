@@ -288,6 +288,7 @@ def test_rows_are_written_where_they_belong(tmp_path):
     good = np.array([True, True, False, True, True, True])
     writer.write(np.array([1, 2, 4, 8, 9, 10]), logits, good)
     assert not read(tmp_path / "l.h5")["status"].any()  # not before the data is safe
+    writer.write(np.array([5, 6]), logits[:2], good[:2], np.zeros(2, bool))  # none of them
     writer.sync()
     got = read(tmp_path / "l.h5")
     assert got["status"].tolist() == [0, 1, 1, 0, 2, 0, 0, 0, 1, 1, 1, 0]
