@@ -31,15 +31,16 @@ from common import (
     TODO,
     UNREADABLE,
     ImageDataset,
-    ImageRows,
+    ImageList,
+    View,
+    write_atomically,
     StopSignal,
     argument_parser,
     at_least,
     autocast,
-    create_logits,
     fail,
     file_sha256,
-    image_rows,
+    image_list,
     init_processes,
     load_batches,
     load_model,
@@ -50,8 +51,48 @@ from common import (
     read_selection,
     report_bad,
     unlabeled_images,
-    view_of,
 )
+
+
+import shutil
+import h5py
+
+
+def create_logits(path: Path, rows: ImageList, classes: list[str], num_wanted: int, **attributes) -> None:
+    """Create a whole logits.h5, every row `not done`, under a temporary name, and rename it.
+
+    Contiguous and allocated at once (sparse on disk): processes then fill it in place with os.pwrite, nothing in the
+    HDF5 structure changes any more, and the file opens at any moment, after a kill -9 too. `num_wanted`: how many rows
+    will be filled, for which there must be room on the disk.
+    """
+    needed = len(rows) * (rows.path.dtype.itemsize + 17) + num_wanted * (2 * len(classes) + 8)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        fail(f"{path}: {num_wanted} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
+    with (
+        write_atomically(path) as temporary,
+        h5py.File(temporary, "w", alignment_threshold=1, alignment_interval=4096) as file,
+    ):
+
+        def allocate(name: str, dtype, *shape: int) -> h5py.Dataset:
+            creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            creation.set_layout(h5py.h5d.CONTIGUOUS)
+            creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            kind, space = h5py.h5t.py_create(np.dtype(dtype), logical=True), h5py.h5s.create_simple(shape)
+            return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, creation))
+
+        num = len(rows)
+        allocate("logits", "f2", num, len(classes))
+        allocate("label", "i4", num)
+        allocate("confidence", "f4", num)
+        allocate("status", "u1", num)
+        text = h5py.string_dtype("utf-8", rows.path.dtype.itemsize)
+        allocate("path", text, num)[:] = rows.path.astype(text)
+        allocate("offset", "i8", num)[:] = rows.offset
+        allocate("size", "i8", num)[:] = rows.size
+        file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
+        file.attrs.update(format=LOGITS_FORMAT, root=rows.root, **attributes)
 
 
 def parse_args() -> argparse.Namespace:
@@ -142,7 +183,7 @@ class RowWriter:
         self.pending, self.synced = [], time.monotonic()
 
 
-def images_to_label(args: argparse.Namespace, checkpoint: dict) -> tuple[ImageRows, np.ndarray | range]:
+def images_to_label(args: argparse.Namespace, checkpoint: dict) -> tuple[ImageList, np.ndarray | range]:
     """The images of --unlabeled, all of them wanted; or those of the logits file that --only names, and its rows."""
     if not args.only:
         rows = unlabeled_images(args.unlabeled or (Path(checkpoint["data"]) / "unlabeled"))
@@ -154,7 +195,7 @@ def images_to_label(args: argparse.Namespace, checkpoint: dict) -> tuple[ImageRo
     if len(these) != 1:
         fail(f"{args.only} is of several folders: label one by one, --unlabeled {' or '.join(roots.values())}")
     wanted = np.unique(selection["row"][selection["file"] == these[0]])
-    return image_rows(files[these[0]], folder), wanted
+    return image_list(files[these[0]], folder), wanted
 
 
 def is_empty(folder: str) -> bool:
@@ -169,7 +210,7 @@ def is_empty(folder: str) -> bool:
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, connect=False)  # no collectives, so no time limits
+    processes = init_processes(args.device, args.workers, connect=False)  # no collectives, so no time limits
     model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
     sha256 = file_sha256(args.teacher)
     if args.only or (processes.is_main and not args.out.exists()):
@@ -194,7 +235,7 @@ def main() -> None:
             fail(f"{args.out} was made by another teacher ({file.attrs['teacher']}): choose another --out")
         if file.attrs["root"] != folder:
             fail(f"{args.out} is of --unlabeled {file.attrs['root']}, not {folder}: choose another --out")
-        here = image_rows(file)
+        here = image_list(file)
         if args.only and not (len(here) == len(rows) and np.array_equal(here.path[wanted], rows.path[wanted])):
             fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")
         rows, status = here, map_dataset(file, "status")
@@ -220,8 +261,8 @@ def main() -> None:
     if args.compile:
         model.compile()
     amp, _ = autocast(args.precision, processes.device)
-    dataset = ImageDataset(rows, clean=view_of(checkpoint))
-    batches = load_batches(dataset, (rows_of(k).tolist() for k in mine), processes, args.workers)
+    dataset = ImageDataset(rows, clean=View.of(checkpoint))
+    batches = load_batches(dataset, (rows_of(k).tolist() for k in mine), processes)
     writer = RowWriter(args.out)
     writing, pool = deque(), ThreadPoolExecutor(1)  # writing goes on beside the next batches
     began, num_seen, num_bad, gone = time.monotonic(), 0, 0, False
@@ -240,7 +281,7 @@ def main() -> None:
             images[: len(here)][torch.from_numpy(good)] = batch.views[0]
         images = images.to(processes.device, non_blocking=True)
         with amp:
-            logits = model(normalize(images, checkpoint["mean"], checkpoint["std"]))
+            logits = model(normalize(images, View.of(checkpoint)))
         gone = bool(batch.errors) and is_empty(rows.root)  # a lost mount is not millions of bad images
         if not gone:
             # what is done stays as it is
@@ -291,7 +332,7 @@ def main() -> None:
             flush=True,
         )
     first = [dataset[int(row)][2] or f"{rows.name(row)}: readable now, not when it was its turn" for row in bad[:3]]
-    report_bad(len(bad), first, len(wanted), args.max_bad, processes)
+    report_bad(len(bad), first, len(wanted), args.max_bad)
 
 
 if __name__ == "__main__":

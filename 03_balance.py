@@ -33,7 +33,8 @@ from common import (
     at_least,
     eval_view,
     fail,
-    image_rows,
+    image_list,
+    View,
     open_label_file,
     pyplot,
     read_classes,
@@ -265,7 +266,7 @@ def draw(path: Path, files, file, row, label, confidence, classes, report, histo
     axis.legend(frameon=False)
     columns = sum(SHEET.values())
     sheet = grid[1].subgridspec(len(shown), columns)
-    images = [image_rows(file) for file in files]
+    images = [image_list(file) for file in files]
     begins = dict(zip(np.cumsum([0, *SHEET.values()]).tolist(), SHEET, strict=False))
     for line, c in enumerate(shown):
         mine = np.flatnonzero(label == c)
@@ -282,7 +283,7 @@ def draw(path: Path, files, file, row, label, confidence, classes, report, histo
             if column < len(mine):
                 axis.set_xlabel(f"{confidence[mine[column]]:.2f}", fontsize="x-small", labelpad=1)
                 try:
-                    axis.imshow(eval_view(images[file[mine[column]]].load(int(row[mine[column]])), 64, 1.0))
+                    axis.imshow(eval_view(images[file[mine[column]]].load(int(row[mine[column]])), View(64, 1.0)))
                 except Exception:  # moved, removed or damaged since it was labelled: the cell stays empty
                     continue
     save_figure(plt, path)
@@ -333,7 +334,7 @@ def main() -> None:
         highest_confidence = max(highest_confidence, readable.max(initial=0))
 
     if args.truth:
-        names = [os.fsdecode(path) for file in files for path in image_rows(file).path.tolist()]
+        names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
         true = read_truth(args.truth, names, classes)
 
     # select

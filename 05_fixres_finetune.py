@@ -14,52 +14,25 @@ writes  OUT/model.pt, OUT/last.pt, OUT/metrics.jsonl, OUT/curves.png, OUT/resolu
 """
 
 import argparse
-import math
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import (
-    EfficientNet,
-    ImageDataset,
-    MBConv,
-    StopSignal,
-    append_metrics,
-    argument_parser,
-    at_least,
-    autocast,
-    check_images,
-    cut_metrics,
-    default_crop_fraction,
-    diverged,
-    draw_curves,
-    evaluate,
-    fail,
-    flags_of,
-    init_processes,
-    labeled_images,
-    learning_rate,
-    load_batches,
-    load_model,
-    make_optimizer,
-    micro_batches,
-    normalize,
-    parallel,
-    previous_run,
-    progress,
-    pyplot,
-    reduce_sum,
-    save_checkpoint,
-    save_figure,
-    step_generator,
-    train_keys,
-    view_of,
-)
+from common import add_device_flags, add_optimization_flags, add_run_flags, argument_parser, at_least
+from common import Processes, fail, init_processes, print0  # the program
+from common import EfficientNet, MBConv  # models
+from common import View, normalize  # views
+from common import ImageList, labeled_images  # listing
+from common import ImageDataset, load_batches, readable_images  # batches
+from common import Plan, peak_rate  # optimization
+from common import load_model, previous_run  # checkpoints
+from common import Run, check_parts, evaluate  # the training run
+from common import pyplot, save_figure  # pictures
 
-# The official code goes on at the end of its schedule (main.py:226-229, 582): after 145 decays of 0.97.
-END_OF_SCHEDULE = 0.97**145
+# The official code continues at the end of its schedule (main.py:226-229, 582), after 145 decays of 0.97.
+PEAK_PER_256 = 0.016 * 0.97**145
 RESOLUTION_IMAGES = 2000  # val images, evenly spaced, behind each point of resolution.png
 
 
@@ -68,25 +41,13 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="model.pt to fine-tune")
     add("--image-size", type=at_least(1, int), required=True, help="the new resolution in pixels (paper: 800 for L2)")
-    add("--out", type=Path, required=True, help="folder of the results; run again on it to go on after an interruption")
+    add("--out", type=Path, required=True, help="folder of the results; the same command resumes it")
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; None: the checkpoint's own")
     add("--frozen-blocks", type=at_least(0, int), help="the stem and the first N blocks stay; None: all of the blocks")
-    add("--batch-size", type=at_least(1, int), default=256, help="images a step over all processes")
-    add("--accumulate", type=at_least(1, int), default=1, help="parts a step: less memory; batch norm sees one part")
-    add("--checkpoint-activations", action="store_true", help="EfficientNets: less memory, slower, same results")
-    add("--epochs", type=at_least(0), default=1.5, help="passes over the labelled images (paper: 1.5)")
-    add("--optimizer", choices=["rmsprop", "sgd", "adamw"], default="rmsprop", help="rmsprop: TensorFlow's (paper)")
-    add("--lr", type=at_least(0), help="learning rate; None: 0.016 x 0.97^145 x batch size / 256, the schedule's end")
-    add("--schedule", choices=["constant", "cosine"], default="constant", help="over the run; there is no warm-up")
-    add("--weight-decay", type=at_least(0), default=1e-5, help="of everything but batch norms; decoupled in adamw")
-    add("--label-smoothing", type=at_least(0), default=0.1, help="of the hard labels")
-    add("--save-every", type=at_least(1, int), default=1000, help="steps between saving last.pt: what a crash can cost")
-    add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable labelled images up to which it goes on")
-    add("--seed", type=at_least(0, int), default=0, help="of the order and the dropout")
-    add("--workers", type=at_least(0, int), help="loaders a process; None: 0 on CPUs, its share of the cores on GPUs")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs where there are any")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on GPUs, else fp32")
-    add("--compile", action="store_true", help="torch.compile the model: a minute at the start, faster steps")
+    add_optimization_flags(parser, from_scratch=False)
+    add_run_flags(parser, evaluates=False)
+    add_device_flags(parser)
+    parser.set_defaults(epochs=1.5, schedule="constant")  # the paper's
     return parser.parse_args()
 
 
@@ -113,15 +74,25 @@ def freeze(model: torch.nn.Module, frozen_blocks: int | None) -> list[torch.nn.M
     for module in trained:
         for parameter in module.parameters():
             parameter.requires_grad_()
+    assert any(parameter.requires_grad for parameter in model.parameters())
     return frozen
 
 
-def draw_resolutions(path: Path, curves: dict[str, list[tuple[int, float]]], sizes: tuple[int, int]) -> None:
+def resolution_curve(
+    model: torch.nn.Module, images: ImageList, labels, view: View, sizes: set[int], processes: Processes
+) -> dict[int, float]:
+    """{test resolution in pixels: top-1 in percent} on some of the images, evenly spaced."""
+    every = max(1, len(images) // RESOLUTION_IMAGES)
+    some = images[::every], labels[::every]
+    return {size: evaluate(model, *some, view.at(size), processes)["val_top1"] for size in sorted(sizes)}
+
+
+def draw_resolutions(path: Path, curves: dict[str, dict[int, float]], sizes: tuple[int, int]) -> None:
     if (plt := pyplot()) is None:
         return
     plt.figure(figsize=(5, 3.4), layout="constrained")
-    for name, points in curves.items():
-        plt.plot(*zip(*points, strict=True), marker=".", label=name)
+    for name, curve in curves.items():
+        plt.plot(list(curve), list(curve.values()), marker=".", label=name)
     for size, style, name in zip(sizes, (":", "--"), ("trained at", "fine-tuned at"), strict=True):
         plt.axvline(size, color="grey", linestyle=style, linewidth=1, label=f"{name} {size} px")
     plt.xlabel("test resolution in pixels")
@@ -132,145 +103,56 @@ def draw_resolutions(path: Path, curves: dict[str, list[tuple[int, float]]], siz
 
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device)
-    begun = previous_run(args.out, args, may_differ=("save_every", "checkpoint_activations"))
-    num_parts = processes.world_size * args.accumulate
-    if args.batch_size % num_parts:
-        fail(f"--batch-size {args.batch_size} cannot be split in {num_parts} parts (processes x --accumulate)")
+    processes = init_processes(args.device, args.workers)
+    begun = previous_run(args)
+    check_parts(args.batch_size, "--batch-size", args, processes)
     model, source = load_model(args.checkpoint, processes.device)
 
-    # data: the clean view, in training as in testing
+    # Training images look exactly as test images do: the clean view at the new size, without noise.
+    view, old_size = View.of(source).at(args.image_size), source["image_size"]
     data = args.data or Path(source["data"])
-    rows, labels, classes = labeled_images(data, "train", source["classes"])
-    val_rows, val_labels, _ = labeled_images(data, "val", classes)
-    view = view_of(source) | {"image_size": args.image_size, "crop_fraction": default_crop_fraction(args.image_size)}
-    dataset = ImageDataset(rows, clean=view)
-    good = check_images(dataset, args.max_bad, processes, args.workers)
-    rows, labels = rows[good], labels[good]
-    targets = torch.from_numpy(labels)
-    dataset = ImageDataset(rows, clean=view)
+    train_images, labels, classes = labeled_images(data, "train", source["classes"])
+    val_images, val_labels, _ = labeled_images(data, "val", classes)
+    train_images, labels = readable_images(train_images, labels, view, args.max_bad, processes)
+    targets = torch.from_numpy(labels)  # int64 (images,)
 
-    num_images = [len(rows)]
-    peak = args.lr if args.lr is not None else 0.016 * END_OF_SCHEDULE * args.batch_size / 256
-    steps_per_epoch = len(rows) / args.batch_size
-    total_steps = round(args.epochs * steps_per_epoch)
-    log_every = max(1, min(100, total_steps // 100))
-    header = {key: value for key, value in source.items() if key not in ("training", "metrics", "model")}
-    header |= view | {"stage": "fixres", "args": flags_of(args), "data": os.path.abspath(data)}
+    # How the checkpoint does at the old size, at the new one, between and beyond, before it is trained.
+    sizes = {round(old_size + share * (args.image_size - old_size)) for share in (0, 0.5, 1, 1.5)}
+    curve_of = val_images, val_labels, view, {size for size in sizes if size >= 1}, processes
+    before = resolution_curve(model, *curve_of)
 
-    # before: how the checkpoint does at each resolution
-    change = args.image_size - source["image_size"]
-    sizes = {round(source["image_size"] + share * change) for share in (0, 0.5, 1, 1.5)}
-    every = max(1, len(val_rows) // RESOLUTION_IMAGES)
-
-    def resolution_curve() -> list[tuple[int, float]]:
-        points = []
-        for size in sorted(size for size in sizes if size >= 1):
-            at_size = header | {"image_size": size, "crop_fraction": default_crop_fraction(size)}
-            subset = val_rows[::every], val_labels[::every]
-            points.append((size, evaluate(model, *subset, at_size, processes, args.workers)["val_top1"]))
-        return points
-
-    before = resolution_curve()
-
+    # Only what is not frozen trains. There is no running average: over so few steps it would stay where it began.
     frozen = freeze(model, args.frozen_blocks)
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert num_trained > 0
-    optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-    amp, scaler = autocast(args.precision, processes.device)
-    start = 0
-    if begun:
-        start = begun["training"]["step"]
-        if begun["training"]["images"] != num_images:
-            fail(
-                f"{args.out} was begun with {begun['training']['images']} images, not {num_images}: take another --out"
-            )
-        model.load_state_dict(begun["model"])
-        optimizer.load_state_dict(begun["training"]["optimizer"])
-        scaler.load_state_dict(begun["training"]["scaler"])
-    if processes.is_main:
-        cut_metrics(args.out, start)
-        print(
-            f"{source['arch']} from {source['image_size']} to {args.image_size} px, {num_trained:,} of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters train; {len(rows)} labelled images, "
-            f"{args.batch_size} a step, {total_steps} steps, from {start}; lr {peak:g}",
-            flush=True,
-        )
+    plan = Plan(args.epochs, len(train_images) / args.batch_size, peak_rate(args, PEAK_PER_256), args.schedule)
+    header = {key: value for key, value in source.items() if key not in ("training", "metrics", "model")}
+    header |= {"stage": "fixres", "data": os.path.abspath(data), **view._asdict()}
+    run = Run(args, processes, model, header, plan, (val_images, val_labels), [len(train_images)], begun)
+    run.announce(f"fine-tuned from {old_size} px", f"{len(train_images)} labelled images, {args.batch_size} a step")
 
-    # train; no running average: over so few steps it would stay where it began
-    ddp_model = parallel(model, processes, args.compile, args.checkpoint_activations)
-    keys = train_keys(len(rows), args.batch_size, args.seed, 0, range(start, total_steps), processes)
-    batches = load_batches(dataset, keys, processes, args.workers)
-    stop = StopSignal(processes)
-    loss_sum = torch.zeros(1, device=processes.device)
-    logged = start
-
-    def save(name: str, step: int, metrics: dict) -> None:
-        training = {
-            "step": step,
-            "images": num_images,
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        }
-        extra = {"training": training} if name == "last.pt" else {}
-        save_checkpoint(args.out / name, header | {"model": model.state_dict(), "metrics": metrics} | extra)
-
+    # Train.
     model.train()
-    for module in frozen:
+    for module in frozen:  # their batch norms keep the statistics that they have
         module.eval()
-    for step, batch in enumerate(progress(batches, total_steps, args.out.name, processes, start), start):
-        lr = learning_rate(step, total_steps, steps_per_epoch, peak, args.schedule, 0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        step_generator(args.seed, step, processes.rank)  # for the dropout
-        images = batch.views[0].to(processes.device, non_blocking=True)
+    dataset = ImageDataset(train_images, clean=view)
+    batches = load_batches(dataset, run.keys(len(train_images), args.batch_size, stream=0), processes)
+    for batch in run.steps(batches):
+        images = batch.views[0].to(processes.device, non_blocking=True)  # uint8 (n, 3, H, W)
         target = targets[batch.rows].to(processes.device, non_blocking=True)
-        optimizer.zero_grad()
-        for part_target, part_images in micro_batches(ddp_model, args.accumulate, target, images):
-            with amp:
-                logits = ddp_model(normalize(part_images, header["mean"], header["std"]))
-            loss = F.cross_entropy(logits.float(), part_target, label_smoothing=args.label_smoothing)
-            scaler.scale(loss / args.accumulate).backward()
-            loss_sum += loss.detach() / args.accumulate
-        scaler.step(optimizer)
-        scaler.update()
+        for part_target, part_images in run.parts(target, images):
+            with run.amp:
+                logits = run.ddp_model(normalize(part_images, view))
+            run.backward(F.cross_entropy(logits.float(), part_target, label_smoothing=args.label_smoothing))
+        run.end_step()
 
-        done = step + 1
-        stopped = stop()
-        saves = stopped or done % args.save_every == 0
-        if saves or done % log_every == 0 or done == total_steps:
-            # the only host synchronisation of the loop
-            mean_loss = reduce_sum(loss_sum, processes).item() / processes.world_size / (done - logged)
-            if not math.isfinite(mean_loss):
-                diverged(args.out)
-            line = {"step": done, "epoch": done / steps_per_epoch, "lr": lr, "loss": mean_loss}
-            if processes.is_main:
-                append_metrics(args.out, **line)
-                if saves:
-                    save("last.pt", done, line)
-            loss_sum.zero_()
-            logged = done
-        if stopped:
-            raise SystemExit(143)
-
-    # evaluate and save
-    metrics = evaluate(model, val_rows, val_labels, header, processes, args.workers)
-    after = resolution_curve()
+    after = resolution_curve(model, *curve_of)
     if processes.is_main:
-        append_metrics(args.out, step=total_steps, epoch=args.epochs, **metrics)
-        draw_curves(args.out)
         curves = {"before": before, "after fine-tuning": after}
-        draw_resolutions(args.out / "resolution.png", curves, (source["image_size"], args.image_size))
-        save("model.pt", total_steps, metrics)
-        save("last.pt", total_steps, metrics)
-        old, new = dict(before)[source["image_size"]], dict(before)[args.image_size]
-        print(
-            f"{args.out / 'model.pt'}: val_top1 {metrics['val_top1']:.2f} at {args.image_size} px; it was {old:.2f} at "
-            f"{source['image_size']} px and {new:.2f} at {args.image_size} px (on {len(val_rows[::every])} images)",
-            flush=True,
-        )
-    if stop():
-        raise SystemExit(143)
+        draw_resolutions(args.out / "resolution.png", curves, (old_size, args.image_size))
+    run.finish()
+    print0(
+        f"before the fine-tuning it was {before[old_size]:.2f} at {old_size} px and {before[args.image_size]:.2f} at "
+        f"{args.image_size} px (on at most {RESOLUTION_IMAGES} images)"
+    )
 
 
 if __name__ == "__main__":

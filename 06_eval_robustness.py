@@ -35,7 +35,7 @@ from torch import Tensor
 
 from common import (
     ImageDataset,
-    ImageRows,
+    ImageList,
     argument_parser,
     at_least,
     autocast,
@@ -54,7 +54,7 @@ from common import (
     read_checkpoint,
     reduce_sum,
     save_figure,
-    view_of,
+    View,
     write_atomically,
 )
 
@@ -212,7 +212,7 @@ class CorruptedImages(ImageDataset):
     """Images with five views: a corruption at severity 1 to 5. Its noise is a function of (seed, corruption, severity,
     index in val) alone, so all models of one image size see the same images, in any number of processes."""
 
-    def __init__(self, rows: ImageRows, clean: dict, indexes: np.ndarray, corruption: str, seed: int):
+    def __init__(self, rows: ImageList, clean: View, indexes: np.ndarray, corruption: str, seed: int):
         super().__init__(rows, clean, seed=seed)
         self.indexes, self.corruption = indexes, corruption
 
@@ -230,7 +230,7 @@ class CorruptedImages(ImageDataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def attack(model, pixels: Tensor, labels: Tensor, eps: float, steps: int, mean, std) -> Tensor:
+def attack(model, pixels: Tensor, labels: Tensor, eps: float, steps: int, view) -> Tensor:
     """Projected gradient ascent on the cross-entropy with the true labels; pixels float (N, 3, H, W), eps in 0 to 255.
 
     With one step this is FGSM: the step, 2.5 eps (Madry et al.'s rule, 1706.06083; the paper does not say its own), is
@@ -240,7 +240,7 @@ def attack(model, pixels: Tensor, labels: Tensor, eps: float, steps: int, mean, 
     attacked = pixels
     for _ in range(steps):
         attacked = attacked.detach().requires_grad_()
-        loss = F.cross_entropy(model(normalize(attacked, mean, std)), labels, reduction="sum")
+        loss = F.cross_entropy(model(normalize(attacked, view)), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, attacked)
         attacked = (attacked + 2.5 * eps / steps * gradient.sign()).clamp(low, high)
     return attacked.detach()
@@ -270,11 +270,11 @@ def measure(model, checkpoint, dataset, labels, processes, args, description, ep
 
     Attacks are in float32 whatever --precision: half of a float16 gradient would be 0, and its sign no attack.
     """
-    mean_std = checkpoint["mean"], checkpoint["std"]
+    mean_std = (View.of(checkpoint),)
     amp, _ = autocast("fp32" if steps else args.precision, processes.device)
     labels = torch.from_numpy(labels)
     sums = torch.zeros(5, 4 + 3 * NUM_BINS, dtype=torch.float64, device=processes.device)
-    batches = load_batches(dataset, grid_keys(len(dataset), args.batch_size, processes), processes, args.workers)
+    batches = load_batches(dataset, grid_keys(len(dataset), args.batch_size, processes), processes)
     num_batches, errors = -(-len(dataset) // (args.batch_size * processes.world_size)), []
     for batch in progress(batches, num_batches, description, processes):
         errors += batch.errors
@@ -410,7 +410,7 @@ def main() -> None:
     args = parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):  # each finished part is saved: only the one in the works is lost
         signal.signal(number, lambda *_: sys.exit(143))
-    processes = init_processes(args.device)
+    processes = init_processes(args.device, args.workers)
     results_file = args.out / "robustness.json"
     earlier = read_results(results_file)
 
@@ -458,7 +458,7 @@ def main() -> None:
                 fuse_batch_norms(model)
                 if args.compile:
                     model.compile()
-                view = view_of(checkpoint)
+                view = View.of(checkpoint)
             common_args = (processes, args, f"{name} {part} {item}")
             if part == "clean":
                 found |= measure(model, checkpoint, ImageDataset(rows, view), labels, *common_args)[0]
