@@ -424,7 +424,7 @@ class SqueezeExcitation(nn.Module):
 
 @contextlib.contextmanager
 def frozen_statistics(block: nn.Module):
-    """Batch norms here use their batch but leave the running statistics alone, which a first pass has moved already."""
+    """Inside, batch norms use their batch and leave the running statistics alone: a first pass has moved them already."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -619,7 +619,7 @@ def own_names(weights: dict) -> dict[str, Tensor]:
     # Without the counter of torch's AveragedModel and the second classifiers of GoogLeNet and Inception.
     weights = {k: v for k, v in items if not re.match(r"n_averaged$|((module|_orig_mod)\.)*(aux[12]|AuxLogits)\.", k)}
     own = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in weights.items()}
-    own = {re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", name): tensor for name, tensor in own.items()}  # of old
+    own = {re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", name): tensor for name, tensor in own.items()}  # older files
     if "conv_stem.weight" in own:
         own = {timm_to_own(name): tensor for name, tensor in own.items()}
     if len(own) < len(weights):
@@ -640,7 +640,7 @@ def load_weights(model: nn.Module, weights: dict | str | Path, new_head: bool = 
         given = {name: t for name, t in given.items() if not name.startswith(head)}
         given |= {name: t for name, t in own.items() if name.startswith(head)}
     for name in own.keys() - given.keys():
-        if name.endswith(".num_batches_tracked"):  # files of old have none, and it is not used
+        if name.endswith(".num_batches_tracked"):  # older files lack it, and it is not used
             given[name] = torch.tensor(0)
     wrong = {
         "missing": own.keys() - given.keys(),
@@ -1085,7 +1085,7 @@ def read_member(path: bytes, offset: int, size: int) -> io.BytesIO:
 
 @dataclass(frozen=True)
 class ImageList:
-    """Where images are: file `path` below `root`, or `size` > 0 bytes at `offset` of a shard."""
+    """Where images are: in the file `path` below `root`, or in a shard, `size` > 0 bytes at `offset`."""
 
     root: str
     path: np.ndarray  # fixed-length bytes (N,), sorted; in a shard `name.tar/member`
@@ -1105,16 +1105,16 @@ class ImageList:
         name = os.fsencode(self.name(row))
         if self.size[row]:
             end = name.lower().index(b".tar/", len(os.fsencode(self.root))) + 4
-            while os.path.isdir(name[:end]):  # a folder may be called like a shard
+            while os.path.isdir(name[:end]):  # a folder may have the name of a shard
                 end = name.lower().index(b".tar/", end) + 4
             return load_image(read_member(name[:end], int(self.offset[row]), int(self.size[row])), enough)
-        # a pipe that is called like an image gives nothing, instead of waiting for ever
+        # A pipe with the name of an image gives nothing, where a plain open() would wait for ever.
         with open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             return load_image(file, enough)
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
-    """The members of a plain .tar file; of one that is cut off those before the end, and a line that says so."""
+    """The members of a plain .tar file. Of one that is cut off, those before the end, and a line is printed."""
     last = None
     try:
         with tarfile.open(path, "r:") as shard:
@@ -1182,7 +1182,7 @@ def index_shard(root: bytes, path: bytes) -> tuple[np.ndarray, ...]:
 def list_images(root: str | Path) -> ImageList:
     """All images below `root`, in the sorted order of their paths; .tar shards are indexed and read in place.
 
-    Symbolic links are followed; a folder that is reached twice, by a loop of links for one, counts once.
+    Symbolic links are followed. A folder that is reached twice, for example by a loop of links, counts once.
     """
     root = os.path.abspath(root)
     found, shards, columns = find_files(os.fsencode(root)), [], [as_columns([])]
@@ -1209,16 +1209,16 @@ def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
     hashes = np.array([zlib.crc32(path) for path in paths.tolist()], dtype=np.int64)
     held = hashes < 2**32 // 10
     for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        if held[mine].all():
-            held[mine[hashes[mine].argmax()]] = False
+        of_class = np.flatnonzero(labels == label)
+        if held[of_class].all():
+            held[of_class[hashes[of_class].argmax()]] = False
     return held
 
 
 def labeled_images(data: str | Path, split: str, classes: list[str] | None = None):
-    """(ImageList, labels int64 (N,), classes) of DATA/train or DATA/val; a class is a folder, matched by its name.
+    """(ImageList, labels int64 (N,), classes) of DATA/train or DATA/val. A class is a folder, matched by its name.
 
-    `classes` (for val, or for a checkpoint's order): the known names; a folder of another name ends the program.
+    `classes` (for val, or for a checkpoint's order): the known names. A folder of another name ends the program.
     """
     train, folder = Path(data) / "train", Path(data) / split
     if not train.is_dir():
@@ -1231,10 +1231,10 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
         fail(f"{folder}: no class folders in it; expected {folder}/<class>/<image>")
     if unknown := sorted(set(found) - set(classes)):
         fail(f"{folder} has classes that are unknown: {', '.join(unknown[:5])}; known are {', '.join(classes[:5])} ...")
-    rows = list_images(folder)
-    names = np.array([path.split(b"/")[0] for path in rows.path.tolist()])
+    images = list_images(folder)
+    names = np.array([path.split(b"/")[0] for path in images.path.tolist()])
     in_class = np.isin(names, [os.fsencode(name) for name in found])  # images beside the class folders have no label
-    rows, names = rows[in_class], names[in_class]
+    images, names = images[in_class], names[in_class]
     number = {os.fsencode(name): label for label, name in enumerate(classes)}
     labels = np.array([number[name] for name in names.tolist()], dtype=np.int64)
     if split == "train":
@@ -1243,13 +1243,13 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
         if empty := [name for name in found if number[os.fsencode(name)] not in labels]:
             fail(f"{folder}: class {empty[0]!r} has no images (looked for {b' '.join(EXTENSIONS).decode()})")
     if held_out:
-        held = is_held_out(rows.path, labels)
-        rows, labels = rows[held == (split == "val")], labels[held == (split == "val")]
+        wanted = is_held_out(images.path, labels) == (split == "val")
+        images, labels = images[wanted], labels[wanted]
         if split == "val":
-            print0(f"{data} has no val/: a tenth of train/, {len(rows)} images, is held out for it and not trained on")
-    if not len(rows):
+            print0(f"{data} has no val/: a tenth of train/, {len(images)} images, is held out and not trained on")
+    if not len(images):
         fail(f"{folder}: no images for {split}")
-    return rows, labels, classes
+    return images, labels, classes
 
 
 def unlabeled_images(folder: str | Path) -> ImageList:
@@ -1259,10 +1259,10 @@ def unlabeled_images(folder: str | Path) -> ImageList:
         fail(f"{folder}: no such folder of unlabelled images")
     if folder.name == "train" and not (folder.parent / "val").is_dir():
         return labeled_images(folder.parent, "train")[0]
-    rows = list_images(folder)
-    if not len(rows):
+    images = list_images(folder)
+    if not len(images):
         fail(f"{folder}: no images in it (looked for {b' '.join(EXTENSIONS).decode()} and .tar)")
-    return rows
+    return images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1476,8 +1476,8 @@ def read_selection(path: str | Path) -> tuple[dict[int, h5py.File], dict[str, np
         files[i], rows = open_label_file(name, LOGITS_FORMAT), row[number == i]
         if read_classes(files[i]) != classes or not 0 <= rows.min() <= rows.max() < len(files[i]["status"]):
             fail(f"{path}: its rows or classes are not those of {name}: run 03 again")
-        same = method == "top-p" or np.array_equal(map_dataset(files[i], "label")[rows], label[number == i])
-        if not same:
+        # In a top-p selection an image may stand under a class that is not its most probable one.
+        if method != "top-p" and not np.array_equal(map_dataset(files[i], "label")[rows], label[number == i]):
             print0(f"{path}: the labels in {name} are others: if it was made anew, run 03 again")
     return files, {"file": number, "row": row, "label": label}, method
 

@@ -5,7 +5,7 @@
 #   ./run.sh DATA_DIR     the same on your own folder: train/<class>/, val/<class>/, unlabeled/
 #   ./run.sh test         the tests
 #
-# Without torch a .venv is made first. Interrupted and started again, it goes on; what is finished is not run twice.
+# Without torch a .venv is made first. Interrupted and started again, it continues; a finished stage is not run twice.
 # What changes often is a variable:  EPOCHS=100 ARCHS="efficientnet_b0 efficientnet_b1" ./run.sh DATA_DIR
 set -euo pipefail
 data=${1:-}
