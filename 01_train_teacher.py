@@ -21,20 +21,23 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common import add_device_flags, add_model_flags, add_noise_flags, add_optimization_flags, add_run_flags
-from common import argument_parser, fail, init_processes, print0  # the program
-from common import EFFICIENTNETS, model_of, recipe_of  # models
+from common import argument_parser, fail, print0  # the program
+from common import init_processes  # processes
+from common import recipe_of, resolution_of  # models
 from common import load_weights, own_names  # weights
 from common import add_noise  # noise
 from common import IMAGENET_MEAN, IMAGENET_STD, Crop, View, default_crop_fraction, normalize  # views
 from common import labeled_images  # listing
-from common import ImageDataset, load_batches, readable_images  # batches
-from common import Plan, peak_rate  # optimization
-from common import CHECKPOINT_FORMAT, previous_run, read_file  # checkpoints
-from common import Run, check_parts  # the training run
+from common import unreadable_images  # batches
+from common import plan_of  # optimization
+from common import CHECKPOINT_FORMAT, data_inputs, digests_of, previous_run, read_file, resume_or_exit  # checkpoints
+from common import check_parts, model_noise, model_of  # training
+from common import Run  # the training run
 
 # How images must look for published TensorFlow weights: a pattern of "arch path/file", of which the first that fits
 # counts; resolution in pixels (None: the model's own), mean, std. The crop is size / (size + 32), bicubic (official
@@ -75,7 +78,7 @@ def read_initial(path: Path, arch: str | None) -> dict:
     name = f"{arch} {'/'.join(path.absolute().parts[-4:])}"  # the Hugging Face cache has the name three folders up
     if found := next((row for pattern, *row in PUBLISHED if re.search(pattern, name)), None):
         size, mean, std = found
-        size = size or EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
+        size = size or resolution_of(arch)
         view = View(size, default_crop_fraction(size), "bicubic", mean, std)
     else:
         from torchvision import models
@@ -116,46 +119,49 @@ def main() -> None:
     small_images = args.small_images
     if small_images is None:
         small_images = source.get("arch_options", {}).get("small_images")
-    own_size = EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
-    view = View.of(source) if source else View.default(own_size)
-    if args.image_size not in (None, view.image_size):
-        view = view.at(args.image_size)
+    view = View.of(source) if source else View.default(resolution_of(arch))
+    view = view.at(args.image_size or view.image_size)
     crop = Crop(view.image_size, None if small_images else args.min_crop_area, args.hflip)
-    recipe = recipe_of(arch, args)
+    recipe, resolution = recipe_of(arch, args), resolution_of(arch)
 
     # Images and labels. With --epochs 0 train/ gives nothing but the names of the classes.
     train_images, labels, classes = labeled_images(args.data, "train")
     val_images, val_labels, _ = labeled_images(args.data, "val", classes)
-    if args.epochs != 0:
-        train_images, labels = readable_images(train_images, labels, view, args.max_bad, processes)
+    inputs = {args.init: args.init, **data_inputs(args.data, train_images, val_images)}
+    inputs = digests_of(inputs, processes)
+    resume_or_exit(args, begun, inputs)
+    bad = begun["training"]["bad"] if begun else []
+    if not begun and args.epochs != 0:
+        bad = unreadable_images(train_images, view, args.max_bad, processes)
+    train_images, labels = train_images.without(bad), np.delete(labels, bad)
     targets = torch.from_numpy(labels)  # int64 (images,)
 
     # The model, and the books of its training.
-    model, arch_options = model_of(arch, len(classes), args, small_images)
+    model, arch_options = model_of("teacher", arch, len(classes), args, small_images)
     origin = load_initial_weights(model, source, args, classes) if source else "from scratch"
-    plan = Plan(recipe.epochs, len(train_images) / args.batch_size, peak_rate(args), args.schedule, args.warmup_epochs)
+    plan = plan_of(args, recipe.epochs, len(train_images) / args.batch_size)
     header = {"stage": "teacher", "arch": arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
-    header["data"] = os.path.abspath(args.data)  # the student's default
-    run = Run(args, processes, model, header, plan, (val_images, val_labels), [len(train_images)], begun)
+    header |= {"data": os.path.abspath(args.data), "inputs": inputs}  # data: the student's default
+    run = Run(args, processes, model, header, plan, (val_images, val_labels), args.batch_size, bad, begun)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",
         f"{args.batch_size} a step",
-        f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}",
+        f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}, {model_noise(model)}",
     )
     print0(f"{origin}; the clean view: {view}")
 
     # Train.
-    dataset = ImageDataset(train_images, noised=crop, seed=args.seed)
-    batches = load_batches(dataset, run.keys(len(train_images), args.batch_size, stream=0), processes)
+    batches = run.batches(train_images, args.batch_size, "labeled", noised=crop)
     for batch in run.steps(batches):
         # The noise is drawn on the whole batch, as uint8 (n, 3, H, W), on the device.
         images = batch.views[0].to(processes.device, non_blocking=True)
-        images = add_noise(images, run.generator, recipe.num_ops, recipe.magnitude, small_images, args.hflip)
+        images = add_noise(images, run.generator, recipe, resolution, small_images, args.hflip)
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         for part_target, part_images in run.parts(target, images):
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
-                logits = run.ddp_model(normalize(part_images, view))
-            run.backward(F.cross_entropy(logits.float(), part_target, label_smoothing=args.label_smoothing))
+                logits = run.ddp_model(normalize(part_images, view)).float()
+            loss = F.cross_entropy(logits, part_target, label_smoothing=args.label_smoothing, reduction="sum")
+            run.backward(loss / run.counts[0])  # the mean over the readable images of all processes
         run.end_step()
     run.finish()
 

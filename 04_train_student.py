@@ -16,6 +16,7 @@ writes  OUT/model.pt (hand-off: the next teacher), OUT/last.pt (resume), OUT/met
 """
 
 import argparse
+import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -27,17 +28,20 @@ from PIL import Image
 from torch import Tensor
 
 from common import add_device_flags, add_model_flags, add_noise_flags, add_optimization_flags, add_run_flags
-from common import Processes, argument_parser, at_least, fail, init_processes, print0, reduce_sum  # the program
-from common import model_of, recipe_of  # models
+from common import argument_parser, at_least, fail, file_sha256, print0  # the program
+from common import Processes, init_processes  # processes
+from common import recipe_of, resolution_of  # models
 from common import add_noise  # noise
 from common import Crop, View, normalize  # views
-from common import ImageList, labeled_images, unlabeled_images  # listing
-from common import Batch, ImageDataset, load_batches, readable_images  # batches
+from common import ImageList, held_out_digests, is_lost, labeled_images, unlabeled_images  # listing
+from common import Batch, unreadable_images  # batches
 from common import DONE, LOGITS_FORMAT, TODO, image_list, map_dataset, open_label_file  # label files
 from common import read_classes, read_selection
-from common import Plan, peak_rate, soft_cross_entropy  # optimization
-from common import load_model, previous_run, read_checkpoint  # checkpoints
-from common import Run, autocast, check_parts  # the training run
+from common import plan_of, soft_cross_entropy  # optimization
+from common import data_inputs, data_of, digests_of, load_model, previous_run, read_checkpoint  # checkpoints
+from common import resume_or_exit
+from common import autocast, check_parts, model_noise, model_of, precision_of  # training
+from common import Run  # the training run
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,8 +54,8 @@ def parse_args() -> argparse.Namespace:
     add("--unlabeled", type=Path, help="their folder; None: where they were labelled, on the fly DATA/unlabeled")
     add("--out", type=Path, default=Path("runs/student"), help="folder of the results; the same command resumes it")
     add("--ratio", type=at_least(0), help="unlabelled images a labelled one; None: 1 for B0, 14 for L2, else 3")
-    add("--unlabeled-weight", type=at_least(0), help="w of the loss; None: the ratio (official); 1 is algorithm 1's")
-    add("--temperature", type=at_least(0), help="T of softmax(teacher's logits / T), 0: hard labels; None: 1, top-p 0")
+    add("--unlabeled-weight", type=at_least(0), help="w of the loss; None: the ratio (official), 1 if unlabelled only")
+    add("--temperature", type=at_least(0), help="T of softmax(logits / T), teacher's and student's; 0: hard labels")
     add("--unlabeled-only", action="store_true", help="pre-train on the selection alone, as the billion-scale recipe")
     add_model_flags(parser)
     add_noise_flags(parser)
@@ -68,14 +72,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def noisy_student_loss(logits, targets, pseudo_logits, pseudo_targets, num_pseudo, unlabeled_weight, label_smoothing):
+def noisy_student_loss(
+    logits, targets, pseudo_logits, pseudo_targets, num_labeled, num_pseudo, unlabeled_weight, label_smoothing
+):
     """(labelled mean + unlabeled_weight * unlabelled mean, the two means) of one process's share of the batch.
 
     logits (n, C), targets int64 (n,); pseudo_logits (m, C), pseudo_targets: probabilities (m, C); n or m may be 0.
-    num_pseudo: the readable unlabelled images of a process, averaged over the processes: so the mean of their losses is
-    the global one. Only labels that people gave are smoothed here (official main.py:502-541).
+    num_labeled, num_pseudo: n and m in the mean over the processes, so that the mean of their losses is the global one.
+    Only labels that people gave are smoothed here (official main.py:502-541).
     """
-    labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / max(1, len(targets))
+    labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
     unlabeled = soft_cross_entropy(pseudo_logits, pseudo_targets).sum() / (num_pseudo or 1)
     return labeled + unlabeled_weight * unlabeled, labeled, unlabeled
 
@@ -98,20 +104,25 @@ class TeachersLabels:
     def __init__(self, args: argparse.Namespace, processes: Processes):
         self.teacher, self.source = load_model(args.teacher, processes.device, fuse=True)
         self.args, self.device, self.classes = args, processes.device, self.source["classes"]
-        self.view, (self.amp, _) = View.of(self.source), autocast(args.precision, processes.device)
+        self.view, (self.amp, _) = View.of(self.source), autocast(precision_of(args.precision, processes), self.device)
+        self.temperature = 1 if args.temperature is None else args.temperature
         print0(f"labels come from {args.teacher} on the fly, all of them: no confidence filter, no balance")
 
     @cached_property
     def images(self) -> ImageList:
-        return unlabeled_images(self.args.unlabeled or data_of(self.args, self.source) / "unlabeled")
+        data = data_of(self.args, self.source)
+        return unlabeled_images(self.args.unlabeled or data / "unlabeled", data)
+
+    @property
+    def inputs(self) -> dict:
+        return {self.images.root: self.images}
 
     def __call__(self, batch: Batch) -> Tensor:
         images = batch.views[0].to(self.device, non_blocking=True)
         with self.amp, torch.no_grad():  # in as many parts as the student's batch, for the memory
             parts = images.tensor_split(self.args.accumulate)
             logits = torch.cat([self.teacher(normalize(part, self.view)) for part in parts]).float()
-        temperature = 1 if self.args.temperature is None else self.args.temperature
-        return pseudo_targets(logits, logits.argmax(1), temperature, self.args.label_smoothing)
+        return pseudo_targets(logits, logits.argmax(1), self.temperature, self.args.label_smoothing)
 
 
 class SelectedImages:
@@ -119,6 +130,10 @@ class SelectedImages:
 
     def __init__(self, lists: dict[int, ImageList], file_number: np.ndarray, row: np.ndarray):
         self.lists, self.file_number, self.row = lists, file_number, row
+
+    @property
+    def is_lost(self) -> bool:
+        return any(is_lost(images.root) for images in self.lists.values())
 
     def __len__(self) -> int:
         return len(self.row)
@@ -150,6 +165,7 @@ class StoredLabels:
                 f"--unlabeled: {path} is of several folders, which must be where they were: {', '.join(sorted(roots))}"
             )
         lists = {i: image_list(file, folder) for i, file in files.items()}
+        self.inputs = {path: path}
         self.newer_label = {}
         newer = [open_label_file(name, LOGITS_FORMAT) for name in args.logits]
         done = np.ones(len(row), dtype=bool)
@@ -157,7 +173,9 @@ class StoredLabels:
             rows = row[number == i]
             if newer:
                 files[i] = file = newer_file(newer, file, lists[i], rows, ignore_root=len(roots) == 1)
-                self.newer_label[i] = map_dataset(file, "label")
+                if method != "top-p":  # there the label is the class under which the image was chosen
+                    self.newer_label[i] = map_dataset(file, "label")
+            self.inputs[file.filename] = file, rows
             status = map_dataset(file, "status")[rows]
             if num_todo := (status == TODO).sum():
                 fail(f"{file.filename} is unfinished: {num_todo} selected images have no label: run 02 again on it")
@@ -171,7 +189,9 @@ class StoredLabels:
         self.images, self.classes = SelectedImages(lists, number, row), read_classes(file)
         self.logits = {i: map_dataset(file, "logits") for i, file in files.items()}
         self.source = {"arch": file.attrs["arch"], "image_size": int(file.attrs["image_size"])}
-        self.source["data"] = os.path.dirname(file.attrs["root"])
+        self.source |= {"data": os.path.dirname(file.attrs["root"]), "arch_options": options_of(file)}
+        if args.teacher and file_sha256(args.teacher) != file.attrs["teacher_sha256"]:
+            print0(f"--teacher {args.teacher} gives the defaults alone: the labels are of {file.attrs['teacher']}")
         self.temperature = (0 if method == "top-p" else 1) if args.temperature is None else args.temperature
         self.label_smoothing = args.label_smoothing
 
@@ -197,8 +217,12 @@ def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_ro
     fail(f"--logits: none of them has the images of {file.filename} in its rows")
 
 
-def data_of(args: argparse.Namespace, source: dict) -> Path:
-    return args.data or Path(source.get("data") or ".")
+def options_of(file) -> dict:
+    """The teacher's arch_options, which older files do not have."""
+    try:
+        return dict(json.loads(file.attrs.get("arch_options", "{}")))
+    except (TypeError, ValueError):
+        fail(f"{file.filename}: attribute 'arch_options' is {str(file.attrs['arch_options'])[:100]!r}, expected JSON")
 
 
 def main() -> None:
@@ -216,12 +240,14 @@ def main() -> None:
         small_images = source.get("arch_options", {}).get("small_images")
     view = View.default(args.image_size or source["image_size"])
     crop = Crop(view.image_size, None if small_images else args.min_crop_area, args.hflip)
-    recipe = recipe_of(arch, args)
+    recipe, resolution = recipe_of(arch, args), resolution_of(arch)
 
     # A step takes n labelled images and m = ratio x n unlabelled ones.
     num_labeled, num_unlabeled = args.batch_size, round(recipe.ratio * args.batch_size)
+    unlabeled_weight = recipe.ratio if args.unlabeled_weight is None else args.unlabeled_weight
     if args.unlabeled_only:
         num_labeled, num_unlabeled = 0, args.batch_size
+        unlabeled_weight = 1 if args.unlabeled_weight is None else args.unlabeled_weight
     check_parts(args.batch_size, "--batch-size", args, processes)
     check_parts(num_unlabeled, "--ratio", args, processes)
 
@@ -229,61 +255,60 @@ def main() -> None:
     data = data_of(args, source)
     train_images, labels, classes = labeled_images(data, "train")
     val_images, val_labels, _ = labeled_images(data, "val", classes)
-    train_images, labels = readable_images(train_images, labels, view, args.max_bad, processes)
-    targets = torch.from_numpy(labels)  # int64 (images,)
     pseudo_images = labels_of.images
     if sorted(labels_of.classes) != sorted(classes):
         known = " ".join(labels_of.classes[:5])
         fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {known}")
     columns = [labels_of.classes.index(name) for name in classes]
+    inputs = {args.teacher: args.teacher, **labels_of.inputs, **data_inputs(data, train_images, val_images)}
+    inputs = digests_of(inputs, processes)
+    resume_or_exit(args, begun, inputs)
+    bad = begun["training"]["bad"] if begun else unreadable_images(train_images, view, args.max_bad, processes)
+    train_images, labels = train_images.without(bad), np.delete(labels, bad)
+    targets = torch.from_numpy(labels)  # int64 (images,)
 
     # The model, and the books of its training. An epoch is a pass over the labelled images, or over the selected ones.
-    model, arch_options = model_of(arch, len(classes), args, small_images)
+    model, arch_options = model_of("student", arch, len(classes), args, small_images)
     steps_per_epoch = len(train_images) / num_labeled if num_labeled else len(pseudo_images) / num_unlabeled
-    plan = Plan(recipe.epochs, steps_per_epoch, peak_rate(args), args.schedule, args.warmup_epochs)
-    unlabeled_weight = recipe.ratio if args.unlabeled_weight is None else args.unlabeled_weight
+    plan = plan_of(args, recipe.epochs, steps_per_epoch)
     header = {"stage": "student", "arch": arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
-    header["data"] = os.path.abspath(data)  # the next student's default
-    num_images = [len(train_images), len(pseudo_images)]
-    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_images, begun)
+    header |= {"data": os.path.abspath(data), "inputs": inputs}  # data: the next student's default
+    num_images = num_labeled + num_unlabeled
+    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_images, bad, begun)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",
         f"{len(pseudo_images)} unlabelled images",
         f"{num_labeled} + {num_unlabeled} a step",
-        f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}",
+        f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}, {model_noise(model)}",
     )
 
     # Train.
-    dataset = ImageDataset(train_images, noised=crop, seed=args.seed)
-    labeled_batches = load_batches(dataset, run.keys(len(train_images), num_labeled, stream=0), processes)
-    dataset = ImageDataset(pseudo_images, clean=labels_of.view, noised=crop, seed=args.seed)
-    unlabeled_batches = load_batches(dataset, run.keys(len(pseudo_images), num_unlabeled, stream=1), processes)
-    bad = {}  # unreadable unlabelled images that this process met: row -> reason
-    for batch, pseudo in run.steps(zip(labeled_batches, unlabeled_batches, strict=True)):
-        bad.update(pseudo.errors)
+    labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=crop)
+    # A teacher on the fly labels the clean view of each image; images of val, wherever they come from, are left out.
+    clean = {"clean": labels_of.view, "held_out": held_out_digests(val_images, processes)} if labels_of.view else {}
+    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", noised=crop, **clean)
+    for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):
         # Both kinds of images get the same noise, as one uint8 batch (n + m, 3, H, W); the labelled ones come first.
         images = torch.cat([batch.views[0], pseudo.views[-1]]).to(processes.device, non_blocking=True)
-        images = add_noise(images, run.generator, recipe.num_ops, recipe.magnitude, small_images, args.hflip)
+        images = add_noise(images, run.generator, recipe, resolution, small_images, args.hflip)
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         # The teacher was not noised: y~, probabilities (m, C) with the columns in the order of the student's classes.
         probs = labels_of(pseudo)[:, columns].to(processes.device, non_blocking=True)
-        # m of a part, in the mean over the processes: unreadable images count for nothing, on whichever process.
-        num_pseudo = reduce_sum(torch.tensor(float(len(probs))), processes).item()
-        num_pseudo /= processes.world_size * args.accumulate
         tensors = target, images[: len(target)], images[len(target) :], probs
         for part_target, part_labeled, part_unlabeled, part_probs in run.parts(*tensors):
             # One forward pass for both kinds, so that batch norm sees both.
             with run.amp:
                 logits = run.ddp_model(normalize(torch.cat([part_labeled, part_unlabeled]), view)).float()
             logits, pseudo_logits = logits.tensor_split([len(part_target)])
+            # The student is tempered as its teacher is: otherwise a soft teacher would make a softer student.
+            pseudo_logits = pseudo_logits / (labels_of.temperature or 1)
+            # run.counts: the n and m of a part that could be read, in the mean over the processes.
             loss, labeled_loss, unlabeled_loss = noisy_student_loss(
-                logits, part_target, pseudo_logits, part_probs, num_pseudo, unlabeled_weight, args.label_smoothing
+                logits, part_target, pseudo_logits, part_probs, *run.counts, unlabeled_weight, args.label_smoothing
             )
             run.backward(loss, loss_labeled=labeled_loss, loss_unlabeled=unlabeled_loss)
         run.end_step()
     run.finish()
-    if bad:
-        print(f"{len(bad)} unlabelled images are unreadable and were left out; the first: {next(iter(bad.values()))}")
 
 
 if __name__ == "__main__":

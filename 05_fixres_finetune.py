@@ -17,22 +17,24 @@ import argparse
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import add_device_flags, add_optimization_flags, add_run_flags, argument_parser, at_least
-from common import Processes, fail, init_processes, print0  # the program
+from common import add_bn_momentum_flag, add_device_flags, add_optimization_flags, add_run_flags
+from common import argument_parser, at_least, fail, print0  # the program
+from common import init_processes  # processes
 from common import EfficientNet, MBConv  # models
 from common import View, normalize  # views
 from common import ImageList, labeled_images  # listing
-from common import ImageDataset, load_batches, readable_images  # batches
-from common import Plan, peak_rate  # optimization
-from common import load_model, previous_run  # checkpoints
-from common import Run, check_parts, evaluate  # the training run
+from common import unreadable_images  # batches
+from common import plan_of  # optimization
+from common import data_inputs, data_of, digests_of, load_model, previous_run, resume_or_exit  # checkpoints
+from common import check_parts, evaluate, precision_of, set_bn_momentum  # training
+from common import Run  # the training run
 from common import pyplot, save_figure  # pictures
 
-# The official code continues at the end of its schedule (main.py:226-229, 582), after 145 decays of 0.97.
-PEAK_PER_256 = 0.016 * 0.97**145
+DECAYED = 0.97**145  # the official code continues at the end of its schedule (main.py:226-229, 582)
 RESOLUTION_IMAGES = 2000  # val images, evenly spaced, behind each point of resolution.png
 
 
@@ -44,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the results; the same command resumes it")
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; None: the checkpoint's own")
     add("--frozen-blocks", type=at_least(0, int), help="the stem and the first N blocks stay; None: all of the blocks")
+    add_bn_momentum_flag(add)
     add_optimization_flags(parser, from_scratch=False)
     add_run_flags(parser, evaluates=False)
     add_device_flags(parser)
@@ -51,49 +54,50 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def freeze(model: torch.nn.Module, frozen_blocks: int | None) -> list[torch.nn.Module]:
-    """Freeze the shallow layers; returns the modules that stay in inference mode while the others train.
+def freeze(model: torch.nn.Module, frozen_blocks: int | None) -> None:
+    """Freeze the shallow layers, which then stay in inference mode while the others are in training mode.
 
     EfficientNet: the stem and the first blocks, their batch norms included (official efficientnet_model.py:382-418);
-    with all blocks frozen the head convolution, its batch norm and the classifier train. Any other model: all but its
-    last linear layer, as FixRes does for ResNets.
+    with all blocks frozen the head convolution, its batch norm and the classifier train. Any other model: its last
+    linear layer trains, and the last batch norm takes on the statistics of the new size, with its weights frozen, as
+    FixRes does for ResNets (imnet_finetune/train.py: half of its gain).
     """
-    model.requires_grad_(False)
+    model.requires_grad_(False).eval()
     if isinstance(model, EfficientNet):
         blocks = [module for module in model.modules() if isinstance(module, MBConv)]
         number = len(blocks) if frozen_blocks is None else frozen_blocks
         if number > len(blocks):
             fail(f"--frozen-blocks {number}: the model has {len(blocks)} blocks")
-        frozen = [model.features[0], *blocks[:number]]
         trained = [*blocks[number:], model.features[-1], model.classifier]
     else:
         if frozen_blocks is not None:
             fail("--frozen-blocks is for EfficientNets; of other models the last linear layer trains")
-        trained = [[module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]]
-        frozen = [model]
+        trained = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1:]
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        for norm in norms[-1:]:
+            norm.train()
+    if not trained:
+        fail("--checkpoint: the model has no linear layer that could be fine-tuned")
     for module in trained:
+        module.train()
         for parameter in module.parameters():
             parameter.requires_grad_()
     assert any(parameter.requires_grad for parameter in model.parameters())
-    return frozen
 
 
-def resolution_curve(
-    model: torch.nn.Module, images: ImageList, labels, view: View, sizes: set[int], processes: Processes
-) -> dict[int, float]:
+def resolution_curve(evaluate_at, view: View, images: ImageList, labels, sizes: list[int]) -> dict[int, float]:
     """{test resolution in pixels: top-1 in percent} on some of the images, evenly spaced."""
     every = max(1, len(images) // RESOLUTION_IMAGES)
-    some = images[::every], labels[::every]
-    return {size: evaluate(model, *some, view.at(size), processes)["val_top1"] for size in sorted(sizes)}
+    return {size: evaluate_at(view.at(size), images[::every], labels[::every])["val_top1"] for size in sizes}
 
 
-def draw_resolutions(path: Path, curves: dict[str, dict[int, float]], sizes: tuple[int, int]) -> None:
+def draw_resolutions(path: Path, before: dict, after: dict, old_size: int, new_size: int) -> None:
     if (plt := pyplot()) is None:
         return
     plt.figure(figsize=(5, 3.4), layout="constrained")
-    for name, curve in curves.items():
+    for name, curve in (("before", before), ("after fine-tuning", after)):
         plt.plot(list(curve), list(curve.values()), marker=".", label=name)
-    for size, style, name in zip(sizes, (":", "--"), ("trained at", "fine-tuned at"), strict=True):
+    for size, style, name in ((old_size, ":", "trained at"), (new_size, "--", "fine-tuned at")):
         plt.axvline(size, color="grey", linestyle=style, linewidth=1, label=f"{name} {size} px")
     plt.xlabel("test resolution in pixels")
     plt.ylabel("val top-1, percent")
@@ -107,51 +111,58 @@ def main() -> None:
     begun = previous_run(args)
     check_parts(args.batch_size, "--batch-size", args, processes)
     model, source = load_model(args.checkpoint, processes.device)
+    set_bn_momentum(model, args.bn_momentum)
 
     # Training images look exactly as test images do: the clean view at the new size, without noise.
-    view, old_size = View.of(source).at(args.image_size), source["image_size"]
-    data = args.data or Path(source["data"])
+    old_view = View.of(source)
+    view, old_size, new_size = old_view.at(args.image_size), old_view.image_size, args.image_size
+    data = data_of(args, source)
     train_images, labels, classes = labeled_images(data, "train", source["classes"])
     val_images, val_labels, _ = labeled_images(data, "val", classes)
-    train_images, labels = readable_images(train_images, labels, view, args.max_bad, processes)
+    inputs = {args.checkpoint: args.checkpoint, **data_inputs(data, train_images, val_images)}
+    inputs = digests_of(inputs, processes)
+    resume_or_exit(args, begun, inputs)
+    bad = begun["training"]["bad"] if begun else unreadable_images(train_images, view, args.max_bad, processes)
+    train_images, labels = train_images.without(bad), np.delete(labels, bad)
     targets = torch.from_numpy(labels)  # int64 (images,)
 
     # How the checkpoint does at the old size, at the new one, between and beyond, before it is trained.
-    sizes = {round(old_size + share * (args.image_size - old_size)) for share in (0, 0.5, 1, 1.5)}
-    curve_of = val_images, val_labels, view, {size for size in sizes if size >= 1}, processes
-    before = resolution_curve(model, *curve_of)
+    sizes = sorted({max(1, round(old_size + share * (new_size - old_size))) for share in (0, 0.5, 1, 1.5)})
+    precision = precision_of(args.precision, processes)
+
+    def evaluate_before(view: View, images: ImageList, labels) -> dict:
+        return evaluate(model, images, labels, view, processes, precision)
+
+    before = resolution_curve(evaluate_before, old_view, val_images, val_labels, sizes)
 
     # Only what is not frozen trains. There is no running average: over so few steps it would stay where it began.
-    frozen = freeze(model, args.frozen_blocks)
-    plan = Plan(args.epochs, len(train_images) / args.batch_size, peak_rate(args, PEAK_PER_256), args.schedule)
+    freeze(model, args.frozen_blocks)
+    plan = plan_of(args, args.epochs, len(train_images) / args.batch_size, DECAYED)
     header = {key: value for key, value in source.items() if key not in ("training", "metrics", "model")}
-    header |= {"stage": "fixres", "data": os.path.abspath(data), **view._asdict()}
-    run = Run(args, processes, model, header, plan, (val_images, val_labels), [len(train_images)], begun)
+    header |= {"stage": "fixres", "data": os.path.abspath(data), "inputs": inputs, **view._asdict()}
+    run = Run(args, processes, model, header, plan, (val_images, val_labels), args.batch_size, bad, begun)
     run.announce(f"fine-tuned from {old_size} px", f"{len(train_images)} labelled images, {args.batch_size} a step")
 
     # Train.
-    model.train()
-    for module in frozen:  # their batch norms keep the statistics that they have
-        module.eval()
-    dataset = ImageDataset(train_images, clean=view)
-    batches = load_batches(dataset, run.keys(len(train_images), args.batch_size, stream=0), processes)
+    batches = run.batches(train_images, args.batch_size, "labeled", clean=view)
     for batch in run.steps(batches):
         images = batch.views[0].to(processes.device, non_blocking=True)  # uint8 (n, 3, H, W)
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         for part_target, part_images in run.parts(target, images):
             with run.amp:
-                logits = run.ddp_model(normalize(part_images, view))
-            run.backward(F.cross_entropy(logits.float(), part_target, label_smoothing=args.label_smoothing))
+                logits = run.ddp_model(normalize(part_images, view)).float()
+            loss = F.cross_entropy(logits, part_target, label_smoothing=args.label_smoothing, reduction="sum")
+            run.backward(loss / run.counts[0])  # the mean over the readable images of all processes
         run.end_step()
 
-    after = resolution_curve(model, *curve_of)
+    after = resolution_curve(run.evaluate, old_view, val_images, val_labels, sizes)
     if processes.is_main:
-        curves = {"before": before, "after fine-tuning": after}
-        draw_resolutions(args.out / "resolution.png", curves, (old_size, args.image_size))
+        draw_resolutions(args.out / "resolution.png", before, after, old_size, new_size)
     run.finish()
+    num = len(val_images[:: max(1, len(val_images) // RESOLUTION_IMAGES)])
     print0(
-        f"before the fine-tuning it was {before[old_size]:.2f} at {old_size} px and {before[args.image_size]:.2f} at "
-        f"{args.image_size} px (on at most {RESOLUTION_IMAGES} images)"
+        f"on {num} val images: {after[new_size]:.2f} at {new_size} px; before the fine-tuning {before[new_size]:.2f} "
+        f"at {new_size} px and {before[old_size]:.2f} at {old_size} px"
     )
 
 

@@ -2,8 +2,8 @@
 
 The rooms, in the order of the file. Each can be lifted out alone, and a stage's imports say what it takes from which.
 
-the program       the command line and the flags that stages share, mistakes of the user (exit status 2), writing files
-                  whole, the processes of torchrun, signals, progress
+the program       the command line, flags that stages share, mistakes of the user (exit status 2), files written whole
+processes         this process's place among those of torchrun, sums over all of them, signals, random seeds, progress
 models            EfficientNet, the tables of sizes and of official recipes, torchvision's models, folded batch norms
 weights           loading weights by name: of this toolkit, of torchvision, of timm
 noise             RandAugment's ops on whole uint8 batches, and the official noise for small images
@@ -12,8 +12,9 @@ listing           finding images in folders and .tar shards, labels from folder 
 batches           views as a dataset, the order of the images, loaders, counting the unreadable images
 label files       opening logits.h5 and balanced.h5, which may be a stranger's; mapping their columns
 optimization      learning rate, TensorFlow's RMSprop, the running average of the weights, soft cross-entropy
-checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed; metrics.jsonl
-the training run  Run, which keeps its books: rate, accumulation, logs, evaluation, saving, stopping; precision, DDP
+checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed, their inputs compared; metrics
+training          a model as the flags want it, precision, DDP, the parts of a batch, evaluation
+the training run  Run, which keeps the books of a run: rate, random numbers, logs, evaluation, saving, stopping
 pictures          matplotlib, curves.png
 """
 
@@ -22,13 +23,17 @@ import atexit
 import contextlib
 import copy
 import errno
+import fcntl
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
 import multiprocessing
 import os
+import platform
 import re
+import resource
 import shlex
 import signal
 import stat
@@ -58,7 +63,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the program: command line, mistakes, files written whole, processes, signals, progress
+# the program: command line, shared flags, mistakes, files written whole
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -135,14 +140,22 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--small-images", action=SWITCH, help="model and noise for 32 pixels; None: as --init or the teacher has it")
     add("--dropout", type=at_least(0), help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=at_least(0), help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
-    add("--bn-momentum", type=at_least(0), default=0.01, help="of running statistics (official); 0.1 in short runs")
+    add_bn_momentum_flag(add)
     add("--zero-init-residual", action="store_true", help="blocks start as the identity: short runs learn sooner")
+
+
+def add_bn_momentum_flag(add: Callable) -> None:
+    add("--bn-momentum", type=at_least(0), default=0.01, help="of running statistics (official); 0.1 in short runs")
 
 
 def add_noise_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("noise of the input").add_argument
-    add("--num-ops", type=at_least(0, int), help="RandAugment ops an image; None: 2, but 0 for B0 and B1 (official)")
-    add("--magnitude", type=at_least(0), help="of RandAugment on a scale of 10 without a cap; None: B2 6 ... B7, L* 27")
+    add("--num-ops", type=at_least(0, int), help="RandAugment ops an image; None: 2; B0, B1: 0 without --magnitude")
+    add(
+        "--magnitude",
+        type=at_least(0),
+        help="of RandAugment on a scale of 10, no cap; None: B2 6 ... B7, L* 27, else 9",
+    )
     add("--min-crop-area", type=at_least(0), default=0.08, help="smallest crop, share of the area; not if small images")
     add("--hflip", action=SWITCH, default=True, help="mirror half of the images; --no-hflip for digits")
 
@@ -154,12 +167,16 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     add("--accumulate", type=at_least(1, int), default=1, help="parts a step: less memory; batch norm sees one part")
     add("--epochs", type=at_least(0), help="passes over the labelled images; None: 700 to B4, 350 above (official)")
     add("--optimizer", choices=["rmsprop", "sgd", "adamw"], default="rmsprop", help="rmsprop: TensorFlow's (paper)")
-    add("--lr", type=at_least(0), help="peak rate; None: 0.016 x batch size / 256 (paper), in 05 that x 0.97^145")
+    add(
+        "--lr",
+        type=at_least(0),
+        help="peak rate; None: rmsprop 0.016, sgd 0.1, adamw 0.00025 for each 256 of the batch",
+    )
     add("--schedule", choices=["staircase", "cosine", "constant"], default="staircase", help="staircase: 145 x 0.97")
     if from_scratch:
-        add("--warmup-epochs", type=at_least(0), default=5.0, help="linear warm-up from 0")
+        add("--warmup-epochs", type=at_least(0), default=5.0, help="linear warm-up from 0; at most a fifth of the run")
         add("--ema-decay", type=at_least(0), default=0.9999, help="of the averaged weights, the ones that are kept")
-    add("--weight-decay", type=at_least(0), default=1e-5, help="of everything but batch norms; decoupled in adamw")
+    add("--weight-decay", type=at_least(0), help="not of batch norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
     add("--label-smoothing", type=at_least(0), default=0.1, help="of the hard labels")
 
 
@@ -167,7 +184,7 @@ def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> No
     """`evaluates`: on val during the training too, not only at its end."""
     add = parser.add_argument_group("run").add_argument
     if evaluates:
-        add("--eval-every", type=at_least(0), default=1.0, help="epochs between evaluations on val, which also save")
+        add("--eval-every", type=at_least(0), help="epochs between evaluations, which also save; None: 1, or 250 steps")
     add("--save-every", type=at_least(1, int), default=1000, help="steps between saving last.pt: what a crash can cost")
     add("--max-bad", type=at_least(0), default=1.0, help="percent of labelled images that may be unreadable")
     add("--seed", type=at_least(0, int), default=0, help="of weights, order, crops and noise")
@@ -218,6 +235,20 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# processes: this process's place among those of torchrun, sums over all of them, signals, random seeds, progress
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def seed_words(seed: int, stream: str, *numbers: int) -> list[int]:
+    """The seed of a random generator. Each stream has a word of its own: streams never share numbers.
+
+    All randomness is a function of these words, never of what ran before: that is what makes a resumed run equal an
+    uninterrupted one.
+    """
+    return [seed, zlib.crc32(stream.encode()), *numbers]
+
+
 class Processes(NamedTuple):
     """This process's place among those that torchrun started."""
 
@@ -261,12 +292,40 @@ def reduce_sum(tensor: Tensor, processes: Processes) -> Tensor:
     return tensor
 
 
+BUFFER = torch.zeros(8, dtype=torch.float64)  # kept: gloo's thread may let go of it last, and aborts after Python's end
+
+
+def sum_of(processes: Processes, *numbers: float) -> list[float]:
+    """The sums over all processes of a few numbers on the CPU. It waits for the other processes, not for a GPU."""
+    if processes.world_size == 1:
+        return list(numbers)
+    BUFFER.zero_()[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(BUFFER)
+    return BUFFER[: len(numbers)].tolist()
+
+
+def from_rank0(value, processes: Processes):
+    """The value that rank 0 has, a plain Python object, on all processes."""
+    values = [value]
+    if processes.world_size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def union_of(items: set, processes: Processes) -> set:
+    """The union of the sets of all processes."""
+    if processes.world_size == 1:
+        return items
+    sets = [None] * processes.world_size
+    dist.all_gather_object(sets, items)
+    return set().union(*sets)
+
+
 class StopSignal:
-    """SIGTERM and SIGINT only set a flag; calling the object gives the same answer on all processes."""
+    """SIGTERM and SIGINT only set `received`; calling the object gives the same answer on all processes."""
 
     def __init__(self, processes: Processes):
         self.processes, self.received = processes, False
-        self.flag = torch.tensor(0)  # kept: gloo's thread may let go of it last, and aborts if Python ends meanwhile
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -274,11 +333,11 @@ class StopSignal:
         self.received = True
 
     def __call__(self) -> bool:
-        if self.processes.world_size == 1:
-            return self.received
-        self.flag.fill_(int(self.received))
-        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
-        return bool(self.flag)
+        return sum_of(self.processes, int(self.received))[0] > 0
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds <= 120 else str(timedelta(seconds=round(seconds)))
 
 
 def progress(
@@ -305,7 +364,7 @@ def progress(
         yield item
         if (now := time.monotonic()) - printed >= 30:
             left = (now - began) / (done - start) * (total - done)
-            words = [f"{name}: {done} of {total}", f"{left:.0f} s left", note()]
+            words = [f"{name}: {done} of {total}", f"{duration(left)} left", note()]
             print(", ".join(filter(None, words)), file=sys.stderr, flush=True)
             printed = now
 
@@ -358,7 +417,16 @@ def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
     """The recipe of a model, with the flags that were given in place of its values."""
     given = {name: getattr(args, name, None) for name in Recipe._fields}
     recipe = RECIPES.get(arch.removeprefix("tf_"), OTHER_RECIPE)
+    if not recipe.num_ops and not given["num_ops"] is given["magnitude"] is None:
+        # B0 and B1 have no RandAugment. One flag takes the other's value from those that have it: magnitude 0 would be
+        # violent (5 is what does nothing), and with 0 ops a magnitude would change nothing.
+        recipe = recipe._replace(num_ops=OTHER_RECIPE.num_ops, magnitude=OTHER_RECIPE.magnitude)
     return recipe._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def resolution_of(arch: str) -> int:
+    """The training resolution in pixels that a model is meant for."""
+    return EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
 
 
 # B0's stages: repeats, kernel, stride, expansion, output channels (official efficientnet_builder.py:123-131).
@@ -424,7 +492,7 @@ class SqueezeExcitation(nn.Module):
 
 @contextlib.contextmanager
 def frozen_statistics(block: nn.Module):
-    """Inside, batch norms use their batch and leave the running statistics alone: a first pass has moved them already."""
+    """Batch norms use their batch, but leave the running statistics alone: a first pass has moved them already."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -551,23 +619,6 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         raise ValueError(f"cannot build {arch!r} with {arch_options}: {error}") from error
 
 
-def model_of(
-    arch: str, num_classes: int, args: argparse.Namespace, small_images: bool | None
-) -> tuple[nn.Module, dict]:
-    """(a model with fresh weights as the flags want it, its arch_options)."""
-    torch.manual_seed(args.seed)
-    options = {"small_images": small_images, "dropout": args.dropout, "drop_path": args.drop_path}
-    options |= {"zero_init_residual": args.zero_init_residual or None}
-    try:
-        model = build_model(arch, num_classes, **options)
-    except ValueError as error:
-        fail(f"--arch: {error}")
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = args.bn_momentum
-    return model, options
-
-
 def fuse_batch_norms(model: nn.Module) -> None:
     """Fold each batch norm into the convolution before it, in place: the same function in eval mode, and faster."""
     model.eval()
@@ -619,7 +670,9 @@ def own_names(weights: dict) -> dict[str, Tensor]:
     # Without the counter of torch's AveragedModel and the second classifiers of GoogLeNet and Inception.
     weights = {k: v for k, v in items if not re.match(r"n_averaged$|((module|_orig_mod)\.)*(aux[12]|AuxLogits)\.", k)}
     own = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in weights.items()}
-    own = {re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", name): tensor for name, tensor in own.items()}  # older files
+    own = {
+        re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", name): tensor for name, tensor in own.items()
+    }  # older files
     if "conv_stem.weight" in own:
         own = {timm_to_own(name): tensor for name, tensor in own.items()}
     if len(own) < len(weights):
@@ -873,6 +926,7 @@ RAND_AUGMENT_OPS = {
     "SolarizeAdd": solarize_add,
     "Cutout": cutout,
 }
+SIZED_IN_PIXELS = ("TranslateX", "TranslateY", "Cutout")  # the other ops are in degrees, shares and grey levels
 
 
 def rand_augment(
@@ -881,11 +935,16 @@ def rand_augment(
     magnitude: float = 27,
     generator: torch.Generator | None = None,
     tf_quirks: bool = False,
+    resolution: int | None = None,
 ) -> Tensor:
     """Apply `num_ops` ops, drawn for each image on its own with replacement, to uint8 (N, 3, H, W) on any device.
 
     Not in place. `generator`: a CPU generator (None: torch's own). `tf_quirks`: do what the official code does when it
     is run, where it overflows. Source: official randaugment.py:530-554 (the op's probability there is never used).
+
+    `resolution`: the side in pixels for which the official sizes of translation and cutout are meant, a model's own
+    (B0 224 ... B7 600). Images between 64 pixels and it get them in proportion: B7's 270 pixels would empty most images
+    of 224. None: never in proportion.
 
     op                       at magnitude M                                          with tf_quirks
     AutoContrast, Equalize,  in full
@@ -906,11 +965,14 @@ def rand_augment(
     ops = torch.randint(len(RAND_AUGMENT_OPS), (num_ops, len(images)), generator=generator)
     signs = torch.randint(2, (num_ops, len(images)), generator=generator) * 2 - 1
     fits = max(1, 2**18 // math.prod(images.shape[1:])) if images.device.type == "cpu" else len(images)  # in the cache
+    side = min(images.shape[2:])
+    shrunk = magnitude * side / resolution if resolution and 64 < side < resolution else magnitude
     for chosen, sign in zip(ops, signs, strict=True):
-        for number, op in enumerate(RAND_AUGMENT_OPS.values()):
+        for number, (name, op) in enumerate(RAND_AUGMENT_OPS.items()):
+            level = shrunk if name in SIZED_IN_PIXELS else magnitude
             for rows in (chosen == number).nonzero().squeeze(1).split(fits):  # on the CPU: no host synchronisation
                 if len(rows):
-                    put(images, rows, op(pick(images, rows), magnitude, sign[rows], generator, tf_quirks))
+                    put(images, rows, op(pick(images, rows), level, sign[rows], generator, tf_quirks))
     return images
 
 
@@ -933,16 +995,11 @@ def small_image_noise(images: Tensor, hflip: bool, generator: torch.Generator | 
 
 
 def add_noise(
-    images: Tensor,
-    generator: torch.Generator,
-    num_ops: int,
-    magnitude: float,
-    small_images: bool | None = None,
-    hflip: bool = True,
+    images: Tensor, generator: torch.Generator, recipe: Recipe, resolution: int, small_images: bool | None, hflip: bool
 ) -> Tensor:
     """What the input of a training step gets after cropping: uint8 (N, 3, H, W) on any device -> the same."""
-    if num_ops:
-        images = rand_augment(images, num_ops, magnitude, generator)
+    if recipe.num_ops:
+        images = rand_augment(images, recipe.num_ops, recipe.magnitude, generator, resolution=resolution)
     return small_image_noise(images, hflip, generator) if small_images else images
 
 
@@ -1005,7 +1062,9 @@ class View(NamedTuple):
         return cls(image_size, default_crop_fraction(image_size))
 
     def at(self, image_size: int) -> "View":
-        """The same view at another size: the crop belongs to the size."""
+        """The same view at another size. The crop belongs to the size: at its own size a view keeps the one it has."""
+        if image_size == self.image_size:
+            return self
         return self._replace(image_size=image_size, crop_fraction=default_crop_fraction(image_size))
 
 
@@ -1098,19 +1157,34 @@ class ImageList:
     def __getitem__(self, rows) -> "ImageList":
         return ImageList(self.root, self.path[rows], self.offset[rows], self.size[rows])
 
+    def without(self, rows: list[int]) -> "ImageList":
+        return self[np.setdiff1d(np.arange(len(self)), rows)]
+
+    @property
+    def is_lost(self) -> bool:
+        return is_lost(self.root)
+
     def name(self, row: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.path[row]))
 
-    def load(self, row: int, enough: int = 0) -> Image.Image:
+    def open(self, row: int) -> BinaryIO:
         name = os.fsencode(self.name(row))
         if self.size[row]:
             end = name.lower().index(b".tar/", len(os.fsencode(self.root))) + 4
             while os.path.isdir(name[:end]):  # a folder may have the name of a shard
                 end = name.lower().index(b".tar/", end) + 4
-            return load_image(read_member(name[:end], int(self.offset[row]), int(self.size[row])), enough)
+            return read_member(name[:end], int(self.offset[row]), int(self.size[row]))
         # A pipe with the name of an image gives nothing, where a plain open() would wait for ever.
-        with open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        return open(name, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+
+    def load(self, row: int, enough: int = 0) -> Image.Image:
+        with self.open(row) as file:
             return load_image(file, enough)
+
+    def digest(self, row: int) -> bytes:
+        """What tells the bytes of an image file from those of another: blake2b, 16 bytes."""
+        with self.open(row) as file:
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
@@ -1156,6 +1230,15 @@ def find_files(root: bytes) -> Iterator[bytes]:
                 fail(
                     f"{name} in {os.fsdecode(root)} is compressed: images are read in place from plain .tar files only"
                 )
+
+
+def is_lost(folder: str) -> bool:
+    """Whether there is no such folder or nothing in it, as where a disk was mounted that is no longer there."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 def as_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
@@ -1252,17 +1335,34 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
     return images, labels, classes
 
 
-def unlabeled_images(folder: str | Path) -> ImageList:
-    """All images below a folder, its labels ignored; of a train/ whose val set is held out, only those that train."""
+def unlabeled_images(folder: str | Path, data: str | Path | None = None) -> ImageList:
+    """All images below a folder, its labels ignored; of a train/ whose val set is held out, only those that train.
+
+    DATA/val where there is none: the held-out tenth of train/. `data`: the data directory, whose train/ and val/ must
+    not lie among the unlabelled images.
+    """
     folder = Path(os.path.abspath(folder))
+    if folder.name in ("train", "val") and not (folder.parent / "val").is_dir() and (folder.parent / "train").is_dir():
+        return labeled_images(folder.parent, folder.name)[0]
     if not folder.is_dir():
         fail(f"{folder}: no such folder of unlabelled images")
-    if folder.name == "train" and not (folder.parent / "val").is_dir():
-        return labeled_images(folder.parent, "train")[0]
+    for split in ("train", "val"):
+        inside = Path(os.path.realpath(data or "", strict=False), split)
+        if data and inside.is_dir() and Path(os.path.realpath(folder)) in Path(os.path.realpath(inside)).parents:
+            fail(f"--unlabeled {folder} holds the labelled images of {inside}: name a folder of unlabelled ones alone")
     images = list_images(folder)
     if not len(images):
         fail(f"{folder}: no images in it (looked for {b' '.join(EXTENSIONS).decode()} and .tar)")
     return images
+
+
+def held_out_digests(val_images: ImageList, processes: Processes) -> frozenset[bytes]:
+    """What tells the images of val, wherever they are found again: they may lie among the unlabelled ones."""
+    digests = set()
+    for row in range(len(val_images)) if processes.is_main else ():
+        with contextlib.suppress(OSError):  # unreadable: the evaluation counts it
+            digests.add(val_images.digest(row))
+    return frozenset(from_rank0(digests, processes))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1273,19 +1373,30 @@ def unlabeled_images(folder: str | Path) -> ImageList:
 class Batch(NamedTuple):
     rows: Tensor  # int64 (n,): which of the images could be read
     views: list[Tensor]  # uint8 (n, 3, H, W) each, channels_last in memory; n may be 0
-    errors: list[tuple[int, str]]  # (row, reason) of the others
+    errors: list[tuple[int, str]]  # (row, reason) of those that could not
+    held_out: list[int]  # rows of images of val, which no stage trains on
 
 
 class ImageDataset(torch.utils.data.Dataset):
     """Views of images as uint8. An item is (row, views, error): a list of (H, W, 3) arrays, or why there are none.
 
     `clean` and `noised`: each that is given makes one view, in this order. The key of an item is `row`, or
-    `(epoch, row)`: the random view is a function of (seed, epoch, row) alone, so workers, processes and interruptions
-    do not change it. A bad image is an error of its own row: it never stops a run, and no other takes its place.
+    `(epoch, row)`: the random view is a function of (seed, stream, epoch, row) alone, so workers, processes and
+    interruptions do not change it. A bad image is an error of its own row: it never stops a run, and no other takes its
+    place. `held_out`: the digests of val, whose images are left out.
     """
 
-    def __init__(self, images: ImageList, clean: View | None = None, noised: Crop | None = None, seed: int = 0):
-        self.images, self.clean, self.noised, self.seed = images, clean, noised, seed
+    def __init__(
+        self,
+        images: ImageList,
+        clean: View | None = None,
+        noised: Crop | None = None,
+        seed: int = 0,
+        stream: str = "",
+        held_out: frozenset[bytes] = frozenset(),
+    ):
+        self.images, self.clean, self.noised = images, clean, noised
+        self.seed, self.stream, self.held_out = seed, stream, held_out
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1293,18 +1404,21 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, row = key if isinstance(key, tuple) else (0, key)
         try:
+            if self.held_out and self.images.digest(row) in self.held_out:
+                return row, None, None
             # Twice what the view needs leaves its resize enough to average. A random crop may need every pixel.
             enough = 0 if self.noised else math.ceil(2 * self.clean.image_size / self.clean.crop_fraction)
             image = self.images.load(row, enough)
             views = [eval_view(image, self.clean)] if self.clean else []
             if self.noised:
-                views.append(random_view(image, self.noised, np.random.default_rng([self.seed, epoch, row])))
+                rng = np.random.default_rng(seed_words(self.seed, f"{self.stream} crop", epoch, row))
+                views.append(random_view(image, self.noised, rng))
         except Exception as error:  # decoders raise anything
             return row, None, f"{self.images.name(row)}: {type(error).__name__}: {error}"
         return row, views, None
 
     def collate(self, items: list) -> Batch:
-        good = [(row, views) for row, views, error in items if error is None]
+        good = [(row, views) for row, views, _ in items if views is not None]
         if good:
             stacks = [np.stack(stack) for stack in zip(*(views for _, views in good), strict=True)]
         else:
@@ -1312,19 +1426,17 @@ class ImageDataset(torch.utils.data.Dataset):
             stacks = [np.zeros((0, size, size, 3), np.uint8) for size in sizes]
         rows = torch.tensor([row for row, _ in good], dtype=torch.int64)
         errors = [(row, error) for row, _, error in items if error is not None]
-        return Batch(rows, [torch.from_numpy(stack).permute(0, 3, 1, 2) for stack in stacks], errors)
+        held_out = [row for row, views, error in items if views is None and error is None]
+        return Batch(rows, [torch.from_numpy(stack).permute(0, 3, 1, 2) for stack in stacks], errors, held_out)
 
 
 @lru_cache(maxsize=4)
-def permutation(num: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, stream, epoch]).permutation(num)
+def permutation(num: int, seed: int, stream: str, epoch: int) -> np.ndarray:
+    return np.random.default_rng(seed_words(seed, f"{stream} order", epoch)).permutation(num)
 
 
-def train_keys(num: int, batch_size: int, seed: int, stream: int, steps: range, processes: Processes) -> Iterator[list]:
-    """This process's keys (epoch, row) of each step: an endless stream of permutations, cut into constant batches.
-
-    `stream` tells the orders of labelled (0) and unlabelled (1) images apart.
-    """
+def train_keys(num: int, batch_size: int, seed: int, stream: str, steps: range, processes: Processes) -> Iterator[list]:
+    """This process's keys (epoch, row) of each step: an endless stream of permutations, cut into constant batches."""
     for step in steps:
         positions = range(step * batch_size + processes.rank, (step + 1) * batch_size, processes.world_size)
         yield [(p // num, int(permutation(num, seed, stream, p // num)[p % num])) for p in positions]
@@ -1334,6 +1446,15 @@ def grid_keys(num: int, batch_size: int, processes: Processes) -> Iterator[list]
     """This process's rows of each batch of a fixed grid: the batches, and so the numbers, are those of one process."""
     for first in range(processes.rank * batch_size, num, processes.world_size * batch_size):
         yield list(range(first, min(first + batch_size, num)))
+
+
+def rows_per_batch(image_size: int, device: torch.device) -> int:
+    """How many images of a size a model takes at a time without gradients: a function of size and device alone.
+
+    CPUs are fastest while a batch's activations fit the cache (512 images of 32 px, 8 of 224). GPUs take 64 times that.
+    """
+    fits = 512 * 32**2 / image_size**2 * (64 if device.type == "cuda" else 1)
+    return int(min(max(2 ** int(np.log2(max(fits, 1))), 1), 1024))
 
 
 def ignore_signals(worker: int) -> None:
@@ -1355,21 +1476,17 @@ def load_batches(dataset: ImageDataset, keys: Iterable[list], processes: Process
     )
 
 
-def readable_images(images: ImageList, labels: np.ndarray, view: View, max_bad: float, processes: Processes):
-    """(images, labels) without what cannot be read: every image is read once before the training begins.
+def unreadable_images(images: ImageList, view: View, max_bad: float, processes: Processes) -> list[int]:
+    """The rows of the images that cannot be read: all of them are read once, before the training begins.
 
     More than `max_bad` percent of unreadable images end the program.
     """
-    errors = []
+    errors = set()
     for batch in load_batches(ImageDataset(images, clean=view), grid_keys(len(images), 64, processes), processes):
-        errors += batch.errors
-    if processes.world_size > 1:
-        gathered = [None] * processes.world_size
-        dist.all_gather_object(gathered, errors)
-        errors = sorted(error for share in gathered for error in share)
+        errors.update(batch.errors)
+    errors = sorted(union_of(errors, processes))
     report_bad(len(errors), [error for _, error in errors[:3]], len(images), max_bad)
-    rows = np.setdiff1d(np.arange(len(images)), [row for row, _ in errors])
-    return images[rows], labels[rows]
+    return [row for row, _ in errors]
 
 
 def report_bad(num_bad: int, first: list[str], num: int, max_bad: float) -> None:
@@ -1391,7 +1508,7 @@ LABEL_FILE_COLUMNS = {  # of one row an image or example, beside `classes`; path
     SELECTION_FORMAT: {"file": "u2", "row": "i8", "label": "i4", "confidence": "f4"},
 }
 LABEL_FILE_TEXTS = {LOGITS_FORMAT: ("root", "teacher", "teacher_sha256"), SELECTION_FORMAT: ("files", "method")}
-TODO, DONE, UNREADABLE = 0, 1, 2  # status of a row of logits.h5
+TODO, DONE, UNREADABLE, HELD_OUT = 0, 1, 2, 3  # status of a row of logits.h5; HELD_OUT: an image of val
 
 
 def open_label_file(path: str | Path, kind: str) -> h5py.File:
@@ -1505,9 +1622,21 @@ class Plan(NamedTuple):
         return round(self.epochs * self.steps_per_epoch)
 
 
-def peak_rate(args: argparse.Namespace, per_256: float = 0.016) -> float:
-    """--lr, or `per_256` for each 256 labelled images of a batch (paper: 0.128 at 2048)."""
-    return args.lr if args.lr is not None else per_256 * args.batch_size / 256
+# optimizer: (peak rate for each 256 labelled images of a batch, weight decay)
+RATES = {
+    "rmsprop": (0.016, 1e-5),  # the paper's: 0.128 at 2048; official main.py:173-182
+    "sgd": (0.1, 1e-4),  # ResNets: Goyal et al., 1706.02677
+    "adamw": (0.00025, 0.05),  # DeiT: 0.0005 at 512; Touvron et al., 2012.12877
+}
+
+
+def plan_of(args: argparse.Namespace, epochs: float, steps_per_epoch: float, decayed: float = 1) -> Plan:
+    """The plan of a run. The default of --lr is RATES' times `decayed`; the warm-up is at most a fifth of the run."""
+    peak = args.lr if args.lr is not None else RATES[args.optimizer][0] * decayed * args.batch_size / 256
+    warmup_epochs = getattr(args, "warmup_epochs", 0)
+    if warmup_epochs > epochs / 5:
+        print0(f"--warmup-epochs {warmup_epochs:g} is cut to {epochs / 5:g}, a fifth of the run")
+    return Plan(epochs, steps_per_epoch, peak, args.schedule, min(warmup_epochs, epochs / 5))
 
 
 def learning_rate(step: int, plan: Plan) -> float:
@@ -1561,11 +1690,13 @@ class RMSpropTF(torch.optim.Optimizer):
                 torch._foreach_sub_(params, momentum)
 
 
-def make_optimizer(name: str, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(name: str, model: nn.Module, weight_decay: float | None) -> torch.optim.Optimizer:
     """`rmsprop` (the paper's), `sgd` (Nesterov 0.9) or `adamw`; the loop sets the rate of every step.
 
-    Weight decay spares the batch norms and nothing else, as the official code (main.py:552-555); AdamW's is decoupled.
+    Weight decay (None: that of RATES) spares the batch norms and nothing else, as the official code (main.py:552-555);
+    AdamW's is decoupled.
     """
+    weight_decay = RATES[name][1] if weight_decay is None else weight_decay
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
     params = [p for p in model.parameters() if p.requires_grad]
@@ -1602,24 +1733,31 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = "noisy-student-checkpoint-1"
-MAY_DIFFER = ("out", "workers", "save_every", "checkpoint_activations")  # flags that change no number
+# Flags that change no number, and paths: what is there is compared by content, see `resume_or_exit`.
+MAY_DIFFER = ("out", "workers", "save_every", "checkpoint_activations")
+MAY_DIFFER += ("data", "init", "teacher", "pseudo_labels", "logits", "unlabeled", "checkpoint")
+
+
+def load_file(path: str | Path) -> dict:
+    """What a .pt, .pth or .safetensors file holds, mapped. Code in it is never run; damage raises anything."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    mapped = zipfile.is_zipfile(path)  # torch's format since 1.6
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums of what it maps
+                raise OSError(f"wrong checksum of {damaged}")
+    # Namespace: plain data, in the files of many training scripts
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def read_file(path: str | Path) -> dict:
-    """What a .pt, .pth or .safetensors file holds, mapped; one with code in it ends the program and is never run."""
+    """What a .pt, .pth or .safetensors file holds; anything else ends the program."""
     try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        mapped = zipfile.is_zipfile(path)  # torch's format since 1.6
-        if mapped:
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not look at the checksums of what it maps
-                    raise OSError(f"wrong checksum of {damaged}")
-        # Namespace: plain data, in the files of many training scripts
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return load_file(path)
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
     except ImportError:
@@ -1657,15 +1795,85 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool 
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-def previous_run(args: argparse.Namespace) -> dict | None:
-    """The checkpoint to resume from, or None for a new run.
+def data_of(args: argparse.Namespace, source: dict) -> Path:
+    """The data directory: --data, or that of the checkpoint or label file which is the source."""
+    if not args.data and not (source.get("data") and os.path.isdir(source["data"])):
+        fail(f"--data: say where it is, for the data directory it came from is not there ({source.get('data')})")
+    return args.data or Path(source["data"])
 
-    Exits 0 where --out is finished, and 2 where it was begun with other flags (those of MAY_DIFFER apart).
+
+def digest_of(thing) -> str:
+    """What identifies an input: of a file its sha256; of a list of images their number and names; of a logits file and
+    rows in use, given as a pair, the attributes, the shapes, and label, confidence and status of these rows."""
+    if isinstance(thing, (str, Path)):
+        return file_sha256(thing)
+    if isinstance(thing, ImageList):
+        return f"{len(thing)} images, names {hashlib.sha256(np.ascontiguousarray(thing.path)).hexdigest()}"
+    file, rows = thing
+    facts = {name: str(value) for name, value in file.attrs.items()} | {name: str(file[name].shape) for name in file}
+    sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in ("label", "confidence", "status"):
+        sha256.update(map_dataset(file, name)[np.unique(rows)].tobytes())
+    return sha256.hexdigest()
+
+
+HELD_OUT_TENTH = " (the held-out tenth)"
+
+
+def data_inputs(data: Path, train: ImageList, val: ImageList) -> dict:
+    """{path: images} of the labelled images, for `digests_of`."""
+    held_out = not (data / "val").is_dir()
+    return {data / "train": train, f"{data / 'train'}{HELD_OUT_TENTH}" if held_out else data / "val": val}
+
+
+def digests_of(inputs: dict, processes: Processes) -> dict[str, str]:
+    """{path: digest} of everything that shapes a run, as checkpoints keep it: computed by rank 0."""
+    found = {os.path.abspath(path): digest_of(thing) for path, thing in inputs.items() if processes.is_main and path}
+    return from_rank0(found, processes)
+
+
+LOCKS = []  # open files: a lock ends with its process
+
+
+def lock(out: Path) -> None:
+    """Let no second run write to `out`. A run that was restarted waits until the one before it has ended."""
+    if not is_rank0() or LOCKS:
+        return
+    LOCKS.append(open(out / ".lock", "w"))  # noqa: SIM115
+    for _ in range(300):
+        try:  # not flock, which forked loaders inherit: they may outlive a killed run
+            return fcntl.lockf(LOCKS[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                return print0(f"{out} cannot be locked ({error.strerror}): start no second run on it")
+        time.sleep(0.1)
+    fail(f"another run is writing to {out}: wait for its end, or choose another --out", from_any=True)
+
+
+def previous_run(args: argparse.Namespace) -> dict | None:
+    """The checkpoint of the run that --out holds, finished or not; None for a new run.
+
+    A last.pt that is damaged is passed over for the one before it. Other flags than the run began with (those of
+    MAY_DIFFER apart) end the program.
     """
-    paths = [path for path in (args.out / "last.pt", args.out / "model.pt") if path.exists()]
-    if not paths:
+    if not args.out.is_dir():
         return None
-    checkpoint = read_checkpoint(paths[0])
+    with contextlib.suppress(OSError):  # no permission: writing will say so
+        lock(args.out)
+    names = ["model.pt"] if (args.out / "model.pt").exists() else ["last.pt", "last.prev.pt"]
+    checkpoint = None
+    for path in (args.out / name for name in names if (args.out / name).exists()):
+        try:
+            checkpoint = load_file(path)
+            break
+        except Exception as error:
+            print0(f"{path} is damaged ({type(error).__name__}: {str(error)[:100]})")
+    else:
+        if any((args.out / name).exists() for name in names):
+            fail(f"{args.out} holds no checkpoint that can be read: remove it to begin anew, or choose another --out")
+        return None
+    if path.name == "last.prev.pt":
+        print0(f"continuing from {path}, step {checkpoint['training']['step']}")
     then, now = checkpoint["args"], flags_of(args)
     differ = [
         f"--{name.replace('_', '-')} {then.get(name)} (now {now.get(name)})"
@@ -1674,19 +1882,55 @@ def previous_run(args: argparse.Namespace) -> dict | None:
     ]
     if differ:
         fail(f"{args.out} was begun with {', '.join(differ)}: use the same flags to continue, or another --out")
-    if (args.out / "model.pt").exists():
-        print0(f"{args.out / 'model.pt'} is finished: val_top1 {checkpoint['metrics'].get('val_top1', math.nan):.2f}")
-        raise SystemExit(0)
+    is_finished = names == ["model.pt"]
+    if is_finished and not all(
+        os.path.exists(path.partition(HELD_OUT_TENTH)[0]) for path in checkpoint.get("inputs", {})
+    ):
+        exit_finished(args.out, checkpoint)  # what it was made from has been cleared away since
     return checkpoint
 
 
+def resume_or_exit(args: argparse.Namespace, begun: dict | None, inputs: dict[str, str]) -> None:
+    """End the program where --out is finished (exit status 0), or where an input is not what the run began with."""
+    if not begun:
+        return
+    then = begun.get("inputs", inputs)  # older runs do not say
+    if sorted(then.values()) != sorted(inputs.values()):
+        changed = [path for path, digest in inputs.items() if digest not in then.values()]
+        changed += [path for path, digest in then.items() if digest not in inputs.values()]
+        fail(f"{changed[0]} is not what {args.out} was begun with: put it back as it was, or choose another --out")
+    if (args.out / "model.pt").exists():
+        exit_finished(args.out, begun)
+
+
+def exit_finished(out: Path, checkpoint: dict) -> NoReturn:
+    print0(f"{out / 'model.pt'} is finished: val_top1 {checkpoint['metrics'].get('val_top1', math.nan):.2f}")
+    raise SystemExit(0)
+
+
+def versions() -> dict[str, str]:
+    names = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "pillow")}
+    return {"python": platform.python_version()} | names
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint whole or not at all; a diverged one is not written: exit status 3."""
+    """Write a checkpoint whole or not at all; a diverged one is not written: exit status 3.
+
+    Of a last.pt the one before it stays, as last.prev.pt: a disk may lose what it said it had written.
+    """
     for tensor in checkpoint["model"].values():
         if not torch.isfinite(tensor).all():
             diverged(path.parent)
-    with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
+    with write_atomically(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+        if path.name == "last.pt" and path.exists():
+            previous, link = path.with_name("last.prev.pt"), temporary.with_name(f"{temporary.name}.prev")
+            try:
+                os.link(path, link)
+                os.replace(link, previous)
+            except OSError:  # a file system without links: for a moment there is last.prev.pt alone
+                os.replace(path, previous)
 
 
 def diverged(out: Path) -> NoReturn:
@@ -1696,8 +1940,11 @@ def diverged(out: Path) -> NoReturn:
 
 
 def append_metrics(out: Path, **values) -> None:
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(values) + "\n")
+    try:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        fail(f"{out / 'metrics.jsonl'} cannot be written: {error.strerror}; {out / 'last.pt'} is kept")
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -1714,22 +1961,71 @@ def cut_metrics(out: Path, step: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the training run: precision, DDP, parts of a batch, evaluation, and Run, which keeps the books
+# training: a model as the flags want it, precision, DDP, the parts of a batch, evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def precision_of(precision: str, device: torch.device) -> str:
-    """What --precision auto means on a device; on CPUs bf16's depthwise convolutions make training slower."""
+def model_of(
+    stage: str, arch: str, num_classes: int, args: argparse.Namespace, small_images: bool | None
+) -> tuple[nn.Module, dict]:
+    """(a model with fresh weights as the flags want it, its arch_options)."""
+    options = {"small_images": small_images, "dropout": args.dropout, "drop_path": args.drop_path}
+    options |= {"zero_init_residual": args.zero_init_residual or None}
+    for name in ("dropout", "drop_path") if arch.removeprefix("tf_") not in EFFICIENTNETS else ():
+        if options[name] is not None:  # ResNets, for example, have neither
+            try:
+                build_model(arch, num_classes, **{name: options[name]})
+            except ValueError:
+                print0(f"{arch} has no --{name.replace('_', '-')}: it is left out")
+                options[name] = None
+    # Teacher, student and the rounds of one --seed must not start from the same weights.
+    words = np.random.SeedSequence(seed_words(args.seed, f"{stage} weights"))
+    torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
+    try:
+        model = build_model(arch, num_classes, **options)
+    except ValueError as error:
+        fail(f"--arch: {error}")
+    set_bn_momentum(model, args.bn_momentum)
+    return model, options
+
+
+def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+
+
+def model_noise(model: nn.Module) -> str:
+    """The noise of a model in words: the largest rates of its dropout and of its stochastic depth."""
+    dropout, drop_path = [0.0], [0.0]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            dropout.append(module.p)
+        elif type(module).__name__ == "StochasticDepth":  # torchvision's
+            drop_path.append(module.p)
+        elif isinstance(module, MBConv):
+            drop_path.append(module.drop_path)
+    rates = {"dropout": max(dropout), "stochastic depth": max(drop_path)}
+    return ", ".join(f"{name} {rate:.2g}" for name, rate in rates.items() if rate) or "no model noise"
+
+
+def precision_of(precision: str, processes: Processes) -> str:
+    """What --precision auto means: the best that all processes can do.
+
+    On CPUs bf16's depthwise convolutions make training slower. GPUs before Ampere (T4, V100, RTX 20xx) only emulate it.
+    """
     if precision != "auto":
         return precision
-    if device.type == "cpu":
+    if processes.device.type == "cpu":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    lacks_bf16 = float(not torch.cuda.is_bf16_supported(including_emulation=False))
+    if dist.is_initialized():
+        lacks_bf16 = sum_of(processes, lacks_bf16)[0]
+    return "fp16" if lacks_bf16 else "bf16"
 
 
 def autocast(precision: str, device: torch.device):
-    """(autocast context, GradScaler) of --precision auto, fp32, bf16 or fp16."""
-    precision = precision_of(precision, device)
+    """(autocast context, GradScaler) of fp32, bf16 or fp16."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     context = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     return context, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -1765,11 +2061,19 @@ def micro_batches(ddp_model: nn.Module, number: int, *tensors: Tensor):
             yield chunks
 
 
-def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+def step_generator(seed: int, stream: str, step: int, rank: int) -> torch.Generator:
     """Seed torch (dropout, stochastic depth) for a step, and return a CPU generator for its augmentation."""
-    word = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    words = np.random.SeedSequence(seed_words(seed, f"{stream} noise", step, rank))
+    word = int(words.generate_state(1, np.uint64)[0] >> 1)
     torch.manual_seed(word)
     return torch.Generator().manual_seed(word ^ 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device, or of this process where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def check_parts(num: int, flag: str, args: argparse.Namespace, processes: Processes) -> None:
@@ -1778,33 +2082,84 @@ def check_parts(num: int, flag: str, args: argparse.Namespace, processes: Proces
         fail(f"{flag}: {num} images a step cannot be split in {num_parts} equal parts (processes x --accumulate)")
 
 
+def check_input(model: nn.Module, view: View, num_images: int, device: torch.device) -> None:
+    """End the program where a model does not take images of this size, or not so few at a time."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    values = []  # of a channel that a batch norm sees of one image
+    hooks = [norm.register_forward_pre_hook(lambda _, x: values.append(x[0][0, 0].numel())) for norm in norms]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, view.image_size, view.image_size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        fail(f"--image-size {view.image_size}: the model takes no images of this size ({error})")
+    for hook in hooks:
+        hook.remove()
+    for module, training in modes:
+        module.training = training
+    if num_images * min(values, default=2) < 2:
+        at = f"at {view.image_size} px it sees one value of each channel"
+        fail(f"--batch-size: batch norm cannot train on one image in each part and process: {at}")
+
+
+def logits_of(model: nn.Module, images: Tensor, view: View, amp) -> Tensor:
+    """Logits in float32 of uint8 images; in halves where the memory of a GPU does not do for all of them at once."""
+    try:
+        with amp:
+            return model(normalize(images, view)).float()
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    torch.cuda.empty_cache()  # here, for the exception held the activations
+    return torch.cat([logits_of(model, half, view, amp) for half in images.tensor_split(2)])
+
+
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, images: ImageList, labels: np.ndarray, view: View, processes: Processes, batch_size: int = 256
-) -> dict:
-    """val_loss, val_top1, val_top5 (percent) of the clean views, each readable image exactly once, by all processes."""
+    model: nn.Module,
+    images: ImageList,
+    labels: np.ndarray,
+    view: View,
+    processes: Processes,
+    precision: str = "fp32",
+    stop: StopSignal | None = None,
+) -> dict | None:
+    """val_loss, val_top1, val_top5 (percent) of the clean views, each readable image exactly once, by all processes.
+
+    None if a signal came meanwhile.
+    """
     model.eval()
     if processes.world_size > 1:  # on CPUs each process has its own running statistics: rank 0's are those that count
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    dataset = ImageDataset(images, clean=view)
+    amp, _ = autocast(precision, processes.device)
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
-    errors = []
-    for batch in load_batches(dataset, grid_keys(len(images), batch_size, processes), processes):
-        errors += batch.errors
+    errors = set()
+    keys = grid_keys(len(images), rows_per_batch(view.image_size, processes.device), processes)
+    for batch in load_batches(ImageDataset(images, clean=view), keys, processes):
+        if stop and stop.received:
+            break
+        errors.update(batch.errors)
         if not len(batch.rows):
             continue
-        logits = model(normalize(batch.views[0].to(processes.device, non_blocking=True), view)).float()
+        logits = logits_of(model, batch.views[0].to(processes.device, non_blocking=True), view, amp)
         target = torch.from_numpy(labels)[batch.rows].to(processes.device)
         ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
         loss = F.cross_entropy(logits, target, reduction="sum")
         sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(target), device=loss.device)])
+    if stop and stop():
+        return None
     loss, top1, top5, num = reduce_sum(sums, processes).tolist()
-    if errors:
-        print(f"{len(errors)} val images are unreadable and left out; the first: {errors[0][1]}")
+    if errors := sorted(union_of(errors, processes)):
+        print0(f"{len(errors)} val images are unreadable and left out; the first: {errors[0][1]}")
     if not num:
         fail("no val image is readable")
     return {"val_loss": loss / num, "val_top1": 100 * top1 / num, "val_top5": 100 * top5 / num}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the training run: Run, which keeps its books
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -1814,14 +2169,17 @@ class Run:
             for part in run.parts(*tensors):        # --accumulate; the gradients are zero before the first part
                 with run.amp:
                     logits = run.ddp_model(...)
-                run.backward(loss)                  # a mean over the part
-            run.end_step()                          # updates weights and average; logs, evaluates, saves, stops
+                run.backward(sum of losses / run.counts[0])
+            run.end_step()                          # updates weights and average; logs, evaluates, saves
         run.finish()                                # evaluates, draws curves.png, writes model.pt
 
     model      the plain module that trains; ddp_model is for the forward pass of the training alone
     averaged   the running average of its weights: what is evaluated and kept; without --ema-decay the model itself
     step       steps done; generator: for the noise of the step in the works, on the CPU
+    counts     the readable images of a part, in the mean over parts and processes, for each stream of batches: a sum of
+               losses divided by it has the gradient of the mean over all readable images of the step
     header     what a checkpoint says about the model, beside the weights and the metrics
+    bad        rows of the labelled images that could not be read before the first step; num_images: of a step, in all
     """
 
     def __init__(
@@ -1832,64 +2190,116 @@ class Run:
         header: dict,
         plan: Plan,
         val: tuple[ImageList, np.ndarray],
-        num_images: list[int],
+        num_images: int,
+        bad: list[int],
         begun: dict | None,
     ):
-        self.args, self.processes, self.plan, self.val, self.num_images = args, processes, plan, val, num_images
-        self.header = header | {"format": CHECKPOINT_FORMAT, "args": flags_of(args)}
+        self.args, self.processes, self.plan, self.val, self.bad = args, processes, plan, val, bad
+        self.header = header | {"format": CHECKPOINT_FORMAT, "args": flags_of(args), "versions": versions()}
         self.view = View.of(header)
         self.model = model.to(processes.device, memory_format=torch.channels_last)
+        check_input(model, self.view, num_images // (processes.world_size * args.accumulate), processes.device)
         self.averaged = copy.deepcopy(model) if hasattr(args, "ema_decay") else model
         self.optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
-        self.amp, self.scaler = autocast(args.precision, processes.device)
+        training = begun["training"] if begun else {}
+        # On another machine --precision auto might choose otherwise: what the run began with counts.
+        self.precision = training.get("precision") or precision_of(args.precision, processes)
+        self.amp, self.scaler = autocast(self.precision, processes.device)
         self.step = 0
         if begun:
-            self.resume(begun)
+            self.step = training["step"]
+            self.model.load_state_dict(training["model"] if "model" in training else begun["model"])
+            self.averaged.load_state_dict(begun["model"])
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.scaler.load_state_dict(training["scaler"])
+        self.metrics = begun["metrics"] if begun else {}
+        self.unreadable = {tuple(one) for one in training.get("unreadable", [])}  # (stream, row), of all processes
+        self.held_out = set()  # rows of the unlabelled images that are images of val
+        self.line = training.get("line")  # of the log, whose evaluation a signal cut short
+        # The sums of the losses since the last line of the log: rank 0 holds what was saved, of all processes.
+        self.logged, self.names, self.sums = self.step, training.get("names", []), 0
+        if self.names:
+            self.logged, sums = training["logged"], training["sums"].to(processes.device)
+            self.sums = sums if processes.is_main else torch.zeros_like(sums)
         if processes.is_main:
-            cut_metrics(args.out, self.step)
+            with write_atomically(args.out / "metrics.jsonl") as temporary:  # cut back to the step that is resumed
+                kept = (line for line in read_metrics(args.out) if line["step"] <= self.step)
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            lock(args.out)
         self.ddp_model = parallel(model, processes, args.compile, args.checkpoint_activations)
         self.stop = StopSignal(processes)
-        self.log_every = max(1, min(100, plan.total_steps // 100))
-        self.logged, self.sums, self.names = self.step, 0, []
-
-    def resume(self, begun: dict) -> None:
-        training = begun["training"]
-        if training["images"] != self.num_images:
-            then, out = training["images"], self.args.out
-            fail(f"{out} was begun with {then} images, now there are {self.num_images}: choose another --out")
-        self.step = training["step"]
-        self.model.load_state_dict(training["model"] if "model" in training else begun["model"])
-        self.averaged.load_state_dict(begun["model"])
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
+        self.log_every, self.num_labeled = max(1, min(100, plan.total_steps // 100)), 0
 
     def announce(self, *facts: str) -> None:
         """Print what was derived from the flags, before the first step."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         num_trained, num = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+        copies = {"sgd": 1}.get(self.args.optimizer, 2) * num_trained + num * (1 + (self.averaged is not self.model))
         print0(
             f"{self.header['arch']} at {self.view.image_size} px, {num_trained:,} of {num:,} parameters train",
             *facts,
             f"{self.plan.total_steps} steps, {self.plan.steps_per_epoch:.1f} an epoch, from step {self.step}",
             f"peak lr {self.plan.peak:g}",
-            f"{self.processes.world_size} x {self.processes.device.type}",
+            f"{self.precision} on {self.processes.world_size} x {self.processes.device.type}",
+            f"last.pt and last.prev.pt take {8 * copies / 1e9:.2f} GB",
             sep="; ",
         )
 
-    def keys(self, num: int, batch_size: int, stream: int) -> Iterator[list]:
-        """This process's keys of `num` images for the steps that remain: see `train_keys`."""
-        steps = range(self.step, self.plan.total_steps)
-        return train_keys(num, batch_size, self.args.seed, stream, steps, self.processes)
+    def batches(self, images: ImageList, num: int, stream: str, **views) -> torch.utils.data.DataLoader:
+        """The batches of the steps that remain: `num` images a step over all processes, in the order of `stream`.
 
-    def steps(self, batches: Iterable) -> Iterator:
-        """Iterate over the batches of the steps that remain."""
-        for batch in progress(batches, self.plan.total_steps, self.args.out.name, self.processes, self.step):
+        `views`: clean, noised and held_out of ImageDataset.
+        """
+        stream, seed = f"{self.header['stage']} {stream}", self.args.seed
+        keys = train_keys(len(images), num, seed, stream, range(self.step, self.plan.total_steps), self.processes)
+        return load_batches(ImageDataset(images, seed=seed, stream=stream, **views), keys, self.processes)
+
+    def steps(self, *loaders: torch.utils.data.DataLoader) -> Iterator:
+        """Iterate over the batches of the steps that remain: a Batch, or one of each loader."""
+        if self.line:
+            self.log(self.line, evaluates=True)
+        self.num_labeled = len(loaders[0].dataset) + len(self.bad)
+        name, total = self.args.out.name, self.plan.total_steps
+        batches = progress(zip(*loaders, strict=True), total, name, self.processes, self.step)
+        self.begin_clock()
+        while True:
+            asked = time.monotonic()
+            if (parts := next(batches, None)) is None:
+                return
+            self.waited += time.monotonic() - asked
+            self.count_images(loaders, parts)
             self.lr = learning_rate(self.step, self.plan)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
-            # A function of (seed, step, rank): a resumed run draws what an uninterrupted one does.
-            self.generator = step_generator(self.args.seed, self.step, self.processes.rank)
-            yield batch
+            # A function of (seed, stage, step, rank): a resumed run draws what an uninterrupted one does.
+            stage, rank = self.header["stage"], self.processes.rank
+            self.generator = step_generator(self.args.seed, stage, self.step, rank)
+            yield parts if len(parts) > 1 else parts[0]
+
+    def count_images(self, loaders, batches: tuple[Batch, ...]) -> None:
+        """Count the readable images of the step over all processes, and stop all processes if one got a signal.
+
+        This is the one exchange of a step beside that of the gradients. It is between CPUs: it does not wait for GPUs.
+        """
+        for loader, batch in zip(loaders, batches, strict=True):
+            for row, reason in batch.errors:
+                if (loader.dataset.stream, row) not in self.unreadable and len(self.unreadable) < 10:
+                    print(f"unreadable, left out: {reason}", flush=True)
+                self.unreadable.add((loader.dataset.stream, row))
+            for row in batch.held_out:
+                if row not in self.held_out and len(self.held_out) < 10:
+                    print(f"an image of val, left out: {loader.dataset.images.name(row)}", flush=True)
+                self.held_out.add(row)
+        stops, *counts = sum_of(self.processes, self.stop.received, *(len(batch.rows) for batch in batches))
+        if stops:
+            self.save("last.pt")
+            raise SystemExit(143)
+        for loader, batch, count in zip(loaders, batches, counts, strict=True):
+            if not count and batch.errors and (loader is loaders[0] or loader.dataset.images.is_lost):
+                reason = batch.errors[0][1]
+                fail(f"none of the images of step {self.step + 1} is readable, {self.args.out} is kept: {reason}")
+        self.num_seen += sum(counts)
+        self.counts = [count / (self.processes.world_size * self.args.accumulate) for count in counts]
 
     def parts(self, *tensors: Tensor) -> Iterator:
         """The batch in --accumulate parts, with the gradients set to zero before the first."""
@@ -1903,51 +2313,90 @@ class Run:
         self.sums += torch.stack([loss, *others.values()]).detach() / self.args.accumulate  # stays on the device
 
     def end_step(self) -> None:
-        """Update weights and average; then log, evaluate, save and stop where it is time for that."""
+        """Update weights and average; then log, evaluate and save where it is time for that."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
         if self.averaged is not self.model:
             update_ema(self.averaged, self.model, self.step, self.args.ema_decay)
-        is_last, stopped = self.step == self.plan.total_steps, self.stop()
+        is_last = self.step == self.plan.total_steps
         evaluates = not is_last and self.is_time_to_evaluate()
-        saves = stopped or evaluates or self.step % self.args.save_every == 0
-        if saves or is_last or self.step % self.log_every == 0:
-            line = self.log_line()
-            if evaluates and not stopped:
-                line |= self.evaluate()
-            if self.processes.is_main:
-                append_metrics(self.args.out, **line)
-            if saves:
-                print0(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-                self.save("last.pt", line)
-        if stopped:
-            raise SystemExit(143)
+        if evaluates or is_last or self.step % self.log_every == 0:
+            self.log(self.log_line(), evaluates)
+        elif self.step % self.args.save_every == 0:
+            self.save("last.pt")
 
     def is_time_to_evaluate(self) -> bool:
         every, steps_per_epoch = getattr(self.args, "eval_every", 0), self.plan.steps_per_epoch
+        if every is None:  # for very small sets an epoch is a few steps
+            every = max(1, 250 / steps_per_epoch)
         return bool(every) and self.step / steps_per_epoch // every > (self.step - 1) / steps_per_epoch // every
 
     def log_line(self) -> dict:
-        """The mean losses since the last line. A loss that is not finite ends the run, before anything is saved."""
-        sums = reduce_sum(self.sums, self.processes) / self.processes.world_size / (self.step - self.logged)
-        means = dict(zip(self.names, sums.tolist(), strict=True))  # waits for the device
-        if not math.isfinite(means["loss"]):
+        """The mean losses since the last line of the log, and how fast it goes."""
+        num_steps, seconds = self.step - self.logged, time.monotonic() - self.clock
+        means = (reduce_sum(self.sums, self.processes) / self.processes.world_size / num_steps).tolist()
+        line = {"step": self.step, "epoch": self.step / self.plan.steps_per_epoch, "lr": self.lr}
+        line |= dict(zip(self.names, means, strict=True))
+        self.logged, self.sums, self.names = self.step, 0, []
+        if not math.isfinite(line["loss"]):
             diverged(self.args.out)
-        self.logged, self.sums = self.step, 0
-        return {"step": self.step, "epoch": self.step / self.plan.steps_per_epoch, "lr": self.lr} | means
+        line |= {"images_per_s": self.num_seen / seconds, "loader_wait": self.waited / seconds}
+        line["memory_gb"] = peak_memory(self.processes.device) / 1e9
+        self.unreadable = union_of(self.unreadable, self.processes)
+        if num := len(self.unreadable) + len(self.bad):
+            line["unreadable"] = num
+        self.check_max_bad()
+        return line
 
-    def evaluate(self) -> dict:
-        return evaluate(self.averaged, *self.val, self.view, self.processes)
+    def check_max_bad(self) -> None:
+        num_bad = len(self.bad) + sum(stream.endswith(" labeled") for stream, _ in self.unreadable)
+        if num_bad > self.num_labeled * self.args.max_bad / 100:
+            shares = f"{num_bad} of {self.num_labeled} labelled images are unreadable"
+            fail(f"{shares}, more than --max-bad {self.args.max_bad:g} percent; {self.args.out / 'last.pt'} is kept")
 
-    def save(self, name: str, metrics: dict) -> None:
+    def log(self, line: dict, evaluates: bool) -> None:
+        """Write a line of metrics.jsonl, with an evaluation if it is time for one; then last.pt is saved as well."""
+        if evaluates:
+            self.line = line  # kept in last.pt, if a signal comes during the evaluation
+            line = line | self.evaluate()
+            self.line, self.metrics = None, line
+            print0(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+        if self.processes.is_main:
+            append_metrics(self.args.out, **line)
+        if evaluates or self.step % self.args.save_every == 0:
+            self.save("last.pt")
+        self.begin_clock()
+
+    def begin_clock(self) -> None:
+        self.clock, self.waited, self.num_seen = time.monotonic(), 0.0, 0
+
+    def evaluate(self, view: View | None = None, images=None, labels=None) -> dict:
+        """Evaluate on val, or as told. A signal meanwhile ends the program after saving, and it is done again later."""
+        images, labels = self.val if images is None else (images, labels)
+        metrics = evaluate(self.averaged, images, labels, view or self.view, self.processes, self.precision, self.stop)
+        if metrics is None:
+            self.save("last.pt")
+            raise SystemExit(143)
+        return metrics
+
+    def save(self, name: str) -> None:
         """Write last.pt, or model.pt without what only resuming needs, from rank 0."""
+        if self.names:  # losses that are not logged yet
+            self.sums = reduce_sum(self.sums, self.processes)
+            if not torch.isfinite(self.sums).all():
+                diverged(self.args.out)
+        self.unreadable = union_of(self.unreadable, self.processes)
         if not self.processes.is_main:
+            self.sums = self.sums * 0
             return
-        checkpoint = self.header | {"model": self.averaged.state_dict(), "metrics": metrics}
+        checkpoint = self.header | {"model": self.averaged.state_dict(), "metrics": self.metrics}
         if name == "last.pt":
-            training = {"step": self.step, "images": self.num_images}
-            training |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            training = {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            training |= {"precision": self.precision, "bad": self.bad, "unreadable": sorted(self.unreadable)}
+            training |= {"line": self.line} if self.line else {}
+            if self.names:
+                training |= {"names": self.names, "logged": self.logged, "sums": self.sums.cpu()}
             if self.averaged is not self.model:
                 training["model"] = self.model.state_dict()
             checkpoint["training"] = training
@@ -1955,16 +2404,18 @@ class Run:
 
     def finish(self) -> dict:
         """Evaluate, draw the curves, and write model.pt, which says that the run is finished; returns the metrics."""
-        metrics, out = self.evaluate(), self.args.out
+        self.metrics, out = self.evaluate(), self.args.out
         if self.processes.is_main:
-            append_metrics(out, step=self.plan.total_steps, epoch=self.plan.epochs, **metrics)
+            append_metrics(out, step=self.plan.total_steps, epoch=self.plan.epochs, **self.metrics)
             draw_curves(out)
-        self.save("model.pt", metrics)
-        self.save("last.pt", metrics)
-        print0(f"{out / 'model.pt'}: val_top1 {metrics['val_top1']:.2f} on {len(self.val[0])} images")
+        self.save("model.pt")
+        self.save("last.pt")
+        print0(f"{out / 'model.pt'}: val_top1 {self.metrics['val_top1']:.2f} on {len(self.val[0])} images")
+        if num := len(self.unreadable) + len(self.bad):
+            print0(f"{num} images were unreadable and left out")
         if self.stop():
             raise SystemExit(143)
-        return metrics
+        return self.metrics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2007,6 +2458,7 @@ def draw_curves(out: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), marker="." if name.startswith("val") else "", label=name)
         axis.set_xlabel("epoch (passes over the labelled images)")
-        axis.legend(frameon=False)
+        if axis.has_data():
+            axis.legend(frameon=False)
     axes[1].set_ylabel("percent")
     save_figure(plt, out / "curves.png")
