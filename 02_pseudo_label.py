@@ -8,7 +8,7 @@ without stochastic depth. The student must find the same answer under noise (191
 reads   --teacher model.pt, and a folder of images in any nesting, with .tar shards in place; or --only balanced.h5 and
         the logits file that it names: a better teacher labels the selected images alone (the official "reassign")
 writes  logits.h5: one row an image, in the order of the paths. The same command continues where it stopped, with any
-        number of processes: the batches are a fixed grid of rows, so the numbers do not depend on it.
+        number of processes: the batches are a fixed grid, so the numbers stay the same.
 
     python 02_pseudo_label.py --teacher runs/teacher/model.pt --unlabeled DATA/unlabeled --out runs/logits.h5
     torchrun --nproc-per-node 8 02_pseudo_label.py --teacher runs/teacher/model.pt --out runs/logits.h5
@@ -48,11 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--teacher", type=Path, required=True, help="checkpoint whose averaged weights label")
-    add(
-        "--unlabeled",
-        type=os.path.abspath,
-        help="folder of images and .tar shards; None: unlabeled/ of the teacher's data",
-    )
+    add("--unlabeled", type=os.path.abspath, help="images and .tar shards; None: unlabeled/ of the teacher's data")
     add("--only", type=Path, help="balanced.h5: label its images alone, at their old rows; for 04 --logits")
     add("--out", type=Path, required=True, help="the logits file; one that exists is continued")
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")
@@ -61,19 +57,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def rows_per_batch(image_size: int, device: torch.device) -> int:
-    """Depends on image size and device alone: the grid must be the same after a restart.
-
-    A batch's activations should fit a CPU's cache (512 images of 32 px, 8 of 224). GPUs take 64 times as many.
-    """
+    """What fits a CPU's cache (512 images of 32 px, 8 of 224), on GPUs 64 times that; a restart gets the same grid."""
     fits = 512 * 32**2 / image_size**2 * (64 if device.type == "cuda" else 1)
     return int(min(max(2 ** int(np.log2(max(fits, 1))), 1), 1024))
 
 
 def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarray]:
-    """All images of the logits file that a selection names, and the rows of those selected.
-
-    `folder`: which of several folders; of one folder, where it is now.
-    """
+    """All images of the logits file that a selection names, and its rows. Of several files, that of `folder`."""
     files, selection, _ = read_selection(path)
     roots = {number: file.attrs["root"] for number, file in files.items()}
     numbers = [number for number, root in roots.items() if len(roots) == 1 or root == folder]
@@ -89,11 +79,11 @@ def create_logits(path: Path, images: ImageList, classes: list[str], num_wanted:
     it with os.pwrite: the HDF5 structure does not change, and the file opens at any moment, after a `kill -9` too.
     """
     num, text = len(images), h5py.string_dtype("utf-8", images.path.dtype.itemsize)
-    needed = num * (text.itemsize + 17) + num_wanted * (2 * len(classes) + 8)  # bytes
+    needed = num * (text.itemsize + 17) + num_wanted * (2 * len(classes) + 8)  # bytes of all columns
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         fail(f"{path}: {num_wanted} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
-    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # h5py's own calls cannot ask for these three
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -154,10 +144,7 @@ class RowWriter:
                 data, offset = data[written:], offset + written
 
     def write(self, rows: np.ndarray, logits: torch.Tensor, good: np.ndarray, wanted=slice(None)) -> None:
-        """Write the logits (n, C), on any device and of any precision, of n rows.
-
-        `good` (n,): which images could be read. `wanted`: which of the n rows to write.
-        """
+        """Write the logits (n, C) of n rows. `good` (n,): it could be read. `wanted`: which of the n rows to write."""
         rows, logits, good = rows[wanted], logits.float().cpu().numpy()[wanted], good[wanted]
         if not len(rows):  # the same command runs twice, and the other one has done this batch
             return
@@ -235,8 +222,8 @@ def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | rang
             f"mean confidence {sum_confidence / num_done:.3f}, {num_above / num_done:.1%} above 0.3"
         )
     bad = np.flatnonzero(status_of(args.out, wanted) == UNREADABLE)
-    first, name = [int(wanted[i]) for i in bad[:3]], dataset.images.name
-    first = [dataset[row][2] or f"{name(row)}: readable now, but not when it was labelled" for row in first]
+    first = [(row, dataset[row][2]) for row in map(int, (wanted[i] for i in bad[:3]))]
+    first = [error or f"{dataset.images.name(row)}: readable now, but not when it was labelled" for row, error in first]
     report_bad(len(bad), first, len(wanted), args.max_bad)
 
 
@@ -263,16 +250,15 @@ def main() -> None:
         attributes = {"arch": checkpoint["arch"], "image_size": view.image_size}
         attributes |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
         create_logits(args.out, listed, checkpoint["classes"], len(wanted), **attributes)
-    waits = f"process {processes.rank} waits for {args.out}, which process 0 makes when it has listed all images"
-    wait_until(args.out.exists, waits, stop)
+    words = f"process {processes.rank} waits for {args.out}: process 0 lists all images, then it makes the file"
+    wait_until(args.out.exists, words, stop)
     images, status = open_output(args.out, folder, sha256)
     if not args.only:
         wanted = range(len(images))
     elif len(images) != len(listed) or not np.array_equal(images.path[wanted], listed.path[wanted]):
         fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")
 
-    # Batch k is a fixed list of rows and belongs to process k % world_size, whatever was done before. A batch of which
-    # some rows are done is labelled again as a whole.
+    # Batch k is a fixed list of rows and belongs to process k % world_size. It is labelled whole, if only in part done.
     size = rows_per_batch(view.image_size, processes.device)
     is_todo = status_of(args.out, wanted) == TODO
     print0(f"{args.out}: {len(wanted)} images, {len(wanted) - is_todo.sum()} of them done before; {size} a batch")
@@ -317,9 +303,9 @@ def main() -> None:
         raise SystemExit(143)
     if processes.is_main:
         if processes.world_size > 1:
-            num_left = (status_of(args.out, wanted) == TODO).sum()
-            waits = f"{args.out}: {num_left} images are left to the other processes"
-            wait_until(lambda: (status_of(args.out, wanted) != TODO).all(), waits, stop)
+            todo = status_of(args.out, wanted) == TODO
+            words = f"{args.out}: {todo.sum()} images are left to the other processes"
+            wait_until(lambda: (status_of(args.out, wanted) != TODO).all(), words, stop)
         report(args, len(checkpoint["classes"]), wanted, dataset)
 
 

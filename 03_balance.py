@@ -17,6 +17,7 @@ MEASURED
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -33,8 +34,6 @@ from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO  # label files
 from common import image_list, open_label_file, read_classes
 from common import pyplot, save_figure  # pictures
 
-PAPER_PER_CLASS = 130_000
-
 
 def auto_or_number(text: str) -> str | int:
     return text if text == "auto" else at_least(1, int)(text)
@@ -47,9 +46,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="the selection, balanced.h5; .json and .png are written beside it")
     add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p: the billion-scale one")
     add("--threshold", type=at_least(0), default=0.3, help="keep confidence above it; the paper's, for 1,000 classes")
-    add(
-        "--per-class", type=auto_or_number, default="auto", help="examples a class (paper: 130,000); auto: lower median"
-    )
+    add("--per-class", type=auto_or_number, default="auto", help="examples a class; auto: lower median, <= 130,000")
     add("--top-p", type=at_least(1, int), default=10, help="classes an image may count for, with --method top-p")
     add("--truth", type=Path, help="CSV `name,class` of the unlabelled images; an empty class is none of the classes")
     add("--seed", type=at_least(0, int), default=0, help="of which images get the extra copy")
@@ -133,9 +130,7 @@ class BestOfClasses:
     def __init__(self, num_classes: int, per_class: int):
         self.num_classes, self.per_class = num_classes, per_class
         self.cutoff = np.full(num_classes, -np.inf, np.float32)  # of a full class: only higher scores get in
-        self.chunks = [
-            (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-        ]  # the first: the best so far
+        self.chunks = [(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))]  # [0]: the best so far
         self.num_new = 0
 
     def add(self, label: np.ndarray, score: np.ndarray, index: np.ndarray) -> None:
@@ -171,7 +166,7 @@ def repeat_evenly(num: int, per_class: int, rng: np.random.Generator) -> np.ndar
 def auto_per_class(sizes: np.ndarray) -> int:
     """The lower median of the sizes of the classes that are not empty, at most the paper's 130,000."""
     present = np.sort(sizes[sizes > 0])
-    return int(min(present[(len(present) - 1) // 2], PAPER_PER_CLASS)) if len(present) else 0
+    return int(min(present[(len(present) - 1) // 2], 130_000)) if len(present) else 0
 
 
 def select_noisy_student(label: list, confidence: list, num_classes: int, threshold: float, per_class: int, seed: int):
@@ -203,9 +198,7 @@ def select_top_p(logits: list, num_classes: int, top_p: int, per_class: int):
         probs = probs.numpy()
         row, label = np.divmod(np.flatnonzero((probs >= least[:, None]) & (probs > best.cutoff)), num_classes)
         score = probs[row, label]
-        edge = np.flatnonzero(
-            score == least[row]
-        )  # the least probable classes that count; of equally probable ones the first
+        edge = np.flatnonzero(score == least[row])  # the P-th most probable: of several with this score the first count
         tied, place = np.unique(row[edge], return_inverse=True)
         more, equal = (probs[tied] > least[tied, None]), (probs[tied] == least[tied, None])
         is_top = equal.cumsum(1) <= top_p - more.sum(1, keepdims=True)
@@ -231,14 +224,14 @@ def describe(args: argparse.Namespace, per_class: int, classes: list[str], sizes
     kept, used = (np.bincount(labels, minlength=num_classes) for labels in (label[examples.is_first], label))
     lowest = np.ones(num_classes, np.float32)
     np.minimum.at(lowest, label, examples.confidence)
+    columns = sizes | {"kept": kept, "copies": used - kept, "examples": used}
+    columns = {what: nums.tolist() for what, nums in columns.items()}
+    columns["lowest_confidence"] = [float(low) if num else None for low, num in zip(lowest, kept, strict=True)]
     report = {"method": args.method, "threshold": args.threshold, "per_class": per_class}
     report |= {"images": int(sizes["candidates"].sum()), "above_threshold": int(sizes["above_threshold"].sum())}
     report |= {"examples": len(label), "unique_images": 1 + int((np.diff(examples.index) != 0).sum())}
     report["empty_classes"] = [name for name, num in zip(classes, kept, strict=True) if not num]
-    sizes = sizes | {"kept": kept, "copies": used - kept, "examples": used}
-    report["classes"] = {name: {what: int(nums[c]) for what, nums in sizes.items()} for c, name in enumerate(classes)}
-    for c, name in enumerate(classes):
-        report["classes"][name]["lowest_confidence"] = float(lowest[c]) if kept[c] else None
+    report["classes"] = {name: {what: values[c] for what, values in columns.items()} for c, name in enumerate(classes)}
     return report
 
 
@@ -263,8 +256,7 @@ def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.nda
 def accuracy_report(true: np.ndarray, label: np.ndarray, done: np.ndarray, examples: Examples, classes: list) -> dict:
     """Accuracy of the labels in percent, of all labelled images and of the selection, and what passed it.
 
-    An image of no class is not an error of the teacher, who has no such class. It is counted separately, but in
-    `accuracy_of_examples` it counts as wrong.
+    An image of no class is counted apart: the teacher knows no such class. In `accuracy_of_examples` it is wrong.
     """
     known = done & (true != UNKNOWN)
     before, no_class = np.flatnonzero(known & (true >= 0)), np.flatnonzero(known & (true == NO_CLASS))
@@ -318,19 +310,17 @@ def draw_sheet(images: list, examples: Examples, shown: list[int]) -> Image.Imag
             pen.text((0, top + SIDE // 2), "no image is kept", "gray")
         for left, i in zip(SHEET_LEFT, of_class[of_sheet(len(of_class))], strict=False):
             pen.text((left + SIDE // 2, top + SIDE + 1), f"{examples.confidence[i]:.2f}", "black", anchor="ma")
-            try:
+            with contextlib.suppress(Exception):  # moved or damaged since it was labelled: its place stays empty
                 image = images[examples.file[i]].load(int(examples.row[i]), enough=2 * SIDE)
                 sheet.paste(ImageOps.fit(image, (SIDE, SIDE)), (left, top))
-            except Exception:  # moved, removed or damaged since it was labelled: its place stays empty
-                continue
     return sheet
 
 
-def draw(path: Path, files: list, examples: Examples, classes: list[str], report: dict, histogram, threshold) -> None:
-    """Draw class sizes before and after, the confidences, and some images of each class. `examples`: without copies."""
+def draw(args: argparse.Namespace, files: list, classes: list, examples: Examples, report: dict, histogram) -> None:
+    """Draw class sizes before and after, the confidences, and some images of each class; copies count once."""
     if (plt := pyplot()) is None:
         return
-    sizes = report["classes"]
+    sizes, examples = report["classes"], Examples(*(column[examples.is_first] for column in examples))
     shown = sorted(range(len(classes)), key=lambda c: -sizes[classes[c]]["candidates"])
     shown = shown if len(shown) <= 40 else shown[:20] + shown[-20:]  # those with the most images and the fewest
     names = [name if len(name) <= 32 else name[:31] + "…" for name in (classes[c] for c in shown)]
@@ -353,8 +343,8 @@ def draw(path: Path, files: list, examples: Examples, classes: list[str], report
     edges = np.linspace(0, 1, len(histogram) + 1)
     axis.stairs(histogram, edges, fill=True, label="all")
     axis.stairs(np.histogram(examples.confidence, len(histogram), (0, 1))[0], edges, fill=True, label="kept")
-    if threshold is not None:
-        axis.axvline(threshold, color="black", linestyle=":", label=f"threshold {threshold:g}")
+    if args.method == "noisy-student":
+        axis.axvline(args.threshold, color="black", linestyle=":", label=f"threshold {args.threshold:g}")
     axis.set_xlabel("confidence")
     for axis in figure.axes:
         axis.set_ylabel("images")
@@ -366,7 +356,7 @@ def draw(path: Path, files: list, examples: Examples, classes: list[str], report
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.set_xticks([SHEET_LEFT[column] for column in np.cumsum([0, *SHEET.values()])[:-1]], SHEET, ha="left")
     axis.set_yticks(places * (SIDE + CAPTION) + SIDE / 2, names)
-    save_figure(plt, path)
+    save_figure(plt, args.out.with_suffix(".png"))
 
 
 def main() -> None:
@@ -403,9 +393,7 @@ def main() -> None:
         report["truth"] = accuracy_report(true, labels, statuses == DONE, examples, classes)
     with write_atomically(args.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    without_copies = Examples(*(column[examples.is_first] for column in examples))
-    threshold = args.threshold if args.method == "noisy-student" else None
-    draw(args.out.with_suffix(".png"), files, without_copies, classes, report, histogram, threshold)
+    draw(args, files, classes, examples, report, histogram)
 
     sizes = [of_class["examples"] for of_class in report["classes"].values() if of_class["kept"]]
     print0(
