@@ -107,6 +107,23 @@ CORRUPTIONS = {
 }
 
 
+def parse_args() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage: one line of the table each")
+    add("--data", type=Path, help="data directory, whose val/ is measured; None: the first checkpoint's own")
+    add("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
+    add("--corrupt", action=argparse.BooleanOptionalAction, default=False, help="10 corruptions at severities 1 to 5")
+    add("--fgsm", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 2 4 8 16, in pixel values")
+    add("--pgd", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 16, in pixel values")
+    add("--pgd-steps", type=at_least(1, int), default=10, help="steps of 2.5 * EPS / steps; paper: 10, size not given")
+    add("--num-images", type=at_least(1, int), help="val images for corruptions and attacks; None: all of them")
+    add("--batch-size", type=at_least(1, int), default=256, help="images at a time in each process")
+    add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
+    add_device_flags(parser)
+    return parser.parse_args()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # corruptions. The generator uses scikit-image, OpenCV and ImageMagick. The three blurs are written out below as sums of
 # shifted images: scikit-image's gaussian (up to 4 standard deviations, edge pixels repeated), OpenCV's GaussianBlur of
@@ -476,23 +493,6 @@ def draw(names: list[str], entries: list[dict], columns: list[dict[str, float]],
         curves[1].grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=min(5, len(entries)), frameon=False)
     save_figure(plt, file)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argument_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage: one line of the table each")
-    add("--data", type=Path, help="data directory, whose val/ is measured; None: the first checkpoint's own")
-    add("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
-    add("--corrupt", action=argparse.BooleanOptionalAction, default=False, help="10 corruptions at severities 1 to 5")
-    add("--fgsm", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 2 4 8 16, in pixel values")
-    add("--pgd", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 16, in pixel values")
-    add("--pgd-steps", type=at_least(1, int), default=10, help="steps of 2.5 * EPS / steps; paper: 10, size not given")
-    add("--num-images", type=at_least(1, int), help="val images for corruptions and attacks; None: all of them")
-    add("--batch-size", type=at_least(1, int), default=256, help="images at a time in each process")
-    add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
-    add_device_flags(parser)
-    return parser.parse_args()
 
 
 def main() -> None:
