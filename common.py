@@ -424,7 +424,7 @@ class SqueezeExcitation(nn.Module):
 
 @contextlib.contextmanager
 def frozen_statistics(block: nn.Module):
-    """Inside, batch norms use their batch and leave the running statistics alone: a first pass has moved them already."""
+    """Batch norms use their batch, but leave the running statistics alone: a first pass has moved them already."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -619,7 +619,9 @@ def own_names(weights: dict) -> dict[str, Tensor]:
     # Without the counter of torch's AveragedModel and the second classifiers of GoogLeNet and Inception.
     weights = {k: v for k, v in items if not re.match(r"n_averaged$|((module|_orig_mod)\.)*(aux[12]|AuxLogits)\.", k)}
     own = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in weights.items()}
-    own = {re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", name): tensor for name, tensor in own.items()}  # older files
+    own = {
+        re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", name): tensor for name, tensor in own.items()
+    }  # older files
     if "conv_stem.weight" in own:
         own = {timm_to_own(name): tensor for name, tensor in own.items()}
     if len(own) < len(weights):
