@@ -1,48 +1,42 @@
 """Stage 03: keep the images that the teacher is sure of, the same number of every class.
 
 noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the threshold, the K most
-confident of each class; a class with fewer has its images repeated evenly to exactly K. Low confidence mostly means
-"none of the classes", and a long tail would be learned as a prior.
+confident of each class; the images of a class with fewer are repeated evenly to exactly K. Most images of low
+confidence belong to none of the classes. From unequal numbers the student would learn that some classes are rare.
 
-top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, each class keeps its K
-highest-scoring images, with that class as the hard label; an image may then stand under several classes.
+top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, and each class keeps its K
+highest-scoring images, with that class as the hard label. So an image may stand under several classes.
 
 reads   one or more logits.h5 of one teacher; --truth: a CSV `name,class` to measure the labels with, never to choose
 writes  balanced.h5 (one row a training example), balanced.json (counts), balanced.png
 
     python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --threshold 0.3
     python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --method top-p --per-class 16000
+
+MEASURED
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageOps
 
-from common import (
-    DONE,
-    LOGITS_FORMAT,
-    SELECTION_FORMAT,
-    TODO,
-    argument_parser,
-    at_least,
-    eval_view,
-    fail,
-    image_list,
-    View,
-    open_label_file,
-    pyplot,
-    read_classes,
-    save_figure,
-    write_atomically,
-)
+from common import argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
+from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO  # label files
+from common import image_list, open_label_file, read_classes
+from common import pyplot, save_figure  # pictures
 
-PAPER_PER_CLASS = 130_000
+
+def auto_or_number(text: str) -> str | int:
+    return text if text == "auto" else at_least(1, int)(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,11 +44,9 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("logits", type=Path, nargs="+", help="logits files of one teacher; their order changes nothing")
     add("--out", type=Path, required=True, help="the selection, balanced.h5; .json and .png are written beside it")
-    add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p is the billion-scale one")
-    add("--threshold", type=at_least(0), default=0.3, help="keep confidence above it; chosen for 1,000 classes")
-    add(
-        "--per-class", default="auto", help="examples a class (paper: 130,000); auto: the lower median of what there is"
-    )
+    add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p: the billion-scale one")
+    add("--threshold", type=at_least(0), default=0.3, help="keep confidence above it; the paper's, for 1,000 classes")
+    add("--per-class", type=auto_or_number, default="auto", help="examples a class; auto: lower median, <= 130,000")
     add("--top-p", type=at_least(1, int), default=10, help="classes an image may count for, with --method top-p")
     add("--truth", type=Path, help="CSV `name,class` of the unlabelled images; an empty class is none of the classes")
     add("--seed", type=at_least(0, int), default=0, help="of which images get the extra copy")
@@ -70,8 +62,57 @@ def in_chunks(*columns: list, num_rows: int):
         first += len(parts[0])
 
 
+class Examples(NamedTuple):
+    """The selection: one entry a training example, sorted by (file, row, label)."""
+
+    file: np.ndarray  # uint16: number of the logits file
+    row: np.ndarray  # int64: row of that file
+    label: np.ndarray  # int32
+    confidence: np.ndarray  # float32
+    index: np.ndarray  # int64: the row, if all files were one
+    is_first: np.ndarray  # bool: not a copy of the example before it
+
+
+def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File], list[str]]:
+    """(paths, files, classes): finished logits files of one teacher, sorted by path."""
+    paths = sorted({os.path.abspath(path) for path in args.logits})  # the order of the arguments changes nothing
+    if not args.out.name or args.out.is_dir():
+        fail(f"--out {args.out} is a folder, expected the name of a file")
+    outs = [os.path.realpath(args.out.with_suffix(suffix)) for suffix in (args.out.suffix, ".json", ".png")]
+    if args.out.suffix in (".json", ".png") or {os.path.realpath(path) for path in paths} & set(outs):
+        fail(f"--out {args.out}: it, or the .json and .png beside it, would replace each other or the input")
+    files = [open_label_file(path, LOGITS_FORMAT) for path in paths]
+    classes = read_classes(files[0])
+    for path, file in zip(paths, files, strict=True):
+        if read_classes(file) != classes:
+            fail(f"{path} has other classes than {paths[0]}: label both with one teacher")
+        if file.attrs["teacher_sha256"] != files[0].attrs["teacher_sha256"]:
+            fail(f"{path} was made by another teacher than {paths[0]}: label both with one teacher")
+        if todo := (file["status"][:] == TODO).sum():
+            fail(f"{path} is unfinished: {todo} of {len(file['status'])} images have no label yet; run 02 again on it")
+    return paths, files, classes
+
+
+def count(paths: list, label: list, confidence: list, status: list, num_classes: int, threshold: float):
+    """({what: images of each class}, histogram of the confidences, the highest); a damaged file ends the program."""
+    candidates, above, histogram = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64), np.zeros(50, int)
+    best, starts = 0.0, np.cumsum([0, *map(len, label)])
+    for first, labels, scores, statuses in in_chunks(label, confidence, status, num_rows=1 << 20):
+        done = statuses == DONE
+        labels, readable = labels[done], scores[done]
+        fits = ((labels >= 0) & (labels < num_classes) & ~np.isnan(readable)).all() and np.isnan(scores[~done]).all()
+        if not fits:
+            path = paths[np.searchsorted(starts, first, side="right") - 1]
+            fail(f"{path} is damaged: labels, confidences and status do not fit together; run 02 again to a new file")
+        candidates += np.bincount(labels, minlength=num_classes)
+        above += np.bincount(labels[readable > np.float32(threshold)], minlength=num_classes)
+        histogram += np.histogram(readable, len(histogram), (0, 1))[0]
+        best = max(best, readable.max(initial=0))
+    return {"candidates": candidates, "above_threshold": above}, histogram, best
+
+
 def highest(score: np.ndarray, num: int) -> np.ndarray:
-    """The positions, ascending, of the `num` highest scores; of equal scores those that come first."""
+    """The positions, ascending, of the `num` highest scores. Of equal scores the first ones count."""
     if len(score) <= num:
         return np.arange(len(score))
     least = np.partition(score, len(score) - num)[len(score) - num]
@@ -83,13 +124,13 @@ def highest(score: np.ndarray, num: int) -> np.ndarray:
 class BestOfClasses:
     """The `per_class` highest scores of each class, of entries that come in chunks: memory O(classes x per_class).
 
-    The index of the entries must ascend, within a chunk and from one to the next: ties go to the lower one.
+    The index of the entries must ascend, within a chunk and from chunk to chunk: ties go to the lower index.
     """
 
     def __init__(self, num_classes: int, per_class: int):
         self.num_classes, self.per_class = num_classes, per_class
-        self.cutoff = np.full(num_classes, -np.inf, np.float32)  # of a class that is full: only higher scores count
-        self.chunks = [(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))]  # the first: the best
+        self.cutoff = np.full(num_classes, -np.inf, np.float32)  # of a full class: only higher scores get in
+        self.chunks = [(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))]  # [0]: the best so far
         self.num_new = 0
 
     def add(self, label: np.ndarray, score: np.ndarray, index: np.ndarray) -> None:
@@ -101,15 +142,15 @@ class BestOfClasses:
     def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(label, score, index) of all that is kept, class after class, the index ascending in each."""
         label, score, index = (np.concatenate(parts) for parts in zip(*self.chunks, strict=True))
-        # numpy sorts 16 bits by radix: 5 times as fast
+        # numpy sorts 16 bits by radix, 5 times as fast
         order = np.argsort(label.astype(np.int16) if self.num_classes < 1 << 15 else label, kind="stable")
         ends = np.cumsum(np.bincount(label, minlength=self.num_classes))
         kept = []
-        for c, mine in enumerate(np.split(order, ends[:-1])):
-            mine = mine[highest(score[mine], self.per_class)]
-            if len(mine) == self.per_class:
-                self.cutoff[c] = score[mine].min()
-            kept.append(mine)
+        for c, of_class in enumerate(np.split(order, ends[:-1])):
+            of_class = of_class[highest(score[of_class], self.per_class)]
+            if len(of_class) == self.per_class:
+                self.cutoff[c] = score[of_class].min()
+            kept.append(of_class)
         kept = np.concatenate(kept)
         self.chunks, self.num_new = [(label[kept], score[kept], index[kept])], 0
         return self.chunks[0]
@@ -125,7 +166,7 @@ def repeat_evenly(num: int, per_class: int, rng: np.random.Generator) -> np.ndar
 def auto_per_class(sizes: np.ndarray) -> int:
     """The lower median of the sizes of the classes that are not empty, at most the paper's 130,000."""
     present = np.sort(sizes[sizes > 0])
-    return int(min(present[(len(present) - 1) // 2], PAPER_PER_CLASS)) if len(present) else 0
+    return int(min(present[(len(present) - 1) // 2], 130_000)) if len(present) else 0
 
 
 def select_noisy_student(label: list, confidence: list, num_classes: int, threshold: float, per_class: int, seed: int):
@@ -147,17 +188,17 @@ def select_top_p(logits: list, num_classes: int, top_p: int, per_class: int):
     best, top_p = BestOfClasses(num_classes, per_class), min(top_p, num_classes)
     for first, chunk in in_chunks(logits, num_rows=max(1, (1 << 19) // num_classes)):  # 2 MB in float32: a cache's size
         probs = torch.from_numpy(chunk).softmax(1, dtype=torch.float32)
-        # Soon few rows have a class in which they could still get in; those of unreadable images, NaN, have none.
+        # Soon few rows still reach the cutoff of a class. Those of unreadable images, NaN, never do.
         rows = ((probs - torch.from_numpy(best.cutoff)).amax(1) > 0).nonzero()[:, 0]
         probs = probs[rows]
-        if num_classes < 64 * top_p:  # from there on torch's way is the faster one
+        if num_classes < 64 * top_p:  # above that, torch is faster
             least = np.partition(probs.numpy(), num_classes - top_p, 1)[:, num_classes - top_p]
         else:
             least = probs.topk(top_p, sorted=False).values.amin(1).numpy()
         probs = probs.numpy()
         row, label = np.divmod(np.flatnonzero((probs >= least[:, None]) & (probs > best.cutoff)), num_classes)
         score = probs[row, label]
-        edge = np.flatnonzero(score == least[row])  # the least probable ones that count; of equal ones, the first
+        edge = np.flatnonzero(score == least[row])  # the P-th most probable: of several with this score the first count
         tied, place = np.unique(row[edge], return_inverse=True)
         more, equal = (probs[tied] > least[tied, None]), (probs[tied] == least[tied, None])
         is_top = equal.cumsum(1) <= top_p - more.sum(1, keepdims=True)
@@ -168,11 +209,38 @@ def select_top_p(logits: list, num_classes: int, top_p: int, per_class: int):
     return index, label, score
 
 
+def sorted_examples(index: np.ndarray, label: np.ndarray, confidence: np.ndarray, file_sizes: list[int]) -> Examples:
+    order = np.lexsort((label, index))
+    index, label, confidence = index[order], label[order], confidence[order]
+    starts = np.cumsum([0, *file_sizes])
+    file = np.searchsorted(starts, index, side="right") - 1
+    is_first = np.append(True, (np.diff(index) != 0) | (np.diff(label) != 0))
+    return Examples(file.astype(np.uint16), index - starts[file], label, confidence, index, is_first)
+
+
+def describe(args: argparse.Namespace, per_class: int, classes: list[str], sizes: dict, examples: Examples) -> dict:
+    """What balanced.json says. `sizes`: those before the selection, {what: (C,)}."""
+    label, num_classes = examples.label, len(classes)
+    kept, used = (np.bincount(labels, minlength=num_classes) for labels in (label[examples.is_first], label))
+    lowest = np.ones(num_classes, np.float32)
+    np.minimum.at(lowest, label, examples.confidence)
+    columns = sizes | {"kept": kept, "copies": used - kept, "examples": used}
+    columns = {what: nums.tolist() for what, nums in columns.items()}
+    columns["lowest_confidence"] = [float(low) if num else None for low, num in zip(lowest, kept, strict=True)]
+    report = {"method": args.method, "threshold": args.threshold, "per_class": per_class}
+    report |= {"images": int(sizes["candidates"].sum()), "above_threshold": int(sizes["above_threshold"].sum())}
+    report |= {"examples": len(label), "unique_images": 1 + int((np.diff(examples.index) != 0).sum())}
+    report["empty_classes"] = [name for name, num in zip(classes, kept, strict=True) if not num]
+    report["classes"] = {name: {what: values[c] for what, values in columns.items()} for c, name in enumerate(classes)}
+    return report
+
+
 NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
 
 
-def read_truth(path: Path, names: list[str], classes: list[str]) -> np.ndarray:
+def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.ndarray:
     """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
+    names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
     try:
         with open(path, newline="") as file:
             truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
@@ -185,49 +253,40 @@ def read_truth(path: Path, names: list[str], classes: list[str]) -> np.ndarray:
     return true
 
 
-def accuracy_report(true: np.ndarray, label: np.ndarray, done: np.ndarray, index, chosen_label, classes: list) -> dict:
+def accuracy_report(true: np.ndarray, label: np.ndarray, done: np.ndarray, examples: Examples, classes: list) -> dict:
     """Accuracy of the labels in percent, of all labelled images and of the selection, and what passed it.
 
-    An image of no class is no error of the teacher, who knows none: it is counted apart, but in `accuracy_of_examples`.
+    An image of no class is counted apart: the teacher knows no such class. In `accuracy_of_examples` it is wrong.
     """
     known = done & (true != UNKNOWN)
-    pairs = first_of_each(index, chosen_label)
-    pairs &= true[index] != UNKNOWN
+    before, no_class = np.flatnonzero(known & (true >= 0)), np.flatnonzero(known & (true == NO_CLASS))
+    true_after = true[examples.index]
+    after = examples.is_first & (true_after >= 0)
+    right_before, right_after = label[before] == true[before], (examples.label == true_after)[after]
 
-    def share(good, of=None):
-        good = good if of is None else good[of]
+    def share(good: np.ndarray):
         return round(100 * float(np.mean(good)), 2) if len(good) else None
 
-    before = np.flatnonzero(known & (true >= 0))
-    after, after_label = index[pairs & (true[index] >= 0)], chosen_label[pairs & (true[index] >= 0)]
-    right_before, right_after = label[before] == true[before], after_label == true[after]
-    examples = true[index] != UNKNOWN
     report = {
         "accuracy_before": share(right_before),
         "accuracy_after": share(right_after),
-        "accuracy_of_examples": share((chosen_label == true[index])[examples]),
-        "passed_in_class": share(np.isin(before, index)),
-        "classes": {
-            name: {
-                "accuracy_before": share(right_before, label[before] == c),
-                "accuracy_after": share(right_after, after_label == c),
-            }
-            for c, name in enumerate(classes)
-        },
+        "accuracy_of_examples": share((examples.label == true_after)[true_after != UNKNOWN]),
+        "passed_in_class": share(np.isin(before, examples.index)),
+        "classes": {},
     }
-    no_class = np.flatnonzero(known & (true == NO_CLASS))
+    label_before, label_after = label[before], examples.label[after]
+    for c, name in enumerate(classes):
+        parts = {"accuracy_before": right_before[label_before == c], "accuracy_after": right_after[label_after == c]}
+        report["classes"][name] = {what: share(good) for what, good in parts.items()}
     if len(no_class):
-        passed = np.isin(no_class, index)
+        passed = np.isin(no_class, examples.index)
         report |= {"passed_no_class": share(passed), "num_no_class_passed": int(passed.sum())}
     return report
 
 
-def first_of_each(index: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Which examples, in the order of (index, label), are not a copy of the one before."""
-    return np.append(True, (np.diff(index) != 0) | (np.diff(label) != 0))[: len(index)]
-
-
 SHEET = {"most confident": 6, "median": 5, "least confident": 5}  # images of a class in the picture
+SIDE, CAPTION = 64, 17  # pixels: of a thumbnail, and of the line below it
+SHEET_LEFT = [68 * i + 20 * group for i, group in enumerate(np.repeat(range(3), [*SHEET.values()]).tolist())]  # pixels
 
 
 def of_sheet(num: int) -> np.ndarray:
@@ -239,188 +298,117 @@ def of_sheet(num: int) -> np.ndarray:
     return np.unique(np.r_[:first, begin : begin + middle, num - last : num])
 
 
-def draw(path: Path, files, file, row, label, confidence, classes, report, histogram, threshold) -> None:
-    """Class sizes before and after, the confidences, and some images of each class; copies are drawn once."""
+def draw_sheet(images: list, examples: Examples, shown: list[int]) -> Image.Image:
+    """A row of thumbnails a class, with their confidences below: one canvas, for 640 axes would take a minute."""
+    sheet = Image.new("RGB", (SHEET_LEFT[-1] + SIDE, len(shown) * (SIDE + CAPTION)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for line, c in enumerate(shown):
+        of_class = np.flatnonzero(examples.label == c)
+        of_class = of_class[np.argsort(-examples.confidence[of_class], kind="stable")]
+        top = line * (SIDE + CAPTION)
+        if not len(of_class):
+            pen.text((0, top + SIDE // 2), "no image is kept", "gray")
+        for left, i in zip(SHEET_LEFT, of_class[of_sheet(len(of_class))], strict=False):
+            pen.text((left + SIDE // 2, top + SIDE + 1), f"{examples.confidence[i]:.2f}", "black", anchor="ma")
+            with contextlib.suppress(Exception):  # moved or damaged since it was labelled: its place stays empty
+                image = images[examples.file[i]].load(int(examples.row[i]), enough=2 * SIDE)
+                sheet.paste(ImageOps.fit(image, (SIDE, SIDE)), (left, top))
+    return sheet
+
+
+def draw(args: argparse.Namespace, files: list, classes: list, examples: Examples, report: dict, histogram) -> None:
+    """Draw class sizes before and after, the confidences, and some images of each class; copies count once."""
     if (plt := pyplot()) is None:
         return
-    shown = sorted(range(len(classes)), key=lambda c: -report["classes"][classes[c]]["candidates"])
-    shown = shown if len(shown) <= 40 else shown[:20] + shown[-20:]  # the fattest and the thinnest
-    figure = plt.figure(figsize=(12, 4 + 0.6 * len(shown)), layout="constrained")
-    grid = figure.add_gridspec(2, 1, height_ratios=[3.5, 0.6 * len(shown)])
-    top = grid[0].subgridspec(1, 2)
-    axis = figure.add_subplot(top[0])
-    names = [classes[c] for c in shown]
+    sizes, examples = report["classes"], Examples(*(column[examples.is_first] for column in examples))
+    shown = sorted(range(len(classes)), key=lambda c: -sizes[classes[c]]["candidates"])
+    shown = shown if len(shown) <= 40 else shown[:20] + shown[-20:]  # those with the most images and the fewest
+    names = [name if len(name) <= 32 else name[:31] + "…" for name in (classes[c] for c in shown)]
+    sheet = draw_sheet([image_list(file) for file in files], examples, shown)
+
+    # Every place is fixed, from the bottom left, in inches and then in shares: a layout engine would draw twice.
+    dpi, angle = plt.rcParams["savefig.dpi"], 90 if len(names) > 12 else 30  # of the names of the classes
+    names_height = 0.6 + 0.08 * max(map(len, names)) * np.sin(np.radians(angle))
+    heights = np.array([sheet.height / dpi, names_height, 3])
+    figure = plt.figure(figsize=(sheet.width / dpi, heights.sum()))
+    sheet_height, _, height = heights / heights.sum()
+
+    axis = figure.add_axes((0, 1 - height, 0.54, height))
     places = np.arange(len(shown))
-    for shift, key in ((-0.3, "candidates"), (0, "above_threshold"), (0.3, "examples")):
-        axis.bar(places + shift, [report["classes"][name][key] for name in names], 0.3, label=key.replace("_", " "))
-    axis.set_xticks(places, names, rotation=90 if len(names) > 12 else 30)
-    axis.set_ylabel("images")
-    axis.legend(frameon=False)
-    axis = figure.add_subplot(top[1])
-    axis.stairs(histogram, np.linspace(0, 1, len(histogram) + 1), fill=True, label="all")
-    axis.hist(confidence, bins=len(histogram), range=(0, 1), label="kept")
-    if threshold is not None:
-        axis.axvline(threshold, color="black", linestyle=":", label=f"threshold {threshold:g}")
+    for shift, what in ((-0.3, "candidates"), (0, "above_threshold"), (0.3, "examples")):
+        axis.bar(places + shift, [sizes[classes[c]][what] for c in shown], 0.3, label=what.replace("_", " "))
+    axis.set_xticks(places, names, rotation=angle, ha="right", va="center", rotation_mode="anchor")
+
+    axis = figure.add_axes((0.62, 1 - height, 0.38, height))
+    edges = np.linspace(0, 1, len(histogram) + 1)
+    axis.stairs(histogram, edges, fill=True, label="all")
+    axis.stairs(np.histogram(examples.confidence, len(histogram), (0, 1))[0], edges, fill=True, label="kept")
+    if args.method == "noisy-student":
+        axis.axvline(args.threshold, color="black", linestyle=":", label=f"threshold {args.threshold:g}")
     axis.set_xlabel("confidence")
-    axis.set_ylabel("images")
-    axis.legend(frameon=False)
-    columns = sum(SHEET.values())
-    sheet = grid[1].subgridspec(len(shown), columns)
-    images = [image_list(file) for file in files]
-    begins = dict(zip(np.cumsum([0, *SHEET.values()]).tolist(), SHEET, strict=False))
-    for line, c in enumerate(shown):
-        mine = np.flatnonzero(label == c)
-        mine = mine[np.argsort(-confidence[mine], kind="stable")]
-        mine = mine[of_sheet(len(mine))]
-        for column in range(columns):
-            axis = figure.add_subplot(sheet[line, column])
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if line == 0 and column in begins:
-                axis.set_title(begins[column], loc="left", fontsize="small")
-            if column == 0:
-                axis.set_ylabel(classes[c], rotation=0, ha="right", va="center")
-            if column < len(mine):
-                axis.set_xlabel(f"{confidence[mine[column]]:.2f}", fontsize="x-small", labelpad=1)
-                try:
-                    axis.imshow(eval_view(images[file[mine[column]]].load(int(row[mine[column]])), View(64, 1.0)))
-                except Exception:  # moved, removed or damaged since it was labelled: the cell stays empty
-                    continue
-    save_figure(plt, path)
+    for axis in figure.axes:
+        axis.set_ylabel("images")
+        axis.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+
+    axis = figure.add_axes((0, 0, 1, sheet_height))
+    axis.imshow(sheet, aspect="auto", interpolation="none")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.set_xticks([SHEET_LEFT[column] for column in np.cumsum([0, *SHEET.values()])[:-1]], SHEET, ha="left")
+    axis.set_yticks(places * (SIDE + CAPTION) + SIDE / 2, names)
+    save_figure(plt, args.out.with_suffix(".png"))
 
 
 def main() -> None:
     args = parse_args()
-    if int(os.environ.get("RANK", 0)) > 0:
-        return  # under torchrun one process does it
-    per_class = None if args.per_class == "auto" else at_least_one(args.per_class)
-    if args.method == "top-p" and per_class is None:
+    if not is_rank0():  # under torchrun one process does it
+        return
+    if args.method == "top-p" and args.per_class == "auto":
         fail("--method top-p needs --per-class (the paper's is 16,000 of 100 million images)")
-
-    # read; sorted by path first, so that the order of the arguments changes nothing
-    paths = sorted({os.path.abspath(path) for path in args.logits})
-    if not args.out.name or args.out.is_dir():
-        fail(f"--out {args.out} is a folder, expected the name of a file")
-    outs = [os.path.realpath(args.out.with_suffix(suffix)) for suffix in (args.out.suffix, ".json", ".png")]
-    if args.out.suffix in (".json", ".png") or {os.path.realpath(path) for path in paths} & set(outs):
-        fail(
-            f"--out {args.out}: it, or the .json and .png beside it, would be written over each other or over the input"
-        )
-    files = [open_label_file(path, LOGITS_FORMAT) for path in paths]
-    classes = read_classes(files[0])
-    for path, file in zip(paths, files, strict=True):
-        if read_classes(file) != classes:
-            fail(f"{path} has other classes than {paths[0]}: label both with one teacher")
-        if file.attrs["teacher_sha256"] != files[0].attrs["teacher_sha256"]:
-            fail(f"{path} was made by another teacher than {paths[0]}: label both with one teacher")
-        if todo := sum((part == TODO).sum() for _, part in in_chunks([file["status"]], num_rows=1 << 20)):
-            fail(f"{path} is unfinished: {todo} of {len(file['status'])} images have no label yet; run 02 again on it")
+    paths, files, classes = open_inputs(args)
     label, confidence, status = ([file[name] for file in files] for name in ("label", "confidence", "status"))
-    starts = np.cumsum([0, *map(len, label)])
+    sizes, histogram, highest_confidence = count(paths, label, confidence, status, len(classes), args.threshold)
+    true = read_truth(args.truth, files, classes) if args.truth else None
 
-    # count
-    candidates, above, histogram = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64), np.zeros(50, int)
-    highest_confidence = 0.0
-    for first, labels, scores, statuses in in_chunks(label, confidence, status, num_rows=1 << 20):
-        done = statuses == DONE
-        labels, readable = labels[done], scores[done]
-        fits = ((labels >= 0) & (labels < len(classes)) & ~np.isnan(readable)).all() and np.isnan(scores[~done]).all()
-        if not fits:
-            here = paths[np.searchsorted(starts, first, side="right") - 1]
-            fail(f"{here} is damaged: labels, confidences and status do not fit together; run 02 again to a new file")
-        candidates += np.bincount(labels, minlength=len(classes))
-        above += np.bincount(labels[readable > np.float32(args.threshold)], minlength=len(classes))
-        histogram += np.histogram(readable, len(histogram), (0, 1))[0]
-        highest_confidence = max(highest_confidence, readable.max(initial=0))
-
-    if args.truth:
-        names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
-        true = read_truth(args.truth, names, classes)
-
-    # select
+    per_class = auto_per_class(sizes["above_threshold"]) if args.per_class == "auto" else args.per_class
     if args.method == "noisy-student":
-        per_class = per_class or auto_per_class(above)
         if not per_class:
             fail(f"--threshold {args.threshold:g} leaves no image: the highest confidence is {highest_confidence:.3f}")
         chosen = select_noisy_student(label, confidence, len(classes), args.threshold, per_class, args.seed)
     else:
         chosen = select_top_p([file["logits"] for file in files], len(classes), args.top_p, per_class)
-    order = np.lexsort((chosen[1], chosen[0]))
-    index, chosen_label, chosen_confidence = (column[order] for column in chosen)
-    if not len(index):
+    if not len(chosen[0]):
         fail(f"no image of {', '.join(paths)} is readable: there is nothing to select")
-    file_number = (np.searchsorted(starts, index, side="right") - 1).astype(np.uint16)
-    row = index - starts[file_number]
-
-    # write
+    examples = sorted_examples(*chosen, [len(part) for part in label])
     with write_atomically(args.out) as temporary, h5py.File(temporary, "w") as out:
-        out["file"], out["row"] = file_number, row.astype(np.int64)
-        out["label"], out["confidence"] = chosen_label.astype(np.int32), chosen_confidence.astype(np.float32)
+        out["file"], out["row"] = examples.file, examples.row
+        out["label"], out["confidence"] = examples.label, examples.confidence
         out.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
-        out.attrs.update(
-            format=SELECTION_FORMAT,
-            files=json.dumps(paths),
-            method=args.method,
-            threshold=args.threshold,
-            per_class=per_class,
-            top_p=args.top_p,
-            seed=args.seed,
-        )
+        out.attrs.update(format=SELECTION_FORMAT, files=json.dumps(paths), method=args.method, threshold=args.threshold)
+        out.attrs.update(per_class=per_class, top_p=args.top_p, seed=args.seed)
 
-    # report
-    is_first = first_of_each(index, chosen_label)
-    kept, examples = (np.bincount(labels, minlength=len(classes)) for labels in (chosen_label[is_first], chosen_label))
-    lowest = np.ones(len(classes), np.float32)
-    np.minimum.at(lowest, chosen_label, chosen_confidence)
-    report = {
-        "method": args.method,
-        "threshold": args.threshold,
-        "per_class": per_class,
-        "images": int(candidates.sum()),
-        "above_threshold": int(above.sum()),
-        "examples": len(index),
-        "unique_images": 1 + int((np.diff(index) != 0).sum()),
-        "empty_classes": [name for name, num in zip(classes, kept, strict=True) if not num],
-        "classes": {
-            name: {
-                "candidates": int(candidates[c]),
-                "above_threshold": int(above[c]),
-                "kept": int(kept[c]),
-                "copies": int(examples[c] - kept[c]),  # examples beyond the first of an image
-                "examples": int(examples[c]),
-                "lowest_confidence": float(lowest[c]) if kept[c] else None,
-            }
-            for c, name in enumerate(classes)
-        },
-    }
+    report = describe(args, per_class, classes, sizes, examples)
     if args.truth:
         labels, statuses = (np.concatenate([part[:] for part in column]) for column in (label, status))
-        report["truth"] = accuracy_report(true, labels, statuses == DONE, index, chosen_label, classes)
+        report["truth"] = accuracy_report(true, labels, statuses == DONE, examples, classes)
     with write_atomically(args.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    threshold = args.threshold if args.method == "noisy-student" else None
-    unique = (column[is_first] for column in (file_number, row, chosen_label, chosen_confidence))
-    draw(args.out.with_suffix(".png"), files, *unique, classes, report, histogram, threshold)
-    print(
+    draw(args, files, classes, examples, report, histogram)
+
+    sizes = [of_class["examples"] for of_class in report["classes"].values() if of_class["kept"]]
+    print0(
         f"{args.out}: {report['images']} images, {report['above_threshold']} above {args.threshold:g}, "
-        f"{report['unique_images']} kept as {len(index)} examples, "
-        f"{examples[kept > 0].min()} to {examples.max()} a class"
+        f"{report['unique_images']} kept as {report['examples']} examples, {min(sizes)} to {max(sizes)} a class"
     )
     if report["empty_classes"]:
-        print(f"without any image, and left out: {', '.join(report['empty_classes'][:10])}")
+        print0(f"without any image, and left out: {', '.join(report['empty_classes'][:10])}")
     if args.truth:
         truth = report["truth"]
-        print(
+        print0(
             f"pseudo-label accuracy {truth['accuracy_before']} percent before the filter, {truth['accuracy_after']} "
             f"after; {truth['passed_in_class']} percent of the images of a class passed"
             + (f", {truth['passed_no_class']} of those of no class" if "passed_no_class" in truth else "")
         )
-
-
-def at_least_one(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        fail(f"--per-class {text}: expected auto or a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

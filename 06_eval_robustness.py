@@ -1,18 +1,19 @@
-"""Stage 06: how much of a model's accuracy is left on corrupted images and under attack.
+"""Stage 06: measure how much of a model's accuracy is left on corrupted images and under attack.
 
-A student that was trained with noise on many more images is not only more accurate but much more robust than its
-teacher, without being trained for it (Noisy Student, section 4.3). This stage puts checkpoints side by side on D/val.
+A student that was trained with noise on many more images is more accurate than its teacher. It is also much more
+robust, although no stage trains it for that (Noisy Student, section 4.3). This stage compares checkpoints on DATA/val.
 
     clean       top-1, top-5, cross-entropy, and the expected calibration error in percent, over 15 equal bins b of the
                 confidence: sum_b n_b / n * |accuracy_b - confidence_b|
     --corrupt   10 corruptions of ImageNet-C (Hendrycks & Dietterich, 1903.12261) at severities 1 to 5, drawn on the fly
                 on the image as the model sees it; top-1 is the plain mean over corruptions x severities
     --fgsm EPS  x' = clip(x + EPS * sign(grad_x loss(x, y)), 0, 255)                     x in pixel values, 0 to 255
-    --pgd EPS   --pgd-steps K times x' = clip(x' + 2.5 * EPS / K * sign(grad), x - EPS, x + EPS), cut to 0..255 too
+    --pgd EPS   --pgd-steps K times x' = clip(x' + 2.5 * EPS / K * sign(grad), x - EPS, x + EPS), cut to 0..255 too.
+                Both attacks are in fp32, whatever --precision is.
 
-In:  checkpoints of any stage, D/val (matched to each checkpoint's classes by name).
-Out: O/robustness.json (every number), O/robustness.md (the table), O/robustness.png. Saved after each finished part;
-     the same command again does only what is missing, what other settings need, and what other weights made stale.
+reads   checkpoints of any stage; DATA/val, whose classes are matched to a checkpoint's by name
+writes  OUT/robustness.json (every number), saved after each corruption and each EPS; OUT/robustness.md (the table);
+        OUT/robustness.png. The same command again measures only what is missing or had other settings or weights.
 
     python 06_eval_robustness.py runs/demo/teacher/model.pt runs/demo/student1/model.pt --data data/demo \\
         --out runs/demo/robustness --corrupt --fgsm 2 4 --num-images 500
@@ -25,38 +26,26 @@ import json
 import signal
 import sys
 import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import (
-    ImageDataset,
-    ImageList,
-    argument_parser,
-    at_least,
-    autocast,
-    fail,
-    file_sha256,
-    fuse_batch_norms,
-    grid_keys,
-    init_processes,
-    labeled_images,
-    load_batches,
-    load_model,
-    normalize,
-    precision_of,
-    progress,
-    pyplot,
-    read_checkpoint,
-    reduce_sum,
-    save_figure,
-    View,
-    write_atomically,
-)
+from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0  # the program
+from common import Processes, init_processes, progress, reduce_sum, write_atomically  # the program
+from common import fuse_batch_norms  # models
+from common import View, normalize  # views
+from common import ImageList, labeled_images  # listing
+from common import ImageDataset, grid_keys, load_batches  # batches
+from common import load_model, read_checkpoint  # checkpoints
+from common import autocast, precision_of  # the training run
+from common import pyplot, save_figure  # pictures
 
 NUM_BINS = 15  # of the calibration error
 
@@ -118,8 +107,25 @@ CORRUPTIONS = {
 }
 
 
+def parse_args() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage: one line of the table each")
+    add("--data", type=Path, help="data directory, whose val/ is measured; None: the first checkpoint's own")
+    add("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
+    add("--corrupt", action=argparse.BooleanOptionalAction, default=False, help="10 corruptions at severities 1 to 5")
+    add("--fgsm", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 2 4 8 16, in pixel values")
+    add("--pgd", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 16, in pixel values")
+    add("--pgd-steps", type=at_least(1, int), default=10, help="steps of 2.5 * EPS / steps; paper: 10, size not given")
+    add("--num-images", type=at_least(1, int), help="val images for corruptions and attacks; None: all of them")
+    add("--batch-size", type=at_least(1, int), default=256, help="images at a time in each process")
+    add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
+    add_device_flags(parser)
+    return parser.parse_args()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# corruptions. The generator uses scikit-image, OpenCV and ImageMagick; here the three blurs are written out as sums of
+# corruptions. The generator uses scikit-image, OpenCV and ImageMagick. The three blurs are written out below as sums of
 # shifted images: scikit-image's gaussian (up to 4 standard deviations, edge pixels repeated), OpenCV's GaussianBlur of
 # a disk and filter2D (both mirrored at the border), ImageMagick's motion blur (a one-sided Gaussian along a line of
 # whole pixels, edge pixels repeated). Against scikit-image 0.26, OpenCV 5.0 and ImageMagick 6.9.11, on an image of each
@@ -134,7 +140,7 @@ def gaussian_taps(sigma: float, radius: int) -> np.ndarray:
 
 
 def weighted_shifts(x: np.ndarray, taps: list[tuple[int, int, float]], border: str) -> np.ndarray:
-    """Sum over taps (dy, dx, weight) of weight * x[row + dy, column + dx], x (H, W, channels); border is numpy.pad's"""
+    """Sum over taps (dy, dx, weight) of weight * x[y + dy, x + dx], x (H, W, channels); border: a mode of numpy.pad."""
     height, width = x.shape[:2]
     reach = max(max(abs(dy), abs(dx)) for dy, dx, _ in taps)
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode=border)
@@ -166,55 +172,80 @@ def motion_taps(radius: float, sigma: float, angle: float) -> list[tuple[int, in
     return list(zip(dy.tolist(), dx.tolist(), (weights / weights.sum()).tolist(), strict=True))
 
 
-def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """One of CORRUPTIONS at severity 1 to 5: image uint8 (H, W, 3) -> a new one. Values are cut to whole numbers, not
-    rounded, as in the generator."""
-    height, width = image.shape[:2]
-    size = max(height, width)
-    value = CORRUPTIONS[name][32 if size <= 48 else 64 if size <= 128 else 224][severity - 1]
-    if name == "jpeg_compression":
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=value)
-        return np.array(Image.open(file))
-    if name == "pixelate":
-        small = Image.fromarray(image).resize((int(width * value), int(height * value)), Image.Resampling.BOX)
-        return np.array(small.resize((width, height), Image.Resampling.BOX))
+def gaussian_noise(image, sigma, rng):
+    return image / 255 + rng.normal(scale=sigma, size=image.shape)
 
-    x = image / 255.0
-    if name == "gaussian_noise":
-        x = x + rng.normal(scale=value, size=x.shape)
-    elif name == "shot_noise":
-        x = rng.poisson(x * value) / value
-    elif name == "impulse_noise":  # each of the three values of a pixel on its own, half of them salt
-        hit, salt = rng.random(x.shape) < value, rng.random(x.shape) < 0.5
-        x = np.where(hit, salt.astype(x.dtype), x)
-    elif name == "gaussian_blur":
-        radius = int(4 * value + 0.5)
-        taps = gaussian_taps(value, radius)
-        x = weighted_shifts(x, [(offset - radius, 0, weight) for offset, weight in enumerate(taps)], "edge")
-        x = weighted_shifts(x, [(0, offset - radius, weight) for offset, weight in enumerate(taps)], "edge")
-    elif name == "defocus_blur":
-        x = weighted_shifts(x, defocus_taps(*value), "reflect")
-    elif name == "motion_blur":
-        x = weighted_shifts(x, motion_taps(*value, angle=rng.uniform(-45, 45)), "edge")
-        return np.uint8(np.rint(x * 65535) // 257)  # ImageMagick computes in 16 bits, and writes the upper 8 of them
-    elif name == "brightness":  # V is the largest of R, G, B; at equal hue and saturation all three scale with it
-        v = x.max(axis=2, keepdims=True)
-        brighter = np.minimum(v + value, 1)
-        x = np.where(v > 0, x / np.where(v > 0, v, 1) * brighter, brighter)
-    elif name == "contrast":
-        mean = x.mean(axis=(0, 1), keepdims=True)
-        x = (x - mean) * value + mean
-    return np.uint8(np.clip(x, 0, 1) * 255)
+
+def shot_noise(image, photons, rng):
+    return rng.poisson(image / 255 * photons) / photons
+
+
+def impulse_noise(image, share, rng):
+    # Each of the three values of a pixel is hit on its own. Half of the hits are salt (255), the others pepper (0).
+    hit, salt = rng.random(image.shape) < share, rng.random(image.shape) < 0.5
+    return np.where(hit, salt.astype(float), image / 255)
+
+
+def gaussian_blur(image, sigma, rng):
+    radius = int(4 * sigma + 0.5)
+    taps = list(enumerate(gaussian_taps(sigma, radius).tolist(), -radius))
+    x = weighted_shifts(image / 255, [(dy, 0, weight) for dy, weight in taps], "edge")
+    return weighted_shifts(x, [(0, dx, weight) for dx, weight in taps], "edge")
+
+
+def defocus_blur(image, radius_sigma, rng):
+    return weighted_shifts(image / 255, defocus_taps(*radius_sigma), "reflect")
+
+
+def motion_blur(image, radius_sigma, rng):
+    x = weighted_shifts(image / 255, motion_taps(*radius_sigma, angle=rng.uniform(-45, 45)), "edge")
+    return np.uint8(np.rint(x * 65535) // 257)  # ImageMagick computes in 16 bits, and writes the upper 8 of them
+
+
+def brightness(image, amount, rng):
+    # V of HSV is the largest of R, G, B. At equal hue and saturation all three scale with it; black becomes grey.
+    x, v = image / 255, image.max(axis=2, keepdims=True) / 255
+    brighter = np.minimum(v + amount, 1)
+    return np.where(v > 0, x / np.where(v > 0, v, 1) * brighter, brighter)
+
+
+def contrast(image, factor, rng):
+    x = image / 255
+    mean = x.mean(axis=(0, 1), keepdims=True)
+    return (x - mean) * factor + mean
+
+
+def pixelate(image, factor, rng):
+    size = image.shape[1::-1]  # width, height
+    small = Image.fromarray(image).resize([int(side * factor) for side in size], Image.Resampling.BOX)
+    return np.array(small.resize(size, Image.Resampling.BOX))
+
+
+def jpeg_compression(image, quality, rng):
+    Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=quality)
+    return np.array(Image.open(file))
+
+
+# Each maps uint8 (H, W, 3) and its value in CORRUPTIONS to uint8, or to values in 0..1, and draws only from `rng`.
+NOISES, BLURS = (gaussian_noise, shot_noise, impulse_noise), (gaussian_blur, defocus_blur, motion_blur)
+CORRUPTION_OPS = {op.__name__: op for op in (*NOISES, *BLURS, brightness, contrast, pixelate, jpeg_compression)}
+
+
+def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
+    """Apply one of CORRUPTIONS at severity 1 to 5: image uint8 (H, W, 3) -> a new one."""
+    size = max(image.shape[:2])
+    values = CORRUPTIONS[name][32 if size <= 48 else 64 if size <= 128 else 224]
+    x = CORRUPTION_OPS[name](image, values[severity - 1], rng)
+    return x if x.dtype == np.uint8 else np.uint8(np.clip(x, 0, 1) * 255)  # cut, not rounded, as in the generator
 
 
 class CorruptedImages(ImageDataset):
-    """Images with five views: a corruption at severity 1 to 5. Its noise is a function of (seed, corruption, severity,
-    index in val) alone, so all models of one image size see the same images, in any number of processes."""
+    """Images with five views: a corruption at severities 1 to 5. Its noise is a function of (seed, corruption, index in
+    val, severity) alone, so all models of one image size see the same images, in any number of processes."""
 
-    def __init__(self, rows: ImageList, clean: View, indexes: np.ndarray, corruption: str, seed: int):
-        super().__init__(rows, clean, seed=seed)
-        self.indexes, self.corruption = indexes, corruption
+    def __init__(self, images: ImageList, view: View, indexes: np.ndarray, corruption: str, seed: int):
+        super().__init__(images, clean=view, seed=seed)
+        self.indexes, self.corruption = indexes, corruption  # int64 (N,): where in val these images are
 
     def __getitem__(self, row: int):
         row, views, error = super().__getitem__(row)
@@ -226,11 +257,11 @@ class CorruptedImages(ImageDataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# attacks and measures
+# measures, and the parts of the evaluation: one function for each, and one row of the table in `parts_of`
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def attack(model, pixels: Tensor, labels: Tensor, eps: float, steps: int, view) -> Tensor:
+def attack(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float, steps: int, view: View) -> Tensor:
     """Projected gradient ascent on the cross-entropy with the true labels; pixels float (N, 3, H, W), eps in 0 to 255.
 
     With one step this is FGSM: the step, 2.5 eps (Madry et al.'s rule, 1706.06083; the paper does not say its own), is
@@ -240,6 +271,7 @@ def attack(model, pixels: Tensor, labels: Tensor, eps: float, steps: int, view) 
     attacked = pixels
     for _ in range(steps):
         attacked = attacked.detach().requires_grad_()
+        # A sum, not a mean: the gradient of an image is then the same in a batch of any size.
         loss = F.cross_entropy(model(normalize(attacked, view)), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, attacked)
         attacked = (attacked + 2.5 * eps / steps * gradient.sign()).clamp(low, high)
@@ -265,53 +297,115 @@ def metrics_of(sums: Tensor) -> dict[str, float]:
     return {"top1": 100 * top1 / num, "top5": 100 * top5 / num, "loss": loss / num, "ece": 100 * ece}
 
 
-def measure(model, checkpoint, dataset, labels, processes, args, description, eps=0.0, steps=0) -> list[dict]:
-    """metrics_of each view of the images, attacked where `steps` is not 0; all processes, each image exactly once.
+class TestedModel(NamedTuple):
+    """A model that is measured, and the images of val with their labels as it numbers the classes."""
 
-    Attacks are in float32 whatever --precision: half of a float16 gradient would be 0, and its sign no attack.
-    """
-    mean_std = (View.of(checkpoint),)
-    amp, _ = autocast("fp32" if steps else args.precision, processes.device)
+    name: str  # in the table and in messages
+    model: nn.Module  # in eval mode, its batch norms folded into its convolutions
+    view: View
+    images: ImageList  # all of val
+    labels: np.ndarray  # int64 (N,), of `images`
+    chosen: np.ndarray  # int64 (n,), sorted: the rows of `images` that are corrupted and attacked
+
+
+def measure(
+    tested: TestedModel, dataset: ImageDataset, labels, what: str, args, processes: Processes, eps=0.0, steps=0
+) -> list[dict[str, float]]:
+    """metrics_of each view of a dataset, by all processes, each image exactly once; attacked where `steps` is not 0."""
+    device, description = processes.device, f"{tested.name} {what}"
+    # Attacks are in float32: half of a float16 gradient would be 0, and its sign no attack.
+    amp, _ = autocast("fp32" if steps else args.precision, device)
     labels = torch.from_numpy(labels)
-    sums = torch.zeros(5, 4 + 3 * NUM_BINS, dtype=torch.float64, device=processes.device)
+    sums = torch.zeros(5, 4 + 3 * NUM_BINS, dtype=torch.float64, device=device)  # a view has at most 5 severities
     batches = load_batches(dataset, grid_keys(len(dataset), args.batch_size, processes), processes)
     num_batches, errors = -(-len(dataset) // (args.batch_size * processes.world_size)), []
     for batch in progress(batches, num_batches, description, processes):
         errors += batch.errors
-        target = labels[batch.rows].to(processes.device)
-        for view, images in enumerate(batch.views):
-            pixels = images.to(processes.device, non_blocking=True).float()
+        target = labels[batch.rows].to(device)
+        for number, images in enumerate(batch.views):
+            pixels = images.to(device, non_blocking=True).float()
             if steps:
-                pixels = attack(model, pixels, target, eps, steps, *mean_std)
+                pixels = attack(tested.model, pixels, target, eps, steps, tested.view)
             with torch.inference_mode():
                 with amp:
-                    logits = model(normalize(pixels, *mean_std))
-                sums[view] += batch_sums(logits.float(), target)
+                    logits = tested.model(normalize(pixels, tested.view))
+                sums[number] += batch_sums(logits.float(), target)
     if errors:
         print(f"{description}: {len(errors)} images are unreadable and left out; the first: {errors[0][1]}")
     sums = reduce_sum(sums, processes).cpu()
     if not sums[0, 0]:
         fail("no val image is readable")
-    return [metrics_of(view) for view in sums if view[0]]
+    return [metrics_of(view_sums) for view_sums in sums if view_sums[0]]
 
 
 def choose_images(labels: np.ndarray, num_images: int, seed: int) -> np.ndarray:
-    """Sorted indexes of `num_images` random images spread evenly over the classes, however the classes are numbered."""
+    """Sorted rows of `num_images` random images spread evenly over the classes, however the classes are numbered."""
     order = np.random.default_rng(seed).permutation(len(labels))
     rank_in_class = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         members = order[labels[order] == label]
         rank_in_class[members] = np.arange(len(members))
+    # The first image of each class comes first, then the second of each: any beginning of this list is balanced.
     return np.sort(order[np.argsort(rank_in_class[order], kind="stable")][:num_images])
 
 
+class Part(NamedTuple):
+    """A part of the evaluation. Its items are measured and saved one by one, so a killed run loses only one of them."""
+
+    name: str  # the key of its results in robustness.json
+    column: str  # of the table: shows its "top1" or, with {}, each of its items
+    items: list[str]  # what the command asks for; none: the part is not done
+    settings: dict  # what its numbers depend on besides the weights; saved with them
+    measure: Callable[[TestedModel, str, argparse.Namespace, Processes], dict]  # of one item: what to save
+    inside: str = ""  # the key below which the items are saved, where there is a summary beside them
+    summary: Callable[[dict], dict] = lambda items: {}  # all items: what to save beside them
+
+
+def measure_clean(tested: TestedModel, item: str, args, processes: Processes) -> dict:
+    dataset = ImageDataset(tested.images, clean=tested.view)
+    return measure(tested, dataset, tested.labels, "clean top1", args, processes)[0]
+
+
+def measure_corruption(tested: TestedModel, item: str, args, processes: Processes) -> dict:
+    dataset = CorruptedImages(tested.images[tested.chosen], tested.view, tested.chosen, item, args.seed)
+    severities = measure(tested, dataset, tested.labels[tested.chosen], f"corrupt {item}", args, processes)
+    return {item: [metrics["top1"] for metrics in severities]}
+
+
+def mean_top1(items: dict[str, list[float]]) -> dict[str, float]:
+    return {"top1": sum(map(sum, items.values())) / (5 * len(items))}  # corruptions x severities
+
+
+def measure_attack(name: str, steps: int, tested: TestedModel, item: str, args, processes: Processes) -> dict:
+    dataset, labels = ImageDataset(tested.images[tested.chosen], clean=tested.view), tested.labels[tested.chosen]
+    (metrics,) = measure(tested, dataset, labels, f"{name} {item}", args, processes, eps=float(item), steps=steps)
+    return {item: metrics["top1"]}
+
+
+def parts_of(args, data: Path, num_images: int, num_chosen: int, processes: Processes) -> list[Part]:
+    """The table of the parts, in the order in which they are measured and shown."""
+    everything = {"data": str(data.absolute()), "num_images": num_images}
+    chosen = everything | {"num_images": num_chosen, "seed": args.seed}
+    precision = {"precision": precision_of(args.precision, processes.device)}  # that of attacks is always fp32
+    fgsm_eps, pgd_eps = ([f"{eps:g}" for eps in flag] for flag in (args.fgsm, args.pgd))
+    fgsm, pgd = partial(measure_attack, "fgsm", 1), partial(measure_attack, "pgd", args.pgd_steps)
+    corruptions, drawn = list(CORRUPTIONS) if args.corrupt else [], chosen | precision
+    return [
+        Part("clean", "clean top-1", ["top1"], everything | precision, measure_clean),
+        Part("corrupt", "corrupted top-1", corruptions, drawn, measure_corruption, "per_corruption", mean_top1),
+        Part("fgsm", "FGSM {}", fgsm_eps, chosen, fgsm),
+        Part("pgd", "PGD {}", pgd_eps, chosen | {"steps": args.pgd_steps}, pgd),
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# results: robustness.json, the table, the picture
+# results: robustness.json, the table, the picture. An `entry` is what the file holds of one checkpoint:
+# {"sha256": of the checkpoint, "settings": {part: its settings}, "parameters": their number, part: its results ...}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_results(file: Path) -> dict:
-    """What robustness.json holds, {} where there is none yet."""
+def read_results(file: Path) -> dict[str, dict]:
+    """What robustness.json holds, {path of a checkpoint: entry}; {} where there is none yet."""
     try:
         return dict(json.loads(file.read_text()))
     except FileNotFoundError:
@@ -320,29 +414,50 @@ def read_results(file: Path) -> dict:
         fail(f"{file}: not the results of an earlier run ({error}); move it away or choose another --out")
 
 
-def short_names(paths) -> list[str]:
+def save_results(file: Path, results: dict[str, dict], processes: Processes) -> None:
+    if processes.is_main:
+        with write_atomically(file) as temporary:
+            temporary.write_text(json.dumps(results, indent=1))
+
+
+def missing_items(entry: dict, parts: list[Part]) -> Iterator[tuple[Part, str, dict]]:
+    """Go through what the command asks for and the entry does not have: (part, item, where to put what is measured).
+
+    What was measured with other settings is dropped when its part begins: an entry never mixes two settings.
+    """
+    for part in parts:
+        for item in part.items:
+            if entry["settings"].get(part.name) != part.settings:
+                entry["settings"][part.name] = part.settings
+                entry[part.name] = {part.inside: {}} if part.inside else {}
+            items = entry[part.name][part.inside] if part.inside else entry[part.name]
+            if item not in items:
+                yield part, item, items
+
+
+def short_names(paths: list[str]) -> list[str]:
     """runs/demo/student1/model.pt -> student1; the whole path where two share that name."""
     folders = [Path(path).absolute().parent.name for path in paths]
     return [path if folders.count(folder) > 1 else folder for path, folder in zip(paths, folders, strict=True)]
 
 
-def columns_of(entry: dict, settings: dict) -> dict[str, float]:
-    """{column of the table: top-1} of what was evaluated with these settings."""
-    parts = {part: entry[part] for part in settings if entry["settings"].get(part) == settings[part]}
-    columns = {"clean top-1": parts["clean"]["top1"]}
-    if "top1" in parts.get("corrupt", {}):  # there when all corruptions are done
-        columns["corrupted top-1"] = parts["corrupt"]["top1"]
-    for part in ("fgsm", "pgd"):
-        columns |= {f"{part.upper()} {eps}": top1 for eps, top1 in parts.get(part, {}).items()}
+def columns_of(entry: dict, parts: list[Part]) -> dict[str, float]:
+    """{column of the table: top-1} of what was measured with these settings, by this command or an earlier one."""
+    columns = {}
+    for part in parts:
+        found = entry[part.name] if entry["settings"].get(part.name) == part.settings else {}
+        if "{}" in part.column:
+            columns |= {part.column.format(item): top1 for item, top1 in found.items()}
+        elif "top1" in found:  # a summary is there only when all items are measured
+            columns[part.column] = found["top1"]
     return columns
 
 
-def markdown_table(results: dict, settings: dict) -> str:
-    """A row a model, a column for what was evaluated of any, aligned for reading in a terminal too."""
-    columns = [columns_of(entry, settings) for entry in results.values()]
+def markdown_table(names: list[str], entries: list[dict], columns: list[dict[str, float]]) -> str:
+    """A line a model, a column for what was measured of any, aligned for reading in a terminal too."""
     labels = list(dict.fromkeys(label for column in columns for label in column))
     table = [["model", "parameters", *labels]]
-    for name, entry, column in zip(short_names(list(results)), results.values(), columns, strict=True):
+    for name, entry, column in zip(names, entries, columns, strict=True):
         cells = [f"{column[label]:.2f}" if label in column else "-" for label in labels]
         table.append([name, f"{entry['parameters'] / 1e6:.2f}M", *cells])
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
@@ -351,143 +466,84 @@ def markdown_table(results: dict, settings: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def draw(results: dict, settings: dict, file: Path) -> None:
+def draw(names: list[str], entries: list[dict], columns: list[dict[str, float]], file: Path) -> None:
     """Bars for the columns of the table; with corruptions also top-1 against severity, and of each corruption."""
     if (plt := pyplot()) is None:
         return
-    columns = [columns_of(entry, settings) for entry in results.values()]
     labels = list(dict.fromkeys(label for column in columns for label in column))
-    corrupted = any("corrupted top-1" in column for column in columns)
-    width = 0.84 / len(results)
-    figure, axes = plt.subplots(1, 3 if corrupted else 1, figsize=(15 if corrupted else 8, 4.4), layout="constrained")
-    axes = np.atleast_1d(axes)
-    for model, (name, entry) in enumerate(zip(short_names(list(results)), results.values(), strict=True)):
-        color, column = f"C{model % 10}", columns[model]
-        heights = [column.get(label, np.nan) for label in labels]
-        bars = axes[0].bar(np.arange(len(labels)) + width * model, heights, width, color=color, label=name)
-        axes[0].bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+    corrupted = "corrupted top-1" in labels
+    size = {"ncols": 3, "figsize": (15, 4.4)} if corrupted else {"ncols": 1, "figsize": (8, 4.4)}
+    figure, ((bars, *curves),) = plt.subplots(**size, squeeze=False, layout="constrained")
+    places, width = np.arange(len(labels)), 0.84 / len(entries)
+    for number, (name, entry, column) in enumerate(zip(names, entries, columns, strict=True)):
+        color, heights = f"C{number % 10}", [column.get(label, np.nan) for label in labels]
+        group = bars.bar(places + width * number, heights, width, color=color, label=name)
+        bars.bar_label(group, fmt="%.0f", fontsize=7, padding=1)
         if "corrupted top-1" in column:
-            top1 = np.array([entry["corrupt"]["per_corruption"][corruption] for corruption in CORRUPTIONS])
-            axes[1].plot(range(1, 6), top1.mean(axis=0), "o-", color=color)
-            axes[2].plot(top1.mean(axis=1), range(len(CORRUPTIONS)), "o", color=color, alpha=0.8)
-    axes[0].set_xticks(np.arange(len(labels)) + width * (len(results) - 1) / 2, [s.replace(" ", "\n") for s in labels])
-    axes[0].set_ylabel("top-1 in percent")
+            top1 = np.array([entry["corrupt"]["per_corruption"][name] for name in CORRUPTIONS])  # (corruptions, 5)
+            curves[0].plot(range(1, 6), top1.mean(axis=0), "o-", color=color)
+            curves[1].plot(top1.mean(axis=1), range(len(CORRUPTIONS)), "o", color=color, alpha=0.8)
+    bars.set_xticks(places + width * (len(entries) - 1) / 2, [label.replace(" ", "\n") for label in labels])
+    bars.set_ylabel("top-1 in percent")
     if corrupted:
-        axes[1].set(xlabel="severity", ylabel="top-1 in percent, mean of the corruptions", xticks=range(1, 6))
-        axes[2].set(xlabel="top-1 in percent, mean of the severities", yticks=range(len(CORRUPTIONS)))
-        axes[2].set_yticklabels([corruption.replace("_", " ") for corruption in CORRUPTIONS])
-        axes[2].invert_yaxis()
-        axes[2].grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=min(5, len(results)), frameon=False)
+        curves[0].set(xlabel="severity", ylabel="top-1 in percent, mean of the corruptions", xticks=range(1, 6))
+        curves[1].set(xlabel="top-1 in percent, mean of the severities", yticks=range(len(CORRUPTIONS)))
+        curves[1].set_yticklabels([name.replace("_", " ") for name in CORRUPTIONS])
+        curves[1].invert_yaxis()
+        curves[1].grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=min(5, len(entries)), frameon=False)
     save_figure(plt, file)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argument_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage: one row of the table each")
-    add(
-        "--data",
-        type=Path,
-        help="data directory, all of whose val/ is the clean part; None: the first checkpoint's own",
-    )
-    add("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
-    add("--corrupt", action=argparse.BooleanOptionalAction, default=False, help="10 corruptions at severities 1 to 5")
-    add("--fgsm", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 2 4 8 16, in pixel values")
-    add("--pgd", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 16, in pixel values")
-    add("--pgd-steps", type=at_least(1, int), default=10, help="steps of 2.5 * EPS / steps; paper: 10, size not given")
-    add("--num-images", type=at_least(1, int), help="val images for corruptions and attacks; None: all of them")
-    add("--batch-size", type=at_least(1, int), default=256, help="images at a time in each process")
-    add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
-    add("--workers", type=at_least(0, int), help="loaders a process; None: 0 on CPUs, its share of the cores on GPUs")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs where there are any")
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="but of attacks: fp32")
-    add("--compile", action="store_true", help="torch.compile the models; pays from some 20,000 images at 224 px on")
-    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):  # each finished part is saved: only the one in the works is lost
+    for number in (signal.SIGTERM, signal.SIGINT):  # each item is saved when it is done: only one is lost
         signal.signal(number, lambda *_: sys.exit(143))
     processes = init_processes(args.device, args.workers)
     results_file = args.out / "robustness.json"
     earlier = read_results(results_file)
 
-    # All checkpoints are looked at before the first is evaluated: a wrong path fails now, not after hours.
+    # All checkpoints are read before the first is measured: a wrong path fails now, not after hours.
     data = args.data or Path(read_checkpoint(args.checkpoints[0])["data"])
     results, labels_of = {}, {}
     for path in args.checkpoints:
-        rows, labels_of[path], _ = labeled_images(data, "val", read_checkpoint(path)["classes"])
+        images, labels_of[path], _ = labeled_images(data, "val", read_checkpoint(path)["classes"])
         fresh = {"sha256": file_sha256(path), "settings": {}}
-        results[path] = earlier[path] if earlier.get(path, {}).get("sha256") == fresh["sha256"] else fresh
+        known = earlier.get(path, {})
+        results[path] = known if known.get("sha256") == fresh["sha256"] else fresh
+    to_save = results | {path: entry for path, entry in earlier.items() if path not in results}
 
-    # The settings of a part are saved beside it: a part of other settings is done again.
-    indexes = choose_images(labels_of[path], args.num_images or len(rows), args.seed)
-    chosen_rows = rows[indexes]
-    everything = {"data": str(data.absolute()), "num_images": len(rows)}
-    chosen = {**everything, "num_images": len(indexes), "seed": args.seed}
-    precision = {"precision": precision_of(args.precision, processes.device)}
-    settings = {"clean": everything | precision, "corrupt": chosen | precision}
-    settings |= {"fgsm": chosen, "pgd": {**chosen, "steps": args.pgd_steps}}
-    items_of = {
-        "clean": ["top1"],
-        "corrupt": list(CORRUPTIONS) if args.corrupt else [],
-        "fgsm": [f"{eps:g}" for eps in args.fgsm],
-        "pgd": [f"{eps:g}" for eps in args.pgd],
-    }
+    # The numbering of the classes does not change which images are chosen: any checkpoint's labels will do.
+    chosen = choose_images(labels_of[path], args.num_images or len(images), args.seed)
+    parts = parts_of(args, data, len(images), len(chosen), processes)
 
-    def save() -> None:
-        if processes.is_main:
-            others = {path: entry for path, entry in earlier.items() if path not in results}
-            with write_atomically(results_file) as temporary:
-                temporary.write_text(json.dumps(results | others, indent=1))
-
-    for (path, entry), name in zip(results.items(), short_names(list(results)), strict=True):
-        labels, model = labels_of[path], None
-        for part, item in [(part, item) for part, items in items_of.items() for item in items]:
-            if entry["settings"].get(part) != settings[part]:
-                entry["settings"][part] = settings[part]
-                entry[part] = {"per_corruption": {}} if part == "corrupt" else {}
-            found = entry[part]["per_corruption"] if part == "corrupt" else entry[part]
-            if item in found:
-                continue
-            if model is None:
+    names = short_names(list(results))
+    for (path, entry), name in zip(results.items(), names, strict=True):
+        tested = None
+        for part, item, items in missing_items(entry, parts):
+            if tested is None:  # a model of which nothing is missing is not loaded
                 model, checkpoint = load_model(path, processes.device)
-                entry["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+                entry["parameters"] = sum(parameter.numel() for parameter in model.parameters())  # before the fusion
                 fuse_batch_norms(model)
-                if args.compile:
+                if args.compile:  # pays from some 20,000 images at 224 px on
                     model.compile()
-                view = View.of(checkpoint)
-            common_args = (processes, args, f"{name} {part} {item}")
-            if part == "clean":
-                found |= measure(model, checkpoint, ImageDataset(rows, view), labels, *common_args)[0]
-            elif part == "corrupt":
-                dataset = CorruptedImages(chosen_rows, view, indexes, item, args.seed)
-                severities = measure(model, checkpoint, dataset, labels[indexes], *common_args)
-                found[item] = [metrics["top1"] for metrics in severities]
-                if len(found) == len(CORRUPTIONS):
-                    entry[part]["top1"] = sum(map(sum, found.values())) / (5 * len(CORRUPTIONS))
-            else:
-                steps, dataset = 1 if part == "fgsm" else args.pgd_steps, ImageDataset(chosen_rows, view)
-                (metrics,) = measure(
-                    model, checkpoint, dataset, labels[indexes], *common_args, eps=float(item), steps=steps
-                )
-                found[item] = metrics["top1"]
-            save()
-            if processes.is_main:
-                value = found[item]
-                shown = " ".join(f"{top1:.2f}" for top1 in (value if isinstance(value, list) else [value]))
-                print(f"{name} {part} {item}: {shown}", flush=True)
+                tested = TestedModel(name, model, View.of(checkpoint), images, labels_of[path], chosen)
+            items.update(part.measure(tested, item, args, processes))
+            if items.keys() >= set(part.items):
+                entry[part.name].update(part.summary(items))
+            save_results(results_file, to_save, processes)
+            shown = " ".join(f"{top1:.2f}" for top1 in np.atleast_1d(items[item]))
+            print0(f"{name} {part.name} {item}: {shown}")
 
-    save()
+    save_results(results_file, to_save, processes)
     if processes.is_main:
-        table = markdown_table(results, settings)
-        note = f"Percent of {len(rows)} val images; corruptions and attacks: of {len(indexes)} (seed {args.seed})"
+        entries, columns = list(results.values()), [columns_of(entry, parts) for entry in results.values()]
+        table = markdown_table(names, entries, columns)
+        note = f"Percent of {len(images)} val images; corruptions and attacks: of {len(chosen)} (seed {args.seed})"
         with write_atomically(args.out / "robustness.md") as temporary:
             temporary.write_text(f"{note}\n\n{table}\n")
-        draw(results, settings, args.out / "robustness.png")
-        print(f"{results_file}: {note}\n\n{table}")
+        draw(names, entries, columns, args.out / "robustness.png")
+        print0(f"{results_file}: {note}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -251,8 +251,8 @@ def test_a_second_run_uses_what_was_stored_and_names_what_has_changed(teacher, l
 
 def error_of(path: Path, name: bytes) -> str:
     with h5py.File(path) as file:
-        rows = common.image_rows(file)
-    dataset = common.ImageDataset(rows, clean={"image_size": 8, "crop_fraction": 1.0})
+        rows = common.image_list(file)
+    dataset = common.ImageDataset(rows, clean=common.View(8, 1.0))
     return dataset[rows.path.tolist().index(name)][2]
 
 
@@ -277,8 +277,8 @@ def test_a_lost_mount_is_not_a_million_unreadable_images(teacher, label, tmp_pat
 
 
 def new_file(path: Path, num: int = 4) -> Path:
-    rows = common.ImageRows("/r", np.array([f"{i:03}.png" for i in range(num)], "S"), *np.zeros((2, num), np.int64))
-    common.create_logits(path, rows, CLASSES, num, arch="a", image_size=32, teacher="t", teacher_sha256="s")
+    rows = common.ImageList("/r", np.array([f"{i:03}.png" for i in range(num)], "S"), *np.zeros((2, num), np.int64))
+    stage.create_logits(path, rows, CLASSES, num, arch="a", image_size=32, teacher="t", teacher_sha256="s")
     return path
 
 
@@ -667,30 +667,28 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(width, height, scale, t
         tags[0x0112] = exif
         photograph(width, height).save(tmp_path / f"{name}.jpg", quality=92, exif=tags)
     rows = common.list_images(tmp_path)
-    view = {"image_size": 32, "crop_fraction": 0.9}
+    view = common.View(32, 0.9)
     dataset = common.ImageDataset(rows, clean=view)
     for row, name in enumerate(("rotated", "upright")):
-        expected = common.eval_view(common.load_image(tmp_path / f"{name}.jpg"), **view).astype(int)
+        expected = common.eval_view(common.load_image(tmp_path / f"{name}.jpg"), view).astype(int)
         got = dataset[row][1][0].astype(int)
         if scale == 1 or name == "rotated":
             np.testing.assert_array_equal(got, expected)
         else:
             assert (got != expected).any() and np.abs(got - expected).mean() < 1.5
             assert rows.load(row, 72).size == (-(-width // scale), -(-height // scale))
-    noised = common.ImageDataset(rows, view, {"image_size": 32, "min_area": 0.1, "hflip": True})
-    np.testing.assert_array_equal(
-        noised[1][1][0], common.eval_view(common.load_image(tmp_path / "upright.jpg"), **view)
-    )
+    noised = common.ImageDataset(rows, view, common.Crop(32, 0.1, True))
+    np.testing.assert_array_equal(noised[1][1][0], common.eval_view(common.load_image(tmp_path / "upright.jpg"), view))
 
 
 def test_shards_are_read_without_a_shared_position(tmp_path):
     make_tar(tmp_path / "0.tar", pictures(8))
     rows = common.list_images(tmp_path)
-    dataset = common.ImageDataset(rows, clean={"image_size": 16, "crop_fraction": 1.0})
+    dataset = common.ImageDataset(rows, clean=common.View(16, 1.0))
     dataset[0]  # opens the shard before the loaders are forked
     keys = [[i] * 4 for i in range(8)] * 4
-    alone = common.Processes(torch.device("cpu"), 0, 0, 1)
-    for key, batch in zip(keys, common.load_batches(dataset, keys, alone, 2), strict=True):
+    alone = common.Processes(torch.device("cpu"), 0, 1, 2)
+    for key, batch in zip(keys, common.load_batches(dataset, keys, alone), strict=True):
         assert batch.errors == [] and (batch.views[0][3].permute(1, 2, 0).numpy() == dataset[key[0]][1][0]).all()
 
 
@@ -699,4 +697,4 @@ def test_evil_places_of_members_are_errors_of_their_rows(tmp_path):
     rows = common.list_images(tmp_path)
     for offset, size in ((0, 100), (-512, 100), (512, 2**60), (2**61, 2**61), (513, int(rows.size[0]))):
         evil = replace(rows, offset=np.array([offset, 0]), size=np.array([size, 0]))
-        assert common.ImageDataset(evil, clean={"image_size": 8, "crop_fraction": 1.0})[0][2], (offset, size)
+        assert common.ImageDataset(evil, clean=common.View(8, 1.0))[0][2], (offset, size)

@@ -50,7 +50,7 @@ def corrupt(image, name, severity, seed=0):
 
 
 def test_the_table_is_complete():
-    assert len(stage.CORRUPTIONS) == 10
+    assert len(stage.CORRUPTIONS) == 10 and list(stage.CORRUPTION_OPS) == list(stage.CORRUPTIONS)
     for sets in stage.CORRUPTIONS.values():
         assert list(sets) == [32, 64, 224] and all(len(values) == 5 for values in sets.values())
 
@@ -200,12 +200,12 @@ def test_a_view_does_not_depend_on_the_other_images(tmp_path):
         (tmp_path / "val" / "a").mkdir(parents=True, exist_ok=True)
         for split in ("train", "val"):
             Image.fromarray(np.roll(smooth_image(32), index, 0)).save(tmp_path / split / "a" / f"{index}.png")
-    rows, _, _ = common.labeled_images(tmp_path, "val")
-    view = {"image_size": 32, "crop_fraction": 1.0}
-    everything = stage.CorruptedImages(rows, view, np.arange(6), "shot_noise", seed=0)
+    images, _, _ = common.labeled_images(tmp_path, "val")
+    view = common.View(32, 1.0)
+    everything = stage.CorruptedImages(images, view, np.arange(6), "shot_noise", seed=0)
     some = np.array([1, 4])
-    subset = stage.CorruptedImages(rows[some], view, some, "shot_noise", seed=0)
-    other_seed = stage.CorruptedImages(rows[some], view, some, "shot_noise", seed=1)
+    subset = stage.CorruptedImages(images[some], view, some, "shot_noise", seed=0)
+    other_seed = stage.CorruptedImages(images[some], view, some, "shot_noise", seed=1)
     _, views, error = subset[1]
     assert error is None and len(views) == 5
     assert np.array_equal(views, everything[4][1])
@@ -216,6 +216,7 @@ def test_a_view_does_not_depend_on_the_other_images(tmp_path):
 # attacks
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+VIEW = common.View(8, 1.0, mean=MEAN, std=STD)
 
 
 class Linear(torch.nn.Module):
@@ -238,7 +239,7 @@ LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
 @pytest.mark.parametrize("eps", [1, 2, 8, 0.5, 300])
 def test_fgsm_is_the_sign_of_the_gradient_by_hand(pixels, eps):
     model = Linear()
-    attacked = stage.attack(model, pixels, LABELS, eps, 1, MEAN, STD)
+    attacked = stage.attack(model, pixels, LABELS, eps, 1, VIEW)
     # d loss / d input = W^T (softmax(logits) - one_hot(label)); the standardization divides by a positive number
     standardized = (pixels / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     probs = (standardized.flatten(1) @ model.weight.T).softmax(1)
@@ -252,12 +253,12 @@ def test_fgsm_is_the_sign_of_the_gradient_by_hand(pixels, eps):
 
 @pytest.mark.parametrize("steps", [1, 10])
 def test_eps_0_is_the_clean_image(pixels, steps):
-    assert torch.equal(stage.attack(Linear(), pixels, LABELS, 0.0, steps, MEAN, STD), pixels)
+    assert torch.equal(stage.attack(Linear(), pixels, LABELS, 0.0, steps, VIEW), pixels)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 def test_pgd_stays_in_the_ball_and_reaches_its_border(pixels, steps):
-    attacked = stage.attack(Linear(), pixels, LABELS, 4, steps, MEAN, STD)
+    attacked = stage.attack(Linear(), pixels, LABELS, 4, steps, VIEW)
     assert (attacked - pixels).abs().max() == 4
     assert attacked.min() >= 0 and attacked.max() <= 255
 
@@ -274,15 +275,15 @@ def test_pgd_of_one_step_is_fgsm_and_more_steps_hurt_more():
     model = torch.nn.Sequential(*conv, torch.nn.Flatten(), torch.nn.Linear(16 * 36, 4))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
-        loss = torch.nn.functional.cross_entropy(model(common.normalize(images, MEAN, STD)), labels)
+        loss = torch.nn.functional.cross_entropy(model(common.normalize(images, VIEW)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     def accuracy_and_loss(eps, steps):
-        attacked = stage.attack(model, images, labels, eps, steps, MEAN, STD)
+        attacked = stage.attack(model, images, labels, eps, steps, VIEW)
         with torch.no_grad():
-            metrics = stage.metrics_of(stage.batch_sums(model(common.normalize(attacked, MEAN, STD)), labels))
+            metrics = stage.metrics_of(stage.batch_sums(model(common.normalize(attacked, VIEW)), labels))
         return metrics["top1"], metrics["loss"]
 
     clean, fgsm, pgd = accuracy_and_loss(0, 1), accuracy_and_loss(16, 1), accuracy_and_loss(16, 10)
@@ -425,8 +426,8 @@ def test_results_have_the_form_of_the_contract(work, finished):
 def test_clean_numbers_equal_those_of_training(work, finished):
     for path, entry in read(work).items():
         model, checkpoint = common.load_model(work / path)
-        rows, labels, _ = common.labeled_images(work / "data", "val", checkpoint["classes"])
-        expected = common.evaluate(model, rows, labels, checkpoint, common.init_processes("cpu"))
+        images, labels, _ = common.labeled_images(work / "data", "val", checkpoint["classes"])
+        expected = common.evaluate(model, images, labels, common.View.of(checkpoint), common.init_processes("cpu"))
         assert entry["clean"]["top1"] == pytest.approx(expected["val_top1"])
         assert entry["clean"]["loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
 
