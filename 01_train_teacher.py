@@ -35,7 +35,7 @@ from common import IMAGENET_MEAN, IMAGENET_STD, Crop, View, default_crop_fractio
 from common import labeled_images  # listing
 from common import unreadable_images  # batches
 from common import plan_of  # optimization
-from common import CHECKPOINT_FORMAT, data_inputs, digests_of, previous_run, read_file, resume_or_exit  # checkpoints
+from common import CHECKPOINT_FORMAT, data_inputs, input_digests, previous_run, read_file, resume_or_exit  # checkpoints
 from common import check_parts, model_noise, model_of  # training
 from common import Run  # the training run
 
@@ -128,7 +128,7 @@ def main() -> None:
     train_images, labels, classes = labeled_images(args.data, "train")
     val_images, val_labels, _ = labeled_images(args.data, "val", classes)
     inputs = {args.init: args.init, **data_inputs(args.data, train_images, val_images)}
-    inputs = digests_of(inputs, processes)
+    inputs = input_digests(inputs, processes)
     resume_or_exit(args, begun, inputs)
     bad = begun["training"]["bad"] if begun else []
     if not begun and args.epochs != 0:

@@ -13,12 +13,10 @@ writes  logits.h5: one row an image, in the order of the paths. The same command
     python 02_pseudo_label.py --teacher runs/teacher/model.pt --unlabeled DATA/unlabeled --out runs/logits.h5
     torchrun --nproc-per-node 8 02_pseudo_label.py --teacher runs/teacher/model.pt --out runs/logits.h5
     python 02_pseudo_label.py --teacher runs/student/model.pt --only runs/balanced.h5 --out runs/newer.h5
-
-B0 at 224 px on JPEGs of 500 x 375 px, decoding included: 65 images/s with 2 CPU threads, 89 in bf16 (median of 5).
 """
 
 import argparse
-import contextlib
+import json
 import os
 import shutil
 import time
@@ -31,15 +29,15 @@ import h5py
 import numpy as np
 import torch
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256  # the program
-from common import StopSignal, init_processes, print0, progress, write_atomically
+from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0, write_atomically  # program
+from common import StopSignal, init_processes, progress  # processes
 from common import View, normalize  # views
-from common import ImageList, unlabeled_images  # listing
-from common import ImageDataset, load_batches, report_bad  # batches
-from common import DONE, LABEL_FILE_COLUMNS, LOGITS_FORMAT, TODO, UNREADABLE  # label files
-from common import image_list, map_dataset, open_label_file, read_selection
+from common import ImageList, digests_of_val, is_lost, unlabeled_images  # listing
+from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
+from common import DONE, HELD_OUT, LABEL_FILE_COLUMNS, LOGITS_FORMAT, TODO, UNREADABLE  # label files
+from common import image_list, map_dataset, open_label_file, read_held_out, read_selection
 from common import load_model  # checkpoints
-from common import autocast  # the training run
+from common import autocast, precision_of  # training
 
 SYNC_SECONDS = 5  # a row counts as done after a sync, so a `kill -9` costs about as much work as this
 
@@ -56,12 +54,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows_per_batch(image_size: int, device: torch.device) -> int:
-    """What fits a CPU's cache (512 images of 32 px, 8 of 224), on GPUs 64 times that; a restart gets the same grid."""
-    fits = 512 * 32**2 / image_size**2 * (64 if device.type == "cuda" else 1)
-    return int(min(max(2 ** int(np.log2(max(fits, 1))), 1), 1024))
-
-
 def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarray]:
     """All images of the logits file that a selection names, and its rows. Of several files, that of `folder`."""
     files, selection, _ = read_selection(path)
@@ -72,7 +64,7 @@ def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarr
     return image_list(files[numbers[0]], folder), np.unique(selection["row"][selection["file"] == numbers[0]])
 
 
-def create_logits(path: Path, images: ImageList, classes: list[str], num_wanted: int, **attributes) -> None:
+def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int, held_out=(), **attributes) -> None:
     """Write a logits.h5 in which no row is done; `num_wanted` rows will be filled.
 
     Every dataset is contiguous and has its place from the start (sparse on disk). So any number of processes can fill
@@ -87,26 +79,33 @@ def create_logits(path: Path, images: ImageList, classes: list[str], num_wanted:
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    columns = {name: (np.dtype(dtype), (num,)) for name, dtype in LABEL_FILE_COLUMNS[LOGITS_FORMAT].items()}
+    columns |= {"path": (text, (num,)), "logits": (np.dtype("f2"), (num, len(classes)))}
+    columns |= {"held_out": (np.dtype("u1"), (len(held_out), 16))} if held_out else {}
     aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
     with write_atomically(path) as temporary, h5py.File(temporary, "w", **aligned) as file:
-        for name, dtype in LABEL_FILE_COLUMNS[LOGITS_FORMAT].items():
-            kind = h5py.h5t.py_create(text if name == "path" else np.dtype(dtype), logical=True)
-            space = h5py.h5s.create_simple((num, len(classes)) if name == "logits" else (num,))
+        for name, (dtype, shape) in columns.items():
+            kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape)
             h5py.h5d.create(file.id, name.encode(), kind, space, creation)
         file["path"][:] = images.path.astype(text)
         file["offset"][:], file["size"][:] = images.offset, images.size
         file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
+        if held_out:
+            file["held_out"][:] = np.frombuffer(b"".join(sorted(held_out)), np.uint8).reshape(-1, 16)
         file.attrs.update(format=LOGITS_FORMAT, root=images.root, **attributes)
 
 
-def open_output(path: Path, folder: str, teacher_sha256: str) -> tuple[ImageList, np.ndarray]:
-    """(images, status) of a logits file, which must be of this folder and this teacher."""
+def open_output(path: Path, folder: str, teacher_sha256: str, precision: str):
+    """(images, status, digests of val) of a logits file, which must be of this folder, teacher and precision."""
     with open_label_file(path, LOGITS_FORMAT) as file:
         if file.attrs["teacher_sha256"] != teacher_sha256:
             fail(f"{path} was made by another teacher ({file.attrs['teacher']}): choose another --out")
         if file.attrs["root"] != folder:
             fail(f"{path} is of --unlabeled {file.attrs['root']}, not {folder}: choose another --out")
-        return image_list(file), map_dataset(file, "status")
+        if file.attrs.get("precision", precision) != precision:  # older files do not say
+            was = file.attrs["precision"]
+            fail(f"{path} was begun with --precision {was}, not {precision}: use that, or choose another --out")
+        return image_list(file), map_dataset(file, "status"), read_held_out(file)
 
 
 class RowWriter:
@@ -122,14 +121,14 @@ class RowWriter:
             self.path, self.file = path, os.open(path, os.O_RDWR)
         except OSError as error:
             fail(f"{path} cannot be written: {error.strerror}")
-        self.queue, self.thread = deque(), ThreadPoolExecutor(1)
-        self.pending, self.synced, self.stopped = [], time.monotonic(), False
+        self.queue, self.thread, self.pending = deque(), ThreadPoolExecutor(1), []
+        self.synced, self.stopped = time.monotonic(), False
 
     def stop(self, reason: str) -> None:
         if self.stopped:  # the next rows in the queue meet the same full disk: one line is enough
             raise SystemExit(2)
         self.stopped = True
-        fail(f"{self.path}: {reason}; the rows whose status is 1 or 2 are kept: run again", from_any=True)
+        fail(f"{self.path}: {reason}; the rows that have a status are kept: run again", from_any=True)
 
     def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
         """Write one value of `values` a row. The rows ascend."""
@@ -143,9 +142,10 @@ class RowWriter:
                     self.stop(f"{error.strerror}: make room")
                 data, offset = data[written:], offset + written
 
-    def write(self, rows: np.ndarray, logits: torch.Tensor, good: np.ndarray, wanted=slice(None)) -> None:
-        """Write the logits (n, C) of n rows. `good` (n,): it could be read. `wanted`: which of the n rows to write."""
-        rows, logits, good = rows[wanted], logits.float().cpu().numpy()[wanted], good[wanted]
+    def write(self, rows: np.ndarray, logits: torch.Tensor, status: np.ndarray, wanted=slice(None)) -> None:
+        """Write the logits (n, C) of n rows, with the status of each. `wanted`: which of the n rows to write."""
+        rows, logits, status = rows[wanted], logits.float().cpu().numpy()[wanted], status[wanted].astype(np.uint8)
+        good = status == DONE
         if not len(rows):  # the same command runs twice, and the other one has done this batch
             return
         if not np.isfinite(logits[good]).all():
@@ -155,7 +155,7 @@ class RowWriter:
         self.put("logits", rows, np.where(good[:, None], shifted, np.nan).astype(np.float16))
         self.put("label", rows, np.where(good, logits.argmax(1), -1).astype(np.int32))
         self.put("confidence", rows, np.where(good, confidence, np.float32("nan")).astype(np.float32))
-        self.pending.append((rows, np.where(good, DONE, UNREADABLE).astype(np.uint8)))
+        self.pending.append((rows, status))
         if time.monotonic() - self.synced > SYNC_SECONDS:
             self.sync()
 
@@ -163,7 +163,7 @@ class RowWriter:
         if not os.path.exists(self.path) or not os.path.samestat(os.stat(self.path), os.fstat(self.file)):
             self.stop("it was removed or replaced while it was being filled")
         try:
-            os.fdatasync(self.file)
+            getattr(os, "fdatasync", os.fsync)(self.file)  # macOS has the latter alone
         except OSError as error:
             self.stop(f"{error.strerror}: make room")
         for rows, status in self.pending:
@@ -180,13 +180,6 @@ class RowWriter:
         for write in self.queue:
             write.result()
         self.sync()
-
-
-def is_empty(folder: str) -> bool:
-    """Whether a folder has nothing in it or is not there, for example after its disk was unmounted."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return next(entries, None) is None
-    return True
 
 
 def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
@@ -217,10 +210,13 @@ def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | rang
         sum_confidence += confidence[done].sum(dtype=np.float64)
         num_above += (confidence[done] > 0.3).sum()  # stage 03's default threshold, the paper's
     if num_done := counts.sum():
-        print0(
-            f"{args.out}: {num_done} images labelled, of {(counts > 0).sum()} of {num_classes} classes, "
-            f"mean confidence {sum_confidence / num_done:.3f}, {num_above / num_done:.1%} above 0.3"
-        )
+        classes = f"{(counts > 0).sum()} of {num_classes} classes"
+        share = f"mean confidence {sum_confidence / num_done:.3f}, {num_above / num_done:.1%} above 0.3"
+        print0(f"{args.out}: {num_done} images labelled, of {classes}, {share}")
+    of_val = np.flatnonzero(status_of(args.out, wanted) == HELD_OUT)
+    if len(of_val):
+        first = "; ".join(dataset.images.name(int(wanted[i])) for i in of_val[:3])
+        print0(f"{len(of_val)} images are byte for byte images of val, and left out (status 3); the first: {first}")
     bad = np.flatnonzero(status_of(args.out, wanted) == UNREADABLE)
     first = [(row, dataset[row][2]) for row in map(int, (wanted[i] for i in bad[:3]))]
     first = [error or f"{dataset.images.name(row)}: readable now, but not when it was labelled" for row, error in first]
@@ -232,27 +228,31 @@ def main() -> None:
     args = parse_args()
     processes = init_processes(args.device, args.workers, connect=False)  # no collectives, so no time limits
     model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
-    view, sha256 = View.of(checkpoint), file_sha256(args.teacher)
+    view, sha256, precision = View.of(checkpoint), file_sha256(args.teacher), precision_of(args.precision, processes)
+    data = checkpoint.get("data")
 
     # List the images. This can take hours and has nothing to save, so until `stop` is there a signal ends the process.
     creates = processes.is_main and not args.out.exists()
+    if not args.only and not args.unlabeled and not data:
+        fail(f"--unlabeled: say where the images are, for {args.teacher} has no data directory")
     if args.only:
         listed, wanted = selected_images(args.only, args.unlabeled)
         folder = listed.root
     else:
-        folder = args.unlabeled or os.path.abspath(os.path.join(checkpoint["data"], "unlabeled"))
-        listed = unlabeled_images(folder) if creates else []
+        folder = args.unlabeled or os.path.abspath(os.path.join(data, "unlabeled"))
+        listed = unlabeled_images(folder, data) if creates else []
         wanted = range(len(listed))
     stop = StopSignal(processes)
 
     # Process 0 creates the output. All processes, and all later runs, take the list of the images from it.
     if creates and not args.out.exists():
-        attributes = {"arch": checkpoint["arch"], "image_size": view.image_size}
-        attributes |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
-        create_logits(args.out, listed, checkpoint["classes"], len(wanted), **attributes)
+        facts = {"arch": checkpoint["arch"], "image_size": view.image_size, "precision": precision}
+        facts |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
+        facts["arch_options"] = json.dumps(checkpoint["arch_options"])
+        create_logits(args.out, listed, checkpoint["classes"], len(wanted), digests_of_val(data, folder), **facts)
     words = f"process {processes.rank} waits for {args.out}: process 0 lists all images, then it makes the file"
     wait_until(args.out.exists, words, stop)
-    images, status = open_output(args.out, folder, sha256)
+    images, status, held_out = open_output(args.out, folder, sha256, precision)
     if not args.only:
         wanted = range(len(images))
     elif len(images) != len(listed) or not np.array_equal(images.path[wanted], listed.path[wanted]):
@@ -270,8 +270,8 @@ def main() -> None:
 
     if args.compile:
         model.compile()
-    amp, _ = autocast(args.precision, processes.device)
-    dataset = ImageDataset(images, clean=view)
+    amp, _ = autocast(precision, processes.device)
+    dataset = ImageDataset(images, clean=view, held_out=held_out)
     batches = load_batches(dataset, (rows_of(k).tolist() for k in todo), processes)
     writer = RowWriter(args.out)
     began, num_seen, num_bad, lost = time.monotonic(), 0, 0, False
@@ -284,15 +284,16 @@ def main() -> None:
         # Unreadable images are zeros in their place: a batch's shape, and so its numbers, do not depend on them. For a
         # compiled model all batches have one shape, the last one too.
         rows = rows_of(k)
-        good = np.isin(rows, batch.rows.numpy())
+        good, of_val = np.isin(rows, batch.rows.numpy()), np.isin(rows, batch.held_out)
         pixels = torch.zeros(size if args.compile else len(rows), *batch.views[0].shape[1:], dtype=torch.uint8)
         pixels[: len(rows)][torch.from_numpy(good)] = batch.views[0]
         pixels = pixels.to(processes.device, non_blocking=True)
         with amp:
             logits = model(normalize(pixels, view))  # (n, C)
-        lost = bool(batch.errors) and is_empty(images.root)  # an unmounted disk is not millions of bad images
-        if not lost:
-            writer.submit(rows, logits[: len(rows)], good, status[rows] == TODO)  # rows that are done stay as they are
+        lost = bool(batch.errors) and is_lost(images.root)  # an unmounted disk is not millions of bad images
+        if not lost:  # rows that are done stay as they are
+            now = np.where(good, DONE, np.where(of_val, HELD_OUT, UNREADABLE))
+            writer.submit(rows, logits[: len(rows)], now, status[rows] == TODO)
         num_seen, num_bad = num_seen + len(rows), num_bad + len(batch.errors)
         if stop.received or lost:
             break

@@ -29,16 +29,16 @@ from torch import Tensor
 
 from common import add_device_flags, add_model_flags, add_noise_flags, add_optimization_flags, add_run_flags
 from common import argument_parser, at_least, fail, file_sha256, print0  # the program
-from common import Processes, init_processes  # processes
+from common import Processes, from_rank0, init_processes  # processes
 from common import recipe_of, resolution_of  # models
 from common import add_noise  # noise
 from common import Crop, View, normalize  # views
-from common import ImageList, held_out_digests, is_lost, labeled_images, unlabeled_images  # listing
+from common import ImageList, digests_of, is_lost, labeled_images, unlabeled_images  # listing
 from common import Batch, unreadable_images  # batches
 from common import DONE, LOGITS_FORMAT, TODO, image_list, map_dataset, open_label_file  # label files
 from common import read_classes, read_selection
 from common import plan_of, soft_cross_entropy  # optimization
-from common import data_inputs, data_of, digests_of, load_model, previous_run, read_checkpoint  # checkpoints
+from common import data_inputs, data_of, input_digests, load_model, previous_run, read_checkpoint  # checkpoints
 from common import resume_or_exit
 from common import autocast, check_parts, model_noise, model_of, precision_of  # training
 from common import Run  # the training run
@@ -261,7 +261,7 @@ def main() -> None:
         fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {known}")
     columns = [labels_of.classes.index(name) for name in classes]
     inputs = {args.teacher: args.teacher, **labels_of.inputs, **data_inputs(data, train_images, val_images)}
-    inputs = digests_of(inputs, processes)
+    inputs = input_digests(inputs, processes)
     resume_or_exit(args, begun, inputs)
     bad = begun["training"]["bad"] if begun else unreadable_images(train_images, view, args.max_bad, processes)
     train_images, labels = train_images.without(bad), np.delete(labels, bad)
@@ -285,8 +285,10 @@ def main() -> None:
     # Train.
     labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=crop)
     # A teacher on the fly labels the clean view of each image; images of val, wherever they come from, are left out.
-    clean = {"clean": labels_of.view, "held_out": held_out_digests(val_images, processes)} if labels_of.view else {}
-    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", noised=crop, **clean)
+    views = {"clean": labels_of.view, "noised": crop}
+    if labels_of.view:
+        views["held_out"] = from_rank0(digests_of(val_images) if processes.is_main else None, processes)
+    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **views)
     for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):
         # Both kinds of images get the same noise, as one uint8 batch (n + m, 3, H, W); the labelled ones come first.
         images = torch.cat([batch.views[0], pseudo.views[-1]]).to(processes.device, non_blocking=True)

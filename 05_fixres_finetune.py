@@ -29,7 +29,7 @@ from common import View, normalize  # views
 from common import ImageList, labeled_images  # listing
 from common import unreadable_images  # batches
 from common import plan_of  # optimization
-from common import data_inputs, data_of, digests_of, load_model, previous_run, resume_or_exit  # checkpoints
+from common import data_inputs, data_of, input_digests, load_model, previous_run, resume_or_exit  # checkpoints
 from common import check_parts, evaluate, precision_of, set_bn_momentum  # training
 from common import Run  # the training run
 from common import pyplot, save_figure  # pictures
@@ -120,7 +120,7 @@ def main() -> None:
     train_images, labels, classes = labeled_images(data, "train", source["classes"])
     val_images, val_labels, _ = labeled_images(data, "val", classes)
     inputs = {args.checkpoint: args.checkpoint, **data_inputs(data, train_images, val_images)}
-    inputs = digests_of(inputs, processes)
+    inputs = input_digests(inputs, processes)
     resume_or_exit(args, begun, inputs)
     bad = begun["training"]["bad"] if begun else unreadable_images(train_images, view, args.max_bad, processes)
     train_images, labels = train_images.without(bad), np.delete(labels, bad)

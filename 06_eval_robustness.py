@@ -37,14 +37,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0  # the program
-from common import Processes, init_processes, progress, reduce_sum, write_atomically  # the program
+from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0, write_atomically  # program
+from common import Processes, init_processes, progress, reduce_sum, union_of  # processes
 from common import fuse_batch_norms  # models
 from common import View, normalize  # views
 from common import ImageList, labeled_images  # listing
-from common import ImageDataset, grid_keys, load_batches  # batches
+from common import ImageDataset, grid_keys, load_batches, rows_per_batch  # batches
 from common import load_model, read_checkpoint  # checkpoints
-from common import autocast, precision_of  # the training run
+from common import autocast, in_halves, precision_of  # training
 from common import pyplot, save_figure  # pictures
 
 NUM_BINS = 15  # of the calibration error
@@ -118,7 +118,9 @@ def parse_args() -> argparse.Namespace:
     add("--pgd", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 16, in pixel values")
     add("--pgd-steps", type=at_least(1, int), default=10, help="steps of 2.5 * EPS / steps; paper: 10, size not given")
     add("--num-images", type=at_least(1, int), help="val images for corruptions and attacks; None: all of them")
-    add("--batch-size", type=at_least(1, int), default=256, help="images at a time in each process")
+    add(
+        "--batch-size", type=at_least(1, int), help="images at a time in each process; None: what fits a cache or a GPU"
+    )
     add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
     add_device_flags(parser)
     return parser.parse_args()
@@ -314,24 +316,29 @@ def measure(
     """metrics_of each view of a dataset, by all processes, each image exactly once; attacked where `steps` is not 0."""
     device, description = processes.device, f"{tested.name} {what}"
     # Attacks are in float32: half of a float16 gradient would be 0, and its sign no attack.
-    amp, _ = autocast("fp32" if steps else args.precision, device)
+    amp, _ = autocast("fp32" if steps else precision_of(args.precision, processes), device)
     labels = torch.from_numpy(labels)
     sums = torch.zeros(5, 4 + 3 * NUM_BINS, dtype=torch.float64, device=device)  # a view has at most 5 severities
-    batches = load_batches(dataset, grid_keys(len(dataset), args.batch_size, processes), processes)
-    num_batches, errors = -(-len(dataset) // (args.batch_size * processes.world_size)), []
-    for batch in progress(batches, num_batches, description, processes):
-        errors += batch.errors
+    size, errors = args.batch_size or rows_per_batch(tested.view.image_size, device), set()
+    batches = load_batches(dataset, grid_keys(len(dataset), size, processes), processes)
+
+    def attacked(pixels: Tensor, target: Tensor) -> Tensor:
+        return attack(tested.model, pixels, target, eps, steps, tested.view)
+
+    def logits_of(pixels: Tensor) -> Tensor:
+        with torch.inference_mode(), amp:
+            return tested.model(normalize(pixels, tested.view)).float()
+
+    for batch in progress(batches, -(-len(dataset) // (size * processes.world_size)), description, processes):
+        errors.update(batch.errors)
         target = labels[batch.rows].to(device)
         for number, images in enumerate(batch.views):
             pixels = images.to(device, non_blocking=True).float()
             if steps:
-                pixels = attack(tested.model, pixels, target, eps, steps, tested.view)
-            with torch.inference_mode():
-                with amp:
-                    logits = tested.model(normalize(pixels, tested.view))
-                sums[number] += batch_sums(logits.float(), target)
-    if errors:
-        print(f"{description}: {len(errors)} images are unreadable and left out; the first: {errors[0][1]}")
+                pixels = in_halves(attacked, pixels, target)
+            sums[number] += batch_sums(in_halves(logits_of, pixels), target)
+    if errors := sorted(union_of(errors, processes)):
+        print0(f"{description}: {len(errors)} images are unreadable and left out; the first: {errors[0][1]}")
     sums = reduce_sum(sums, processes).cpu()
     if not sums[0, 0]:
         fail("no val image is readable")
@@ -386,7 +393,7 @@ def parts_of(args, data: Path, num_images: int, num_chosen: int, processes: Proc
     """The table of the parts, in the order in which they are measured and shown."""
     everything = {"data": str(data.absolute()), "num_images": num_images}
     chosen = everything | {"num_images": num_chosen, "seed": args.seed}
-    precision = {"precision": precision_of(args.precision, processes.device)}  # that of attacks is always fp32
+    precision = {"precision": precision_of(args.precision, processes)}  # that of attacks is always fp32
     fgsm_eps, pgd_eps = ([f"{eps:g}" for eps in flag] for flag in (args.fgsm, args.pgd))
     fgsm, pgd = partial(measure_attack, "fgsm", 1), partial(measure_attack, "pgd", args.pgd_steps)
     corruptions, drawn = list(CORRUPTIONS) if args.corrupt else [], chosen | precision

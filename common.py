@@ -43,6 +43,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
@@ -1009,6 +1010,7 @@ def add_noise(
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # the other decoders are where most CVEs are
+FORMATS += ("AVIF",) if features.check("avif") else ()
 
 
 def load_image(file: str | Path | BinaryIO, enough: int = 0) -> Image.Image:
@@ -1123,7 +1125,8 @@ def normalize(images: Tensor, view: View) -> Tensor:
 # listing: finding images in folders and .tar shards, labels from folder names, the held-out tenth of train/
 # ----------------------------------------------------------------------------------------------------------------------
 
-EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm")
+EXTENSIONS = (b".jpg", b".jpeg", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm")
+EXTENSIONS += (b".avif",) if "AVIF" in FORMATS else ()
 
 
 @lru_cache(maxsize=16)
@@ -1206,7 +1209,8 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
 
 
 def find_files(root: bytes) -> Iterator[bytes]:
-    """The paths below `root` of the images and .tar shards, in no order."""
+    """The paths below `root` of the images and .tar shards, in no order. Other names are counted by their endings."""
+    others = Counter()
 
     def not_listed(error: OSError) -> None:
         print0(f"{os.fsdecode(error.filename)} cannot be listed ({error.strerror}): its images are not seen")
@@ -1230,6 +1234,11 @@ def find_files(root: bytes) -> Iterator[bytes]:
                 fail(
                     f"{name} in {os.fsdecode(root)} is compressed: images are read in place from plain .tar files only"
                 )
+            elif not name.startswith(b"."):
+                others[os.fsdecode(os.path.splitext(lower)[1]) or "no ending"] += 1
+    if others:
+        counts = ", ".join(f"{num} of {ending}" for ending, num in others.most_common(5))
+        print0(f"{os.fsdecode(root)}: {others.total()} files are left out for their names: {counts}")
 
 
 def is_lost(folder: str) -> bool:
@@ -1356,13 +1365,22 @@ def unlabeled_images(folder: str | Path, data: str | Path | None = None) -> Imag
     return images
 
 
-def held_out_digests(val_images: ImageList, processes: Processes) -> frozenset[bytes]:
-    """What tells the images of val, wherever they are found again: they may lie among the unlabelled ones."""
+def digests_of(images: ImageList) -> frozenset[bytes]:
+    """What tells these images from others, wherever they are found again."""
     digests = set()
-    for row in range(len(val_images)) if processes.is_main else ():
+    for row in range(len(images)):
         with contextlib.suppress(OSError):  # unreadable: the evaluation counts it
-            digests.add(val_images.digest(row))
-    return frozenset(from_rank0(digests, processes))
+            digests.add(images.digest(row))
+    return frozenset(digests)
+
+
+def digests_of_val(data: str | None, folder: str) -> frozenset[bytes]:
+    """The digests of DATA/val, whose images must not become training images; none where `folder` is val/ or in it."""
+    if not data or not os.path.isdir(os.path.join(data, "train")):
+        print0(f"the teacher's data directory is not there ({data}): images of its val/ cannot be told from others")
+        return frozenset()
+    val, folder = Path(os.path.realpath(data), "val"), Path(os.path.realpath(folder))
+    return frozenset() if val in (folder, *folder.parents) else digests_of(labeled_images(data, "val")[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1603,6 +1621,16 @@ def read_classes(file: h5py.File) -> list[str]:
     return [name.decode() for name in file["classes"][:]]
 
 
+def read_held_out(file: h5py.File) -> frozenset[bytes]:
+    """The digests of the images of val that stage 02 compared with; older files have none."""
+    if "held_out" not in file:
+        return frozenset()
+    digests = file["held_out"]
+    if digests.dtype != np.uint8 or digests.shape[1:] != (16,) or digests.nbytes > os.path.getsize(file.filename):
+        fail(f"{file.filename}: held_out has the shape {digests.shape} of {digests.dtype}, expected (V, 16) of uint8")
+    return frozenset(row.tobytes() for row in digests[:])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # optimization: learning rate, TensorFlow's RMSprop, the running average of the weights, soft cross-entropy
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1821,12 +1849,12 @@ HELD_OUT_TENTH = " (the held-out tenth)"
 
 
 def data_inputs(data: Path, train: ImageList, val: ImageList) -> dict:
-    """{path: images} of the labelled images, for `digests_of`."""
+    """{path: images} of the labelled images, for `input_digests`."""
     held_out = not (data / "val").is_dir()
     return {data / "train": train, f"{data / 'train'}{HELD_OUT_TENTH}" if held_out else data / "val": val}
 
 
-def digests_of(inputs: dict, processes: Processes) -> dict[str, str]:
+def input_digests(inputs: dict, processes: Processes) -> dict[str, str]:
     """{path: digest} of everything that shapes a run, as checkpoints keep it: computed by rank 0."""
     found = {os.path.abspath(path): digest_of(thing) for path, thing in inputs.items() if processes.is_main and path}
     return from_rank0(found, processes)
@@ -2102,16 +2130,16 @@ def check_input(model: nn.Module, view: View, num_images: int, device: torch.dev
         fail(f"--batch-size: batch norm cannot train on one image in each part and process: {at}")
 
 
-def logits_of(model: nn.Module, images: Tensor, view: View, amp) -> Tensor:
-    """Logits in float32 of uint8 images; in halves where the memory of a GPU does not do for all of them at once."""
+def in_halves(function: Callable, *batches: Tensor) -> Tensor:
+    """function(*batches), on halves of them where the memory of a GPU is too small for the whole."""
     try:
-        with amp:
-            return model(normalize(images, view)).float()
+        return function(*batches)
     except torch.OutOfMemoryError:
-        if len(images) == 1:
+        if len(batches[0]) == 1:
             raise
-    torch.cuda.empty_cache()  # here, for the exception held the activations
-    return torch.cat([logits_of(model, half, view, amp) for half in images.tensor_split(2)])
+    torch.cuda.empty_cache()  # not above, where the exception holds the activations
+    halves = zip(*(batch.tensor_split(2) for batch in batches), strict=True)
+    return torch.cat([in_halves(function, *half) for half in halves])
 
 
 @torch.inference_mode()
@@ -2135,6 +2163,11 @@ def evaluate(
     amp, _ = autocast(precision, processes.device)
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
     errors = set()
+
+    def logits_of(pixels: Tensor) -> Tensor:
+        with amp:
+            return model(normalize(pixels, view)).float()
+
     keys = grid_keys(len(images), rows_per_batch(view.image_size, processes.device), processes)
     for batch in load_batches(ImageDataset(images, clean=view), keys, processes):
         if stop and stop.received:
@@ -2142,7 +2175,7 @@ def evaluate(
         errors.update(batch.errors)
         if not len(batch.rows):
             continue
-        logits = logits_of(model, batch.views[0].to(processes.device, non_blocking=True), view, amp)
+        logits = in_halves(logits_of, batch.views[0].to(processes.device, non_blocking=True))
         target = torch.from_numpy(labels)[batch.rows].to(processes.device)
         ranked = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
         loss = F.cross_entropy(logits, target, reduction="sum")
