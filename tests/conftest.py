@@ -33,8 +33,8 @@ PLAIN_PATH = [folder for folder in sys.path if Path(folder or ".").resolve() not
 sys.path[:0] = [str(folder) for folder in (ROOT, TESTS) if str(folder) not in sys.path]
 torch.set_num_threads(1)
 
-import common
-from stage_process import run_file
+import common  # noqa: E402
+from stage_process import run_file  # noqa: E402
 
 CLASSES = ["disc", "square", "triangle"]  # of draw_data
 
@@ -73,14 +73,15 @@ class Stage:
             for rank in range(nproc):
                 more = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc > 1 else {}
                 outputs = tuple(map(str, self.outputs))
-                args = ([script, *self.words[1:]], env | more, str(cwd), outputs, PLAIN_PATH, file_size)
+                path = [*filter(None, env.get("PYTHONPATH", "").split(":")), *PLAIN_PATH]
+                args = ([script, *self.words[1:]], env | more, str(cwd), outputs, path, file_size)
                 self.processes.append(SERVER.Process(target=run_file, args=args))
                 self.processes[-1].start()
             self.pids = [process.pid for process in self.processes]
         else:
-            start = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]}
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
             with open(self.outputs[0], "a") as out, open(self.outputs[1], "a") as err:
-                command = [sys.executable, *start[launcher], script, *self.words[1:]]
+                command = [sys.executable, *(torchrun if launcher == "torchrun" else []), script, *self.words[1:]]
                 process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=err, start_new_session=True)
             self.processes, self.pids = [process], [process.pid]
 
@@ -322,6 +323,13 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     return file.getvalue()
 
 
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
 def make_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
@@ -331,12 +339,15 @@ def make_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
+CHEAP = (
+    "squeezenet1_1"  # where any model will do: a step of 8 images of 32 pixels takes 20 ms, of EfficientNet-B0 160 ms
+)
 IMAGENET_VIEW = {"image_size": 32, "crop_fraction": 1.0, "interpolation": "bicubic"}
 IMAGENET_VIEW |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD}
 NO_OPTIONS = dict.fromkeys(("small_images", "dropout", "drop_path", "zero_init_residual"))
 
 
-def save_model(path: Path, arch="squeezenet1_1", classes=CLASSES, model=None, seed=0, arch_options=NO_OPTIONS, **header):
+def save_model(path: Path, arch=CHEAP, classes=CLASSES, model=None, seed=0, arch_options=NO_OPTIONS, **header) -> Path:
     """Write a checkpoint as stage 01 writes it and return its path.
 
     model: what to save; None: a fresh one of `arch`, whose classifier is made to tell images apart.

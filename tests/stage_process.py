@@ -12,7 +12,7 @@ import sys
 import traceback
 
 
-def run_file(words: list[str], env: dict[str, str], cwd: str, outputs: tuple[str, str], path: list[str], file_size: int):
+def run_file(words: list, env: dict, cwd: str, outputs: tuple[str, str], path: list[str], file_size: int) -> None:
     """Run words[0] as __main__ and end with its exit status.
 
     outputs: the files that stdout and stderr are appended to. path: sys.path of a plain Python.
@@ -22,8 +22,8 @@ def run_file(words: list[str], env: dict[str, str], cwd: str, outputs: tuple[str
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in enumerate(outputs, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # buffered, as into a pipe
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
