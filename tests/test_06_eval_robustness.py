@@ -482,6 +482,20 @@ def test_an_unreadable_image_is_left_out(work, finished, run_stage, tmp_path):
     assert entry["fgsm"]["0"] == entry["clean"]["top1"]
 
 
+def test_evaluation_in_bf16_and_compiled(tiny_data, call_main, compiled, tmp_path):
+    """Rounding shows in the loss of the clean part and not in an attack, which stays in float32."""
+    path, results = save_model(tmp_path / "model.pt", "squeezenet1_1", data=str(tiny_data)), {}
+    for name, flags in {"plain": [], "bf16": ["--precision", "bf16"], "compiled": ["--compile"]}.items():
+        out = tmp_path / name
+        assert call_main("06_eval_robustness", path, "--out", out, "--fgsm", 2, *flags).returncode == 0
+        results[name] = json.loads((out / "robustness.json").read_text())[str(path)]
+    assert len(compiled) == 1
+    plain, bf16, traced = (result["clean"]["loss"] for result in results.values())
+    assert traced == pytest.approx(plain, rel=1e-5) and bf16 == pytest.approx(plain, rel=0.05) and bf16 != plain
+    assert results["plain"]["fgsm"] == results["bf16"]["fgsm"] == results["compiled"]["fgsm"]
+    assert [result["settings"]["clean"]["precision"] for result in results.values()] == ["fp32", "bf16", "fp32"]
+
+
 def test_models_of_one_folder_name_are_shown_by_path():
     assert stage.short_names(["runs/a/s/model.pt", "runs/b/s/model.pt", "t/model.pt"])[0] == "runs/a/s/model.pt"
     assert stage.short_names(["runs/a/s/model.pt", "t/model.pt"]) == ["s", "t"]
