@@ -403,3 +403,31 @@ def assert_same_weights(a: Path | dict, b: Path | dict) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a teacher that has learned, and its labels: the tests that use them are of the xdist_group "teacher"
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHORT_RUN = ["--image-size", 32, "--batch-size", 8, "--optimizer", "adamw", "--lr", 4e-3, "--warmup-epochs", 1]
+SHORT_RUN += ["--schedule", "cosine", "--num-ops", 1, "--magnitude", 3, "--min-crop-area", 0.7, "--ema-decay", 0.9]
+SHORT_RUN += ["--bn-momentum", 0.1]
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_data, run_stage, tmp_path_factory):
+    """(its folder, the command, what it printed)"""
+    out = tmp_path_factory.mktemp("teacher") / "t"
+    flags = ["--data", tiny_data, "--out", out, "--arch", CHEAP, *SHORT_RUN]
+    args = ["01_train_teacher.py", *flags, "--batch-size", 12, "--epochs", 40, "--eval-every", 20]
+    return out, args, run_stage(*args)
+
+
+@pytest.fixture(scope="session")
+def labels(teacher, tiny_data, run_stage, tmp_path_factory):
+    """(logits.h5, balanced.h5, what 03 printed)"""
+    folder = tmp_path_factory.mktemp("labels")
+    run_stage("02_pseudo_label.py", "--teacher", teacher[0] / "model.pt", "--out", folder / "logits.h5")
+    flags = ["--out", folder / "balanced.h5", "--threshold", 0.3, "--per-class", 9]
+    done = run_stage("03_balance.py", folder / "logits.h5", *flags, "--truth", tiny_data / "unlabeled_truth.csv")
+    return folder / "logits.h5", folder / "balanced.h5", done.stdout

@@ -141,7 +141,7 @@ def test_tf_logits_equal_timms(arch):
 
 
 def test_l2s_depth_at_a_fifth_of_b0s_width_equals_timms(monkeypatch):
-    """With its 480 million parameters it takes 10 seconds and 4 GB; that names, shapes and strides fit is tested above."""
+    """All its 480 million parameters would take 10 seconds and 4 GB; their names and shapes are compared above."""
     torch.manual_seed(0)
     build = timm.models.efficientnet._gen_efficientnet
     oracle = build("tf_efficientnet_l2", 0.2, 5.3, pad_type="same", bn_eps=1e-3)
