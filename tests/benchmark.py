@@ -48,7 +48,7 @@ from common import (
     IMAGENET_STD,
     LOGITS_FORMAT,
     SELECTION_FORMAT,
-    ImageRows,
+    ImageList,
     argument_parser,
     at_least,
     autocast,
@@ -310,7 +310,7 @@ def label(args: argparse.Namespace) -> None:
 def write_logits(path: Path, num_rows: int, num_classes: int) -> None:
     """A finished logits.h5 of a long tail of classes, as stage 02 leaves it."""
     names = np.char.mod(b"part/%09d.jpg", np.arange(num_rows))
-    rows = ImageRows("/made/up", names, *np.zeros((2, num_rows), np.int64))
+    rows = ImageList("/made/up", names, *np.zeros((2, num_rows), np.int64))
     classes = [f"{c:04}" for c in range(num_classes)]
     create_logits(path, rows, classes, num_rows, arch="a", image_size=224, teacher="t", teacher_sha256="s")
     rng = np.random.default_rng(0)

@@ -1,21 +1,189 @@
-"""What the tests share: loading a stage by its file name, running one as a user would, and a small data directory."""
+"""What the tests share: stages in a process of their own or in this one, small data, small checkpoints.
 
+run_stage    runs a stage as a user would, to its end     start_stage   the same, to be watched and killed
+call_main    runs a stage's main() in this process        mistake       "one line on stderr and status 2"
+save_model   a checkpoint of a small model                draw_data     a small data directory
+"""
+
+import contextlib
 import csv
 import importlib.util
+import io
+import json
 import os
+import signal
 import subprocess
 import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from multiprocessing import forkserver, get_context
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and before the fork server starts
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+PLAIN_PATH = [folder for folder in sys.path if Path(folder or ".").resolve() not in (ROOT, TESTS)]
+sys.path[:0] = [str(folder) for folder in (ROOT, TESTS) if str(folder) not in sys.path]
 torch.set_num_threads(1)
+
+import common  # noqa: E402
+from stage_process import run_file  # noqa: E402
+
+CLASSES = ["disc", "square", "triangle"]  # of draw_data
+
+# ----------------------------------------------------------------------------------------------------------------------
+# stages in a process of their own
+# ----------------------------------------------------------------------------------------------------------------------
+
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["stage_process", "torch", "torch.distributed", "torchvision", "h5py", "PIL.Image", "numpy", "matplotlib.pyplot"]
+)
+
+
+def pytest_sessionfinish():
+    forkserver._forkserver._stop()  # and wait for it: so the time of its children counts in `time pytest`
+
+
+class Stage:
+    """A running or finished stage: .returncode (None while it runs), .stdout and .stderr so far, .pids."""
+
+    def __init__(self, folder: Path, words, nproc=1, launcher=None, cwd=ROOT, file_size=-1, env=None):
+        folder.mkdir(parents=True)
+        self.outputs = folder / "stdout", folder / "stderr"
+        for path in self.outputs:
+            path.touch()
+        self.words = [str(word) for word in words]
+        script = str((ROOT / self.words[0]).resolve() if launcher is None else self.words[0])
+        env = os.environ | {name: str(value) for name, value in (env or {}).items()}
+        self.returncode, self.processes, self.store = None, [], None
+        if launcher is None:
+            if nproc > 1:  # the store that torchrun's agent keeps
+                self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+                env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+            for rank in range(nproc):
+                more = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc > 1 else {}
+                outputs = tuple(map(str, self.outputs))
+                path = [*filter(None, env.get("PYTHONPATH", "").split(":")), *PLAIN_PATH]
+                args = ([script, *self.words[1:]], env | more, str(cwd), outputs, path, file_size)
+                self.processes.append(SERVER.Process(target=run_file, args=args))
+                self.processes[-1].start()
+            self.pids = [process.pid for process in self.processes]
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+            with open(self.outputs[0], "a") as out, open(self.outputs[1], "a") as err:
+                command = [sys.executable, *(torchrun if launcher == "torchrun" else []), script, *self.words[1:]]
+                process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=err, start_new_session=True)
+            self.processes, self.pids = [process], [process.pid]
+
+    @property
+    def stdout(self) -> str:
+        return self.outputs[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.outputs[1].read_text()
+
+    def poll(self) -> int | None:
+        """The status of the first process that failed, or 0, once all have ended; None before."""
+        if self.returncode is None:
+            statuses = [p.poll() if isinstance(p, subprocess.Popen) else p.exitcode for p in self.processes]
+            if None not in statuses:
+                self.returncode = next((status for status in statuses if status), 0)
+                self.store = None
+        return self.returncode
+
+    def wait(self, timeout: float = 120) -> int:
+        """Wait for all processes. One that fails takes the others with it, as under torchrun, after 20 seconds."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            failed = [p for p in self.processes if not isinstance(p, subprocess.Popen) and p.exitcode]
+            if failed:
+                end = min(end, time.monotonic() + 20)
+            if time.monotonic() > end:
+                self.kill()
+                if not failed:
+                    pytest.fail(f"not finished in time: {self}")
+            time.sleep(0.01)
+        return self.returncode
+
+    def kill(self, number: int = signal.SIGKILL, wait: bool = True) -> None:
+        """Send a signal to all processes and their loaders, and wait for their end."""
+        below = [pid for p in self.pids for pid in descendants(p)]  # torchrun's workers have groups of their own
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if wait:
+            self.wait()
+
+    def wait_until(self, condition, timeout: float = 120) -> None:
+        """Wait until condition() is true while the stage runs."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.poll() is None, f"it ended before: {self}"
+            assert time.monotonic() < end, f"the condition never came true: {self}"
+            time.sleep(0.005)
+
+    def __repr__(self) -> str:
+        return f"{' '.join(self.words)}\nstatus {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-4000:]}"
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and all below it."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += [below for child in task.read_text().split() for below in descendants(int(child))]
+    return found
+
+
+@pytest.fixture(scope="session")
+def start_stage(tmp_path_factory):
+    """start_stage("03_balance.py", flag, value, ..., nproc=1, NAME="value") -> Stage, running.
+
+    It comes from the fork server, nproc > 1: as so many ranks. launcher="python" or "torchrun": really by these.
+    """
+    started, root = [], tmp_path_factory.mktemp("stages")
+
+    def start(*words, nproc=1, launcher=None, cwd=ROOT, file_size=-1, **env) -> Stage:
+        started.append(Stage(root / str(len(started)), words, nproc, launcher, cwd, file_size, env))
+        return started[-1]
+
+    yield start
+    for stage in started:
+        if stage.poll() is None:
+            stage.kill(wait=False)
+
+
+@pytest.fixture(scope="session")
+def run_stage(start_stage):
+    """run_stage("03_balance.py", flag, value, ..., check=True) -> Stage, finished; otherwise as start_stage.
+
+    check: a status other than 0 fails the test with what was printed.
+    """
+
+    def run(*words, check: bool = True, timeout: float = 120, **how) -> Stage:
+        done = start_stage(*words, **how)
+        done.wait(timeout)
+        if check and done.returncode:
+            pytest.fail(repr(done))
+        return done
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# stages in this process
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def load_stage(name: str):
@@ -26,6 +194,94 @@ def load_stage(name: str):
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def patch_name(patch: pytest.MonkeyPatch, name: str, value, *modules) -> None:
+    """Replace a name of common wherever it is used: in common itself and in the stages that import it."""
+    found = [module for module in (common, *modules) if hasattr(module, name)]
+    assert found, f"nobody has {name} any more"
+    for module in found:
+        patch.setattr(module, name, value)
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, words, stop_after: int = 0, pictures: bool = False) -> Done:
+    """stage.main() with these words on its command line, without pictures of curves and without signal handlers.
+
+    stop_after: the step after which it believes that SIGTERM has arrived.
+    """
+    calls = iter(range(1, 10**9))
+    with patch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
+        if stop_after:
+            patch.setattr(common.StopSignal, "__call__", lambda self: next(calls) == stop_after)
+        if not pictures:
+            patch_name(patch, "draw_curves", lambda out: None, stage)
+        patch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
+        printed = capsys.readouterr if capsys else lambda: ("", "")
+        printed()
+        try:
+            stage.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return Done(status, *printed())
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """call_main("03_balance", flag, value, ...) -> Done(returncode, stdout, stderr); see call_main_of."""
+
+    def call(name: str, *words, **how) -> Done:
+        return call_main_of(load_stage(name), monkeypatch, capsys, words, **how)
+
+    return call
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The models that were compiled, by torch's tracer alone: the compilers behind it take half a minute a model."""
+    models, compile_model = [], torch.nn.Module.compile
+
+    def trace(model, *args, **options):
+        models.append(model)
+        compile_model(model, *args, **options | {"backend": "aot_eager"})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    yield models
+    torch.compiler.reset()
+
+
+def assert_mistake(done, *words) -> str:
+    """Status 2 and one line on stderr with these words; returns the line."""
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done
+    assert all(str(word) in lines[0] for word in words), (lines, words)
+    return lines[0]
+
+
+@pytest.fixture
+def mistake(capsys):
+    """mistake(call, word, ...): the call ends the program with status 2 and one line that has these words."""
+
+    def check(call, *words) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call()
+        return assert_mistake(Done(stop.value.code, *capsys.readouterr()), *words)
+
+    return check
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data and checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def draw_image(label: int, rng: np.random.Generator, size: int = 32) -> Image.Image:
@@ -47,9 +303,8 @@ def draw_image(label: int, rng: np.random.Generator, size: int = 32) -> Image.Im
 def draw_data(folder: Path) -> Path:
     """3 classes x 8 train, 4 val, 20 unlabelled (two folders deep), unlabeled_truth.csv; all 32 pixels, PNG."""
     rng = np.random.default_rng(0)
-    classes = ("disc", "square", "triangle")
     for split, num in (("train", 8), ("val", 4)):
-        for label, name in enumerate(classes):
+        for label, name in enumerate(CLASSES):
             (folder / split / name).mkdir(parents=True)
             for i in range(num):
                 draw_image(label, rng).save(folder / split / name / f"{i}.png")
@@ -60,7 +315,7 @@ def draw_data(folder: Path) -> Path:
         path = folder / "unlabeled" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_image(label, rng).save(path)
-        truth.append((name, classes[label]))
+        truth.append((name, CLASSES[label]))
     with open(folder / "unlabeled_truth.csv", "w", newline="") as file:
         csv.writer(file).writerows([("name", "class"), *truth])
     return folder
@@ -72,22 +327,107 @@ def tiny_data(tmp_path_factory) -> Path:
     return draw_data(tmp_path_factory.mktemp("tiny") / "data")
 
 
-@pytest.fixture(scope="session")
-def run_stage():
-    """run_stage("03_balance.py", ..., nproc=1, check=True, NAME="value") -> CompletedProcess with text output.
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
-    nproc > 1 starts that many processes with torchrun. `check`: a status other than 0 fails the test with the output.
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def make_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+CHEAP = "shufflenet_v2_x0_5"  # where any model will do: 34 ms a step of 8 images of 32 pixels, EfficientNet-B0 160
+IMAGENET_VIEW = {"image_size": 32, "crop_fraction": 1.0, "interpolation": "bicubic"}
+IMAGENET_VIEW |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD}
+NO_OPTIONS = dict.fromkeys(("small_images", "dropout", "drop_path", "zero_init_residual"))
+
+
+@torch.no_grad()
+def tell_images_apart(model: torch.nn.Module, size: int = 32) -> torch.nn.Module:
+    """Give a fresh model batch norms with the statistics of a batch and a spread of logits; returns it in eval mode."""
+    norms = [module for module in model.train().modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    patches = torch.nn.functional.interpolate(torch.randn(16, 3, 8, 8), size=(size, size))
+    logits = model(patches + 0.3 * torch.randn(16, 3, size, size))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    [p for p in model.parameters() if p.dim() > 1][-1].mul_(1 / logits.std(0).mean().clamp(min=1e-3))
+    return model.eval()
+
+
+def save_model(path: Path, arch=CHEAP, classes=CLASSES, model=None, seed=0, arch_options=NO_OPTIONS, **header) -> Path:
+    """Write a checkpoint as stage 01 writes it and return its path.
+
+    model: what to save; None: a fresh one of `arch`, whose classifier is made to tell images apart.
     """
+    if model is None:
+        torch.manual_seed(seed)
+        model = common.build_model(arch, len(classes), **arch_options)
+        tell_images_apart(model, header.get("image_size", 32))
+    checkpoint = {"format": common.CHECKPOINT_FORMAT, "stage": "teacher", "arch": arch, "arch_options": arch_options}
+    checkpoint |= {"classes": list(classes), **IMAGENET_VIEW, "data": str(path.parent), "metrics": {}, "args": {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.save_checkpoint(path, checkpoint | {"model": model.state_dict()} | header)
+    return path
 
-    def run(*args, nproc: int = 1, check: bool = True, timeout: float = 300, **env) -> subprocess.CompletedProcess:
-        launcher = [sys.executable]
-        if nproc > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-        command = [*launcher, *map(str, args)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in env.items()}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-        if check and done.returncode:
-            pytest.fail(f"{' '.join(command)}\nstatus {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-        return done
 
-    return run
+def checkpoint_of(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(a: Path | dict, b: Path | dict) -> None:
+    a, b = (checkpoint_of(weights)["model"] if isinstance(weights, Path) else weights for weights in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a teacher that has learned, and its labels: the tests that use them are of the xdist_group "teacher"
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHORT_RUN = ["--image-size", 32, "--batch-size", 8, "--optimizer", "adamw", "--lr", 4e-3, "--warmup-epochs", 1]
+SHORT_RUN += ["--schedule", "cosine", "--num-ops", 1, "--magnitude", 3, "--min-crop-area", 0.7, "--ema-decay", 0.9]
+SHORT_RUN += ["--bn-momentum", 0.1]
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_data, run_stage, tmp_path_factory):
+    """(its folder, the command, what it printed)"""
+    out = tmp_path_factory.mktemp("teacher") / "t"
+    flags = ["--data", tiny_data, "--out", out, "--arch", CHEAP, *SHORT_RUN]
+    args = ["01_train_teacher.py", *flags, "--batch-size", 12, "--epochs", 40, "--eval-every", 20]
+    return out, args, run_stage(*args)
+
+
+@pytest.fixture(scope="session")
+def labels(teacher, tiny_data, run_stage, tmp_path_factory):
+    """(logits.h5, balanced.h5, what 03 printed)"""
+    folder = tmp_path_factory.mktemp("labels")
+    run_stage("02_pseudo_label.py", "--teacher", teacher[0] / "model.pt", "--out", folder / "logits.h5")
+    flags = ["--out", folder / "balanced.h5", "--threshold", 0.3, "--per-class", 9]
+    done = run_stage("03_balance.py", folder / "logits.h5", *flags, "--truth", tiny_data / "unlabeled_truth.csv")
+    return folder / "logits.h5", folder / "balanced.h5", done.stdout

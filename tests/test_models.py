@@ -1,27 +1,25 @@
-"""The models against torchvision's and timm's, the noise inside them, the 32-pixel variant, folded batch norms,
-recomputed activations and micro-batches."""
+"""The models against torchvision's and timm's, the noise inside them, the 32-pixel variant, folded batch norms; and
+weights of this toolkit, torchvision and timm: what fits, what is refused by name."""
+
+import argparse
+import re
+import sys
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import assert_same_weights, save_model
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from common import (
-    EFFICIENTNETS,
-    Processes,
-    build_model,
-    fuse_batch_norms,
-    load_weights,
-    micro_batches,
-    own_names,
-    parallel,
-)
+from common import EFFICIENTNETS, build_model, fuse_batch_norms, load_model, load_weights, own_names
+
 
 SMALL = [f"efficientnet_b{i}" for i in range(8)]
+
+
 PARAMETERS = {
     "efficientnet_b0": 5_288_548,
     "efficientnet_b7": 66_347_960,
@@ -29,8 +27,9 @@ PARAMETERS = {
     "efficientnet_l1": 272_630_564,
     "efficientnet_l2": 480_309_308,
 }
+
+
 CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
-ALONE = Processes(torch.device("cpu"), 0, 0, 1)
 
 
 def on_meta(arch, **options):
@@ -75,14 +74,38 @@ def test_table_has_every_model_and_its_resolution():
     assert EFFICIENTNETS["efficientnet_l2"] == (4.3, 5.3, 475, 0.5)
 
 
+def layers_of(model):
+    """What makes each layer with weights what it is, in order."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            bias = module.bias is not None
+            found.append((*module.weight.shape, module.stride, module.padding, module.dilation, module.groups, bias))
+        elif isinstance(module, nn.BatchNorm2d):
+            found.append((module.num_features, module.eps))
+        elif isinstance(module, nn.Linear):
+            found.append(tuple(module.weight.shape))
+        elif isinstance(module, nn.Dropout):
+            found.append(module.p)
+    return found
+
+
 @pytest.mark.parametrize("arch", SMALL)
+def test_every_layer_is_torchvisions(arch):
+    with torch.device("meta"):
+        oracle = torchvision.models.get_model(arch, weights=None)
+    model = on_meta(arch)
+    names = [(name, tensor.shape) for name, tensor in oracle.state_dict().items()]
+    assert [(name, tensor.shape) for name, tensor in model.state_dict().items()] == names
+    assert layers_of(model) == layers_of(oracle)
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b4", "efficientnet_b5"])  # from B5 on another eps
 def test_torchvisions_weights_fit_as_they_are_and_ours_fit_torchvision(arch):
     torch.manual_seed(0)
     oracle = torchvision.models.get_model(arch, weights=None)
     randomise_batch_norms(oracle)
     model = build_model(arch)
-    names = [(name, tensor.shape) for name, tensor in oracle.state_dict().items()]
-    assert [(name, tensor.shape) for name, tensor in model.state_dict().items()] == names
     load_weights(model, oracle.state_dict())
     assert_same_logits(model, oracle, (64, 64), (65, 51))
     with torch.device("meta"):
@@ -94,12 +117,18 @@ def test_torchvisions_weights_fit_as_they_are_and_ours_fit_torchvision(arch):
 @pytest.mark.parametrize("arch", [f"tf_{arch}" for arch in (*SMALL, "efficientnet_l2")])
 def test_timms_names_and_shapes_are_ours(arch):
     with torch.device("meta"):
-        theirs = own_names(timm.create_model(arch, pretrained=False).state_dict())
-    ours = on_meta(arch).state_dict()  # timm has the same order
+        oracle = timm.create_model(arch, pretrained=False)
+    model, theirs = on_meta(arch), own_names(oracle.state_dict())
+    ours = model.state_dict()  # timm has the same order
     assert [(name, tensor.shape) for name, tensor in ours.items()] == [(name, t.shape) for name, t in theirs.items()]
+    strides, eps = (
+        [[getattr(module, name) for module in net.modules() if isinstance(module, kind)] for net in (model, oracle)]
+        for kind, name in ((nn.Conv2d, "stride"), (nn.BatchNorm2d, "eps"))
+    )
+    assert strides[0] == strides[1] and eps[0] == eps[1] and set(eps[0]) == {1e-3}
 
 
-@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b2", "efficientnet_b5"])
 def test_tf_logits_equal_timms(arch):
     torch.manual_seed(0)
     oracle = timm.create_model(f"tf_{arch}", pretrained=False)
@@ -111,15 +140,13 @@ def test_tf_logits_equal_timms(arch):
     assert_same_logits(model, oracle, (64, 64), (65, 51), *([(65, 65), (50, 67)] if arch == "efficientnet_b0" else []))
 
 
-def test_l2_with_all_its_parameters_equals_timms():
-    with torch.device("meta"):
-        oracle, model = timm.create_model("tf_efficientnet_l2", pretrained=False), build_model("tf_efficientnet_l2")
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in oracle.state_dict().items()}
-    for tensor in weights.values():
-        if tensor.ndim > 1:
-            tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
-    oracle.load_state_dict(weights, assign=True)
+def test_l2s_depth_at_a_fifth_of_b0s_width_equals_timms(monkeypatch):
+    """All its 480 million parameters would take 10 seconds and 4 GB; their names and shapes are compared above."""
+    torch.manual_seed(0)
+    build = timm.models.efficientnet._gen_efficientnet
+    oracle = build("tf_efficientnet_l2", 0.2, 5.3, pad_type="same", bn_eps=1e-3)
+    monkeypatch.setitem(EFFICIENTNETS, "efficientnet_l2", (0.2, *EFFICIENTNETS["efficientnet_l2"][1:]))
+    model = build_model("tf_efficientnet_l2")
     randomise_batch_norms(oracle)
     load_weights(model, oracle.state_dict())
     assert_same_logits(model, oracle, (64, 64))
@@ -143,6 +170,9 @@ def test_a_training_pass_and_its_gradients_are_torchvisions():
         assert (mine.grad - theirs.grad).abs().max() <= 1e-3 * theirs.grad.abs().max() + 1e-6 * largest, name
     for mine, theirs in zip(model.buffers(), oracle.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+# the noise inside
 
 
 @pytest.mark.parametrize(("arch", "num"), [("efficientnet_b0", 16), ("efficientnet_b7", 55), ("efficientnet_l2", 88)])
@@ -190,6 +220,32 @@ def test_nothing_is_random_in_eval_and_something_in_training():
         assert not torch.equal(model(images), model(images))
 
 
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_dropout_before_the_classifier_keeps_the_mean(rate):
+    torch.manual_seed(0)
+    classifier = build_model("efficientnet_b0", 5, dropout=rate).classifier.train()
+    x, passes = torch.rand(1280), 4000
+    with torch.no_grad():
+        dropped = classifier[0](torch.ones(passes, 1280))
+        zeros, expected_error = (dropped == 0).double().mean().item(), (rate * (1 - rate) / dropped.numel()) ** 0.5
+        assert abs(zeros - rate) < 4 * expected_error
+        assert dropped.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+        mean = classifier(x.repeat(passes, 1)).mean(0)
+        sigma = ((classifier[1].weight * x).square().sum(1) * rate / (1 - rate) / passes).sqrt()
+        full = classifier.eval()(x)
+    assert (sigma > 0).all() and ((mean - full).abs() < 4 * sigma).all()
+    assert torch.equal(full, classifier[1](x)), "dropout in eval"
+
+
+def test_dropout_is_the_official_one():
+    archs = [*SMALL, "efficientnet_l2"]
+    rates = [EFFICIENTNETS[arch][3] for arch in archs]
+    assert rates == [0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5]  # efficientnet_builder.py:33-45
+
+
+# options
+
+
 @pytest.mark.parametrize(
     ("small", "sizes"), [(False, [16, 16, 8, 4, 2, 2, 1, 1, 1]), (True, [16, 16, 16, 16, 8, 8, 4, 4, 4])]
 )
@@ -226,24 +282,25 @@ def test_initial_confidence_is_low_with_few_classes():
     assert probs.amax(1).mean() < 0.25
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.5])
-def test_dropout_before_the_classifier_keeps_the_mean(rate):
-    torch.manual_seed(0)
-    classifier = build_model("efficientnet_b0", 5, dropout=rate).classifier.train()
-    x, passes = torch.rand(1280), 4000
-    with torch.no_grad():
-        dropped = classifier[0](torch.ones(passes, 1280))
-        zeros, expected_error = (dropped == 0).double().mean().item(), (rate * (1 - rate) / dropped.numel()) ** 0.5
-        assert abs(zeros - rate) < 4 * expected_error
-        assert dropped.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
-        mean = classifier(x.repeat(passes, 1)).mean(0)
-        sigma = ((classifier[1].weight * x).square().sum(1) * rate / (1 - rate) / passes).sqrt()
-        full = classifier.eval()(x)
-    assert (sigma > 0).all() and ((mean - full).abs() < 4 * sigma).all()
-    assert torch.equal(full, classifier[1](x)), "dropout in eval"
+FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet"]
+FAMILIES += [
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+]
+FAMILIES += ["resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn"]
+FAMILIES += ["vit_b_16", "wide_resnet50_2"]
 
 
-@pytest.mark.parametrize("arch", [a for a in CLASSIFIERS if not a.startswith("regnet") or a == "regnet_y_400mf"])
+def family_of(arch):
+    return torchvision.models.get_model_builder(arch).__module__
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_every_classifier_of_torchvision_can_be_trained(arch):
     """One plain tensor of logits in training too, and the last weights are the classifier's, as `new_head` says."""
     device = "cpu" if arch.startswith("regnet") else "meta"  # torchvision computes a RegNet's widths on the device
@@ -256,7 +313,37 @@ def test_every_classifier_of_torchvision_can_be_trained(arch):
 
 def test_the_classifiers_are_those_that_one_expects():
     assert {"resnet18", "vit_b_16", "googlenet", "convnext_tiny", "efficientnet_v2_s"} <= set(CLASSIFIERS)
+    assert {family_of(arch) for arch in CLASSIFIERS} == {family_of(arch) for arch in FAMILIES}
     assert len([arch for arch in CLASSIFIERS if arch.startswith("regnet")]) == 15
+
+
+def test_other_names_are_torchvisions():
+    model = build_model("resnet18", 7)
+    assert isinstance(model, torchvision.models.ResNet) and model.fc.out_features == 7
+    model = build_model("resnet18", 7, small_images=None, dropout=None, drop_path=None)
+    assert model.fc.out_features == 7
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("efficientnet_b9", {}),
+        ("tf_resnet18", {}),
+        ("", {}),
+        ("resnet18", {"small_images": True, "drop_path": 0.1}),
+        ("fcn_resnet50", {}),
+        ("quantized_resnet18", {}),
+        ("fasterrcnn_resnet50_fpn", {}),
+        ("r3d_18", {}),
+        ("raft_small", {}),
+    ],
+)
+def test_unknown_names_and_options_are_value_errors(arch, options):
+    with pytest.raises(ValueError, match="cannot build"):
+        build_model(arch, 3, **options)
+
+
+# folded batch norms
 
 
 FOLDED = [
@@ -271,7 +358,6 @@ FOLDED = [
     ("shufflenet_v2_x0_5", {}),
     ("mnasnet0_5", {}),
     ("regnet_y_400mf", {}),
-    ("vgg11_bn", {}),
     ("googlenet", {}),
     ("inception_v3", {}),
     ("efficientnet_v2_s", {}),
@@ -314,135 +400,275 @@ def test_folded_batch_norms_are_gone_and_the_logits_the_same(arch, options):
         assert all(before) and not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-def two_steps(arch, recompute, frozen):
-    torch.manual_seed(0)
-    model = build_model(arch, 5, dropout=0.3, drop_path=0.5).train()
-    model.features[:frozen].eval().requires_grad_(False)
-    called = parallel(model, ALONE, False, recompute)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    for step in range(2):
-        torch.manual_seed(step)
-        optimizer.zero_grad()
-        F.cross_entropy(called(torch.randn(6, 3, 32, 32)), torch.arange(6) % 5).backward()
-        optimizer.step()
-    return model
+# weights: there and back
+
+
+def pictures(num, *size):
+    """Noise on patches."""
+    return F.interpolate(torch.randn(num, 3, 8, 8), size=size) + 0.3 * torch.randn(num, 3, *size)
+
+
+@torch.no_grad()
+def with_statistics(model, size):
+    """In eval mode, batch norms with the statistics of a batch: the logits depend on the image and on every layer."""
+    for module in model.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model(pictures(16, size, size))
+    return model.eval()
+
+
+def small_model(seed=0, arch="efficientnet_b0", **options):
+    torch.manual_seed(seed)
+    return with_statistics(build_model(arch, 3, **options), 32)
+
+
+def timms_b0(num_classes=3, seed=0):
+    torch.manual_seed(seed)
+    return with_statistics(timm.create_model("tf_efficientnet_b0", num_classes=num_classes), 64)
+
+
+def changed(model, before):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def copy_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b5"])
+def test_to_torchvision_and_back_is_bitwise(arch):
+    ours, theirs, again = (
+        small_model(arch=arch),
+        torchvision.models.get_model(arch, num_classes=3),
+        build_model(arch, 3),
+    )
+    load_weights(theirs, ours.state_dict())
+    assert_same_weights(theirs.state_dict(), ours.state_dict())
+    load_weights(again, theirs.state_dict())
+    assert_same_weights(again.state_dict(), ours.state_dict())
+
+
+def test_from_timm_through_a_checkpoint_is_bitwise(tmp_path):
+    theirs, ours = timms_b0(), build_model("tf_efficientnet_b0", 3)
+    load_weights(ours, theirs.state_dict())
+    loaded, header = load_model(save_model(tmp_path / "model.pt", "tf_efficientnet_b0", model=ours))
+    assert_same_weights(loaded.state_dict(), own_names(theirs.state_dict()))
+    assert header["classes"] == ["disc", "square", "triangle"] and not loaded.training
+    assert {p.device.type for p in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
+    fused, _ = load_model(tmp_path / "model.pt", fuse=True)
+    images = pictures(2, 65, 51)
+    with torch.no_grad():
+        expected = theirs(images)
+        assert (expected[0] - expected[1]).abs().max() > 0.1 * expected.abs().max()
+        for model in loaded, fused:
+            assert (model(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+
+
+# weights: names and containers
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("naming", ["own", "timm"])
+def test_prefixes_of_wrappers_are_cut_off(prefix, naming):
+    source = timms_b0() if naming == "timm" else small_model(arch="tf_efficientnet_b0")
+    model = build_model("tf_efficientnet_b0", 3)
+    load_weights(model, {prefix + name: tensor for name, tensor in source.state_dict().items()})
+    assert_same_weights(model.state_dict(), own_names(source.state_dict()))
+
+
+def test_real_wrappers_are_cut_off():
+    source = small_model()
+    averaged = torch.optim.swa_utils.AveragedModel(torch.compile(source), use_buffers=True)
+    assert {"n_averaged", "module._orig_mod.classifier.1.bias"} <= averaged.state_dict().keys()
+    assert_same_weights(own_names(averaged.state_dict()), source.state_dict())
+
+
+CONTAINERS = {  # what training scripts save: `good` is to be taken and `last` not
+    "plain": lambda good, last: good,
+    "state_dict": lambda good, last: {"epoch": 3, "state_dict": good},
+    "model": lambda good, last: {"epoch": 3, "model": good, "optimizer": {"state": {}}},
+    "nested": lambda good, last: {"model": {"state_dict": good, "epoch": 3}},
+    "torchvision": lambda good, last: {
+        "epoch": 3,
+        "model": last,
+        "model_ema": {"n_averaged": torch.tensor(5)} | {f"module.{name}": tensor for name, tensor in good.items()},
+    },
+    "timm": lambda good, last: {"arch": "b0", "state_dict": last, "state_dict_ema": good, "version": 2},
+}
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_weights_are_found_in_their_container_and_the_averaged_ones_win(container, as_file, tmp_path):
+    good, last, model = (build_model("shufflenet_v2_x0_5", 3) for _ in range(3))
+    weights = CONTAINERS[container](good.state_dict(), last.state_dict())
+    if as_file:
+        torch.save(weights, tmp_path / "weights.pth")
+        weights = tmp_path / "weights.pth"
+    load_weights(model, weights)
+    assert_same_weights(model.state_dict(), good.state_dict())
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_older_files_without_counters_and_half_precision(meta):
+    source = small_model()
+    with torch.device("meta" if meta else "cpu"):
+        model = build_model("efficientnet_b0", 3)
+    weights = {name: tensor.half() for name, tensor in source.state_dict().items() if tensor.ndim}
+    assert not any(name.endswith("num_batches_tracked") for name in weights)
+    load_weights(model, weights)
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim:
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, weights[name].float()), name
+        else:
+            assert tensor.dtype == torch.int64 and tensor == 0 and tensor.device.type == "cpu"
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_files_of_every_kind(kind, tmp_path):
+    source, model = timms_b0(), build_model("tf_efficientnet_b0", 3)
+    path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.pth")
+    if kind == "safetensors":
+        safetensors.torch.save_file(source.state_dict(), path)
+    else:
+        torch.save(source.state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
+    for given in path, str(path):
+        model.classifier[1].weight.data.zero_()
+        load_weights(model, given)
+        assert_same_weights(model.state_dict(), own_names(source.state_dict()))
+
+
+@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
+def test_the_second_classifiers_of_published_files_are_left_out(arch):
+    """As torchvision's own builder does with weights: no second outputs, images normalised again for these models."""
+    theirs = torchvision.models.get_model(
+        arch, num_classes=3, aux_logits=True, init_weights=False, transform_input=True
+    )
+    model = build_model(arch, 3)
+    load_weights(model, {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()})
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), theirs.eval()(images))
+
+
+def test_older_names_of_densenets():
+    source, model = build_model("densenet121", 3), build_model("densenet121", 3)
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", k): v for k, v in source.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    load_weights(model, old)
+    assert_same_weights(model.state_dict(), source.state_dict())
+
+
+def test_the_arguments_of_a_training_script_do_not_stand_in_the_way(tmp_path):
+    source, model = small_model(0), small_model(1)
+    torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "reference.pth")
+    load_weights(model, tmp_path / "reference.pth")
+    assert_same_weights(model.state_dict(), source.state_dict())
+
+
+def test_safetensors_without_its_package_says_what_to_install(tmp_path, monkeypatch, mistake):
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    mistake(lambda: load_weights(small_model(), tmp_path / "x.safetensors"), "pip install safetensors")
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_model_shares_no_memory_with_what_it_was_given(meta):
+    source = small_model()
+    given = source.state_dict()
+    with torch.device("meta" if meta else "cpu"):
+        model = build_model("efficientnet_b0", 3)
+    load_weights(model, given)
+    assert_same_weights(model.state_dict(), given)
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert own.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in given.values())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# weights: what does not fit
+
+
+MISFITS = {  # changes the weights; words of the message
+    "missing": (lambda w: w.pop("features.8.0.weight"), ["1 missing: features.8.0.weight"]),
+    "extra": (lambda w: w.update({"some.other.weight": torch.zeros(1)}), ["1 extra: some.other.weight"]),
+    "shape": (
+        lambda w: w.update({"features.0.1.bias": torch.zeros(31)}),
+        ["1 of another shape: features.0.1.bias (31,) instead of (32,)"],
+    ),
+    "all three": (
+        lambda w: (w.pop("features.0.0.weight"), w.update({"x.y": w["features.0.1.bias"]})),
+        ["1 missing: features.0.0.weight", "1 extra: x.y"],
+    ),
+    "many": (lambda w: [w.pop(name) for name in list(w)[:30] if "weight" in name], ["12 missing: features.0.0."]),
+    "other classes": (
+        lambda w: w.update({"classifier.1.weight": torch.zeros(11, 1280), "classifier.1.bias": torch.zeros(11)}),
+        ["2 of another shape: ", "bias (11,) instead of (3,)", "classifier.1.weight (11, 1280) instead of (3, 1280)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("kind", MISFITS)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(kind, meta):
+    change, words = MISFITS[kind]
+    weights = {name: torch.zeros_like(tensor) for name, tensor in small_model().state_dict().items()}
+    change(weights)
+    if kind == "all three":
+        weights["classifier.1.bias"] = torch.zeros(4)
+        words = [*words, "1 of another shape: classifier.1.bias (4,) instead of (3,)"]
+    with torch.device("meta" if meta else "cpu"):
+        model = build_model("efficientnet_b0", 3)
+    before = copy_of(model)
+    with pytest.raises(ValueError) as error:
+        load_weights(model, weights)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+    assert all(t.is_meta for t in model.state_dict().values()) if meta else not changed(model, before), "half loaded"
 
 
 @pytest.mark.parametrize(
-    ("arch", "frozen"), [("efficientnet_b0", 0), ("tf_efficientnet_b0", 0), ("efficientnet_b0", 5)]
-)
-def test_recomputed_activations_change_no_bit(arch, frozen):
-    """Weights, gradients, running statistics and their counters after two steps with dropout and stochastic depth."""
-    kept, recomputed = (two_steps(arch, recompute, frozen) for recompute in (False, True))
-    for (name, a), b in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None) == name.startswith(tuple(f"features.{i}." for i in range(frozen)))
-        assert a.grad is None or torch.equal(a.grad, b.grad), name
-    for name, tensor in kept.state_dict().items():
-        assert torch.equal(tensor, recomputed.state_dict()[name]), name
-    counters = {int(t) for name, t in recomputed.state_dict().items() if name.endswith("num_batches_tracked")}
-    assert counters == ({0, 2} if frozen else {2})
-
-
-def test_recomputing_keeps_less_and_computes_twice():
-    saved, calls = [], []
-    for recompute in (False, True):
-        model = parallel(build_model("efficientnet_b0", 5).train(), ALONE, False, recompute)
-        num_bytes, num_calls = [], []
-
-        def pack(tensor, num_bytes=num_bytes):
-            num_bytes.append(tensor.nbytes)
-            return tensor
-
-        model.features[3][1].block[1][0].register_forward_hook(lambda *_, seen=num_calls: seen.append(1))
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(torch.randn(2, 3, 64, 64)).sum()
-        with torch.no_grad():
-            model(torch.randn(2, 3, 64, 64))  # nothing to recompute
-        loss.backward()
-        saved.append(sum(num_bytes))
-        calls.append(len(num_calls))
-    assert calls == [2, 3] and saved[1] < 0.5 * saved[0], (calls, saved)
-
-
-def test_recomputing_is_for_efficientnets(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parallel(build_model("resnet18", 3), ALONE, False, recompute=True)
-    errors = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(errors) == 1 and "--checkpoint-activations" in errors[0]
-
-
-@pytest.mark.parametrize(("num", "number", "sizes"), [(10, 3, [4, 3, 3]), (4, 1, [4]), (6, 2, [3, 3]), (1, 2, [1, 0])])
-def test_micro_batches_are_the_parts_in_order(num, number, sizes):
-    images, targets = torch.arange(2 * num).view(num, 2), torch.arange(num)
-    parts = list(micro_batches(nn.Identity(), number, images, targets))
-    assert [len(part) for part, _ in parts] == sizes
-    for i, whole in enumerate((images, targets)):
-        assert torch.equal(torch.cat([part[i] for part in parts]), whole)
-
-
-MICRO_BATCHES = """
-import sys
-import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from common import build_model, init_processes, micro_batches, parallel
-
-processes, images, found = init_processes("cpu"), torch.load(sys.argv[1]), []
-for number in (1, 2, 4):
-    torch.manual_seed(0)
-    model, exchanges = build_model("squeezenet1_1", 3, dropout=0.0).train(), []
-    ddp_model = parallel(model, processes, False)
-
-    def count(state, bucket):
-        exchanges.append(bucket.index())
-        return allreduce_hook(state, bucket)
-
-    ddp_model.register_comm_hook(None, count)
-    for (part,) in micro_batches(ddp_model, number, images[processes.rank :: processes.world_size]):
-        (ddp_model(part).square().mean() / number).backward()
-    found.append(([p.grad for p in model.parameters()], len(exchanges)))
-torch.save(found, f"{sys.argv[1]}.{processes.rank}")
-"""
-
-
-def test_micro_batches_of_two_processes_give_the_gradients_of_one_batch(run_stage, tmp_path):
-    """... and exchange them once a step, however many parts it has."""
-    torch.manual_seed(1)
-    images = torch.randn(16, 3, 33, 33)
-    torch.save(images, tmp_path / "images.pt")
-    (tmp_path / "script.py").write_text(MICRO_BATCHES)
-    run_stage(tmp_path / "script.py", tmp_path / "images.pt", nproc=2, PYTHONPATH=ROOT)
-    torch.manual_seed(0)
-    model = build_model("squeezenet1_1", 3, dropout=0.0).train()
-    model(images).square().mean().backward()
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"images.pt.{rank}")
-        assert len({exchanges for _, exchanges in found}) == 1 and found[0][1] >= 1
-        for gradients, _ in found:
-            for p, gradient in zip(model.parameters(), gradients, strict=True):
-                torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5 * p.grad.abs().max().item())
-
-
-def test_other_names_are_torchvisions():
-    model = build_model("resnet18", 7)
-    assert isinstance(model, torchvision.models.ResNet) and model.fc.out_features == 7
-    model = build_model("resnet18", 7, small_images=None, dropout=None, drop_path=None)
-    assert model.fc.out_features == 7
-
-
-@pytest.mark.parametrize(
-    ("arch", "options"),
+    ("arch", "head"),
     [
-        ("efficientnet_b9", {}),
-        ("tf_resnet18", {}),
-        ("", {}),
-        ("resnet18", {"small_images": True, "drop_path": 0.1}),
-        ("fcn_resnet50", {}),
-        ("quantized_resnet18", {}),
-        ("fasterrcnn_resnet50_fpn", {}),
-        ("r3d_18", {}),
-        ("raft_small", {}),
+        ("efficientnet_b0", "classifier.1."),
+        ("resnet18", "fc."),
+        ("mobilenet_v2", "classifier.1."),
+        ("mobilenet_v3_small", "classifier.3."),
     ],
 )
-def test_unknown_names_and_options_are_value_errors(arch, options):
-    with pytest.raises(ValueError, match="cannot build"):
-        build_model(arch, 3, **options)
+def test_new_head_loads_everything_but_the_last_layer(arch, head):
+    torch.manual_seed(0)
+    source, model = build_model(arch, 11), small_model(1, arch)
+    before = copy_of(model)
+    with pytest.raises(ValueError, match=head.replace(".", r"\.")):
+        load_weights(model, source.state_dict())
+    load_weights(model, source.state_dict(), new_head=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] if name.startswith(head) else source.state_dict()[name]), name
+    weights = source.state_dict() | {"extra": torch.zeros(1)}
+    with pytest.raises(ValueError, match="1 extra: extra"):
+        load_weights(model, weights, new_head=True)
+
+
+NO_STATE_DICTS = [{"epoch": 3}, [torch.zeros(1)], {"model": {"epoch": 3}}, {"state_dict": [1]}, {0: torch.zeros(1)}, 3]
+
+
+@pytest.mark.parametrize("given", NO_STATE_DICTS, ids=repr)
+def test_what_is_no_state_dict_is_a_value_error(given, tmp_path):
+    model = small_model()
+    before = copy_of(model)
+    with pytest.raises(ValueError, match="not a state_dict"):
+        load_weights(model, given)
+    torch.save(given, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="not a state_dict"):
+        load_weights(model, tmp_path / "x.pth")
+    assert not changed(model, before)
+
+
+def test_the_same_weights_twice_are_a_value_error():
+    weights = small_model().state_dict()
+    weights["module.classifier.1.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="twice"):
+        load_weights(small_model(), weights)

@@ -1,9 +1,7 @@
 """The noise: each op of RandAugment against Pillow's, torchvision's or the official arithmetic, how ops are drawn, the
-noise of small images, the recipes of 01 and 04, and the picture that shows it all."""
+noise of small images, and the picture that shows it all."""
 
-import contextlib
 import math
-import re
 import sys
 from functools import lru_cache
 
@@ -12,26 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as torchvision_functional
-from conftest import load_stage
 from PIL import Image, ImageEnhance, ImageOps
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import common
-from common import (
-    CHECKPOINT_FORMAT,
-    EFFICIENTNETS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    RAND_AUGMENT_OPS,
-    draw_noise,
-    eval_view,
-    load_image,
-    rand_augment,
-    random_view,
-    save_checkpoint,
-    small_image_noise,
-)
+from common import RAND_AUGMENT_OPS, draw_noise, eval_view, load_image, rand_augment, small_image_noise
 
 TINY = [(1, 1), (1, 2), (2, 1), (2, 2), (5, 3)]  # height, width
 SIZES = [(32, 32), (33, 47), (96, 96), (101, 70), (224, 224)]
@@ -530,183 +513,6 @@ def test_small_image_noise_shifts_uniformly_and_mirrors_half(hflip, share):
     assert chi_square(9 * (y + 4) + x + 4, 81) < 124.8  # the 0.999 quantile with 80 degrees of freedom
     for part in (x[mirrored], x[~mirrored]) if hflip else ():
         assert chi_square(part + 4, 9) < 26.1, "the shift depends on the flip"
-
-
-@pytest.mark.parametrize("image_size", [32, 64, 100])
-def test_small_images_come_as_the_clean_view(image_size):
-    """Nothing is drawn for it: the noise of small images does that later."""
-    image, fraction = load_image(PHOTO), 1.0 if image_size <= 64 else 100 / 132
-    for hflip in True, False:
-        rng = np.random.default_rng(0)
-        view = random_view(image, image_size, rng, None, hflip)
-        np.testing.assert_array_equal(view, eval_view(image, image_size, fraction))
-        assert rng.random() == np.random.default_rng(0).random()
-
-
-# 01 and 04: small images, recipes
-
-
-class FirstStep(Exception):
-    pass
-
-
-def stop_here(*_):
-    raise FirstStep
-
-
-def small_model(arch, num_classes, **options):
-    """Any model is this one, which says nothing and takes no time."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
-
-
-def save_teacher(path, tiny_data, **arch_options):
-    options = dict.fromkeys(("small_images", "dropout", "drop_path", "zero_init_residual")) | arch_options
-    header = {"format": CHECKPOINT_FORMAT, "stage": "teacher", "arch": "efficientnet_b0", "arch_options": options}
-    header |= {"classes": ["disc", "square", "triangle"], "args": {}, "data": str(tiny_data), "metrics": {}}
-    header |= {"image_size": 32, "crop_fraction": 1.0, "interpolation": "bicubic"}
-    header |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "model": small_model("", 3).state_dict()}
-    save_checkpoint(path, header)
-    return path
-
-
-@pytest.fixture
-def run_main(monkeypatch, capsys, tiny_data, tmp_path):
-    """run_main(stage, *flags) -> stdout of a stage's main() in this process; 8 labelled images a step, 3 an epoch."""
-
-    def run(name, *flags, **arch_options):
-        stage = load_stage(name)
-        for module in common, stage:
-            monkeypatch.setattr(module, "build_model", small_model)
-        monkeypatch.setattr(stage, "draw_curves", lambda out: None)
-        teacher = save_teacher(tmp_path / "teacher.pt", tiny_data, **arch_options)
-        source = ["--teacher", teacher] if name == "04_train_student" else ["--data", tiny_data]
-        command = [f"{name}.py", *source, "--out", tmp_path / name, "--batch-size", 8, "--image-size", 32, *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        capsys.readouterr()
-        with contextlib.suppress(FirstStep):
-            stage.main()
-        return capsys.readouterr().out
-
-    return run
-
-
-STAGES = ["01_train_teacher", "04_train_student"]
-SMALL = [  # stage, flags, the teacher's or --init's own small_images, whether the noise of small images is on
-    (STAGES[0], [], None, False),
-    (STAGES[0], ["--small-images"], None, True),
-    (STAGES[0], ["--no-small-images"], None, False),
-    (STAGES[0], ["--init"], True, True),
-    (STAGES[0], ["--init"], None, False),
-    (STAGES[0], ["--init", "--no-small-images"], True, False),
-    (STAGES[1], [], None, False),
-    (STAGES[1], [], True, True),
-    (STAGES[1], ["--small-images"], None, True),
-    (STAGES[1], ["--no-small-images"], True, False),
-]
-
-
-@pytest.mark.parametrize(("name", "flags", "teachers", "on"), SMALL)
-@pytest.mark.parametrize(
-    ("more", "randaugment", "mirrors"),
-    [
-        (["--num-ops", 1, "--magnitude", 3], (1, 3.0), True),
-        (["--arch", "efficientnet_b2", "--no-hflip"], (2, 6), False),
-    ],
-    ids=["given", "recipe"],
-)
-def test_small_images_get_their_noise_after_randaugment_and_others_do_not(
-    name, flags, teachers, on, more, randaugment, mirrors, run_main, tiny_data, tmp_path, monkeypatch
-):
-    """On what is not cropped: the pixels of the files, which have 32 pixels here, of both kinds of images in 04."""
-    stage, calls, seen = load_stage(name), [], []
-
-    def recorded(original):
-        def noise(images, *args):
-            *args, generator = args
-            calls.append((original.__name__, images, tuple(args), original(images, *args, generator), generator))
-            return calls[-1][3]
-
-        return noise
-
-    def recorded_normalize(images, mean, std):
-        seen.append(images)
-        return common.normalize(images, mean, std)
-
-    for noise in rand_augment, small_image_noise:
-        monkeypatch.setattr(stage, noise.__name__, recorded(noise))
-    monkeypatch.setattr(stage, "normalize", recorded_normalize)
-    flags = [part for flag in flags for part in ([flag, tmp_path / "teacher.pt"] if flag == "--init" else [flag])]
-    more = [*more, "--ratio", 1] if name == "04_train_student" else more
-    run_main(name, *flags, *more, "--epochs", 0.34, small_images=teachers)
-    expected = [("rand_augment", randaugment), ("small_image_noise", (mirrors,))][: 1 + on]  # one step
-    assert [(function, args) for function, _, args, _, _ in calls] == expected
-    assert calls[-1][1] is calls[0][3 if on else 1], "not one after the other"
-    assert calls[0][4] is calls[-1][4] and isinstance(calls[0][4], torch.Generator)
-    assert torch.equal(seen[-1], calls[-1][3]), "the model sees something else"
-    files = {np.asarray(load_image(path)).tobytes() for path in tiny_data.rglob("*.png") if "val" not in path.parts}
-    num_files = sum(image.permute(1, 2, 0).numpy().tobytes() in files for image in calls[0][1])
-    assert len(calls[0][1]) == (16 if name == "04_train_student" else 8)
-    assert num_files == len(calls[0][1]) if on else num_files < 4
-
-
-# The official script (local_scripts/imagenet/train.sh:37-76), 350 epochs but for --train_ratio=2, and the paper's
-# setting for L2: epochs, ops, magnitude, unlabelled images a labelled one
-OFFICIAL_RECIPES = {
-    "efficientnet_b0": (700, 0, 0, 1),
-    "efficientnet_b1": (700, 0, 0, 3),
-    "efficientnet_b2": (700, 2, 6, 3),
-    "efficientnet_b3": (700, 2, 12, 3),
-    "efficientnet_b4": (700, 2, 15, 3),
-    "efficientnet_b5": (350, 2, 18, 3),
-    "efficientnet_b6": (350, 2, 24, 3),
-    "efficientnet_b7": (350, 2, 27, 3),
-    "efficientnet_l2": (350, 2, 27, 14),
-}
-OTHERS = {
-    "efficientnet_l0": (350, 2, 27, 3),
-    "efficientnet_l1": (350, 2, 27, 3),
-    "tf_efficientnet_b3": (700, 2, 12, 3),
-    "resnet18": (350, 2, 9, 3),
-}
-FLAGS = [
-    ([], {}),
-    (["--epochs", 2], {0: 2}),
-    (["--epochs", 0], {0: 0}),
-    (["--num-ops", 3], {1: 3}),
-    (["--num-ops", 0], {1: 0}),
-    (["--magnitude", 4.5], {2: 4.5}),
-    (["--magnitude", 0], {2: 0}),
-    (["--ratio", 2], {3: 2}),
-    (["--ratio", 0], {3: 0}),
-]
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_recipes_are_official_and_each_number_yields_to_its_flag(name, run_main, monkeypatch):
-    """As the line says that is printed before the first step, at which it is stopped."""
-    stage, recipes = load_stage(name), OFFICIAL_RECIPES | OTHERS
-    width = 4 if name == "04_train_student" else 3
-    assert {arch: recipes[arch][:width] for arch in EFFICIENTNETS} == stage.RECIPES
-    monkeypatch.setattr(stage, "parallel", stop_here)
-    runs = [(arch, [], {}) for arch in recipes]
-    runs += [(arch, *change) for arch in ("efficientnet_b0", "efficientnet_l2") for change in FLAGS]
-    for arch, flags, changed in runs:
-        if "--ratio" in flags and width == 3:
-            continue
-        expected = {**dict(enumerate(recipes[arch])), **changed}
-        printed = run_main(name, "--arch", arch, *flags)
-        found = re.search(
-            r" 8(?: \+ (\d+))? a step, (\d+) steps, 3\.0 an .* RandAugment (\d+) ops of magnitude ([\d.]+);", printed
-        )
-        assert found, printed
-        unlabeled, steps, num_ops, magnitude = found.groups()
-        assert (int(steps) / 3, int(num_ops), float(magnitude)) == tuple(expected[i] for i in range(3)), printed
-        assert unlabeled == (str(8 * expected[3]) if width == 4 else None), printed
-
-
-def test_dropout_is_the_official_one():
-    rates = [EFFICIENTNETS[arch][3] for arch in OFFICIAL_RECIPES]
-    assert rates == [0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5]  # efficientnet_builder.py:33-45
 
 
 # the picture

@@ -1,12 +1,23 @@
-"""The README's commands are run as they stand there, only smaller."""
+"""The README's commands are run as they stand there, only smaller; and run.sh, the loop over the stages."""
 
+import contextlib
+import json
 import os
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
+import pytest
 from conftest import ROOT
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README
+# ----------------------------------------------------------------------------------------------------------------------
 
 # appended to the command: argparse takes the last value of a flag
 SMALLER = {
@@ -15,9 +26,15 @@ SMALLER = {
     "04_train_student.py": "--epochs 1",
     "06_eval_robustness.py": "--num-images 10",
 }
+SMALL_DEMO = """
+import importlib
+stage = importlib.import_module("00_prepare_data")
+stage.DEMO |= {"labels_per_class": 4, "val_per_class": 4, "unlabeled": 120}
+stage.main()
+"""
 
 
-def test_one_round_by_hand_as_the_readme_has_it(tmp_path):
+def test_one_round_by_hand_as_the_readme_has_it(run_stage, tmp_path):
     text = (ROOT / "README.md").read_text()
     commands = [line for block in text.split("```")[1::2] for line in block.splitlines() if line.startswith("python ")]
     stages = [shlex.split(command)[1] for command in commands]
@@ -25,11 +42,131 @@ def test_one_round_by_hand_as_the_readme_has_it(tmp_path):
     assert first_round == sorted(path.name for path in ROOT.glob("0*.py")), "one command for each stage, in order"
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    (tmp_path / "small_demo.py").write_text(SMALL_DEMO)
     for command, stage in zip(commands, stages, strict=True):
-        args = [sys.executable, *shlex.split(command)[1:], *SMALLER.get(stage, "").split()]
-        done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        words = [*shlex.split(command)[2:], *SMALLER.get(stage, "").split()]
+        script = "small_demo.py" if stage == "00_prepare_data.py" else stage
+        run_stage(tmp_path / script, *words, cwd=tmp_path)
     for name in ("teacher/model.pt", "logits.h5", "balanced.png", "student/model.pt", "fixres/resolution.png"):
         assert (tmp_path / "runs" / name).exists(), name
     assert "| student" in (tmp_path / "runs" / "robustness" / "robustness.md").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run.sh
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What run.sh finds as python3. It has the fork server run the command, waits, and ends with its status.
+PYTHON3 = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    request = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
+    server.sendall(json.dumps(request).encode() + b"\\n")
+    answer = json.loads(server.makefile().readline())
+for file, text in ((sys.stdout, answer["stdout"]), (sys.stderr, answer["stderr"])):
+    file.write(text)
+sys.stdout.flush()
+sys.exit(answer["status"])
+"""
+
+
+@pytest.fixture
+def run_sh(start_stage, tmp_path):
+    """run_sh(data, NAME="value") -> Popen of run.sh, whose python3 starts stages from the fork server."""
+    address, scripts = str(tmp_path / "socket"), tmp_path / "scripts"
+    scripts.mkdir()
+
+    def serve(connection):
+        with connection:
+            request = json.loads(connection.makefile().readline())
+            words, nproc = request["words"], 1
+            if words[0] == "-c":
+                script = scripts / f"{threading.get_ident()}.py"
+                script.write_text(words[1])
+                words = [script]
+            elif words[0] == "-m":  # torch.distributed.run --standalone --nproc-per-node N
+                nproc, words = int(words[4]), words[5:]
+            script = os.path.join(request["cwd"], words[0])
+            stage = start_stage(script, *words[1:], nproc=nproc, cwd=request["cwd"], **request["env"])
+            connection.settimeout(0.01)
+            while stage.poll() is None:
+                with contextlib.suppress(TimeoutError):
+                    if not connection.recv(1):  # who asked was killed
+                        stage.kill(wait=False)
+                        return
+            answer = {"status": stage.returncode, "stdout": stage.stdout, "stderr": stage.stderr}
+            connection.sendall(json.dumps(answer).encode() + b"\n")
+
+    def listen(server):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+
+    (tmp_path / "bin").mkdir()
+    for name in ("python3", "python"):
+        (tmp_path / "bin" / name).write_text(PYTHON3.format(python=sys.executable, address=address))
+        (tmp_path / "bin" / name).chmod(0o755)
+    loop = tmp_path / "toolkit"  # without a .venv, which run.sh would take its Python from
+    loop.mkdir()
+    for path in (*ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "requirements.txt"):
+        shutil.copy(path, loop)
+
+    def start(data, **settings):
+        env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | settings
+        command, pipe = ["bash", loop / "run.sh", data], subprocess.PIPE
+        return subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True)
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        threading.Thread(target=listen, args=(server,), daemon=True).start()
+        yield start
+
+
+def finished(process, status=0):
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == status, f"status {process.returncode}\n{stdout[-3000:]}\n{stderr[-3000:]}"
+    return stdout, stderr
+
+
+def table_of(stdout):
+    return [line for line in stdout.splitlines() if line.startswith("|")]
+
+
+def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
+    """run.sh on a user's folder ends with the table; again it says that all is done."""
+    data = shutil.copytree(tiny_data, tmp_path / "mine")
+    small = {
+        "ARCHS": "shufflenet_v2_x0_5 efficientnet_b0",
+        "EPOCHS": "1",
+        "ROUNDS": "1",
+        "THRESHOLD": "0",
+        "NPROC": "1",
+    }
+    small |= {"FIXRES_STEPS": "4", "OUT": str(tmp_path / "out")}
+    first, _ = finished(run_sh(data, **small))
+    again, _ = finished(run_sh(data, **small))
+    for name in ("teacher", "control", "student1", "fixres"):
+        assert (tmp_path / "out" / name / "model.pt").exists() and f"done: {name}" in again
+    table = table_of(first)
+    assert [line.split()[1] for line in table[2:]] == ["teacher", "control", "student1", "fixres"]
+    assert table == table_of(again)
+    _, stderr = finished(run_sh(data, **small | {"EPOCHS": "2"}), status=2)
+    assert "another command" in stderr
+
+    # killed in the middle of four stages, and started again each time: the same table
+    small["OUT"] = str(tmp_path / "killed")
+    for sign in ("teacher/metrics.jsonl", "logits1.h5", "student1/metrics.jsonl", "robustness/robustness.json"):
+        process = run_sh(data, **small)
+        end = time.monotonic() + 120
+        while not (tmp_path / "killed" / sign).exists():
+            assert process.poll() is None and time.monotonic() < end, process.communicate()
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert table == table_of(finished(run_sh(data, **small))[0])
+
+    stdout, _ = finished(run_sh(data, **small | {"OUT": str(tmp_path / "two"), "NPROC": "2", "CONTROL": "0"}))
+    assert "2 x cpu" in stdout
+    assert [line.split()[1] for line in table_of(stdout)[2:]] == ["teacher", "student1", "fixres"]

@@ -2,31 +2,22 @@
 the calibration error, and the command line: resuming, stale results, processes, wrong input."""
 
 import colorsys
-import importlib.util
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, assert_mistake, load_stage, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import common
 
-import common  # noqa: E402
+stage = load_stage("06_eval_robustness")
 
-STAGE = ROOT / "06_eval_robustness.py"
-spec = importlib.util.spec_from_file_location("eval_robustness", STAGE)
-stage = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stage)
 
 SIZES = {32: 32, 48: 32, 49: 64, 64: 64, 128: 64, 129: 224}  # image side: the set of parameters that it gets
 
@@ -55,6 +46,7 @@ def test_the_table_is_complete():
         assert list(sets) == [32, 64, 224] and all(len(values) == 5 for values in sets.values())
 
 
+@pytest.mark.xdist_group("06")
 @pytest.mark.parametrize("name", stage.CORRUPTIONS)
 @pytest.mark.parametrize("size", [32, 64, 144])
 def test_shape_determinism_and_growing_severity(name, size):
@@ -342,34 +334,12 @@ def test_chosen_images_are_spread_over_the_classes(labels, num, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
-
-def make_checkpoint(path: Path, classes, seed: int, image_size: int = 32) -> Path:
-    torch.manual_seed(seed)
-    model = common.build_model("efficientnet_b0", len(classes))
-    with torch.no_grad():
-        model.classifier[-1].weight.mul_(20)  # a random network's logits are all but equal
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = {
-        "format": common.CHECKPOINT_FORMAT,
-        "stage": "01_train_teacher",
-        "arch": "efficientnet_b0",
-        "arch_options": {},
-        "classes": list(classes),
-        "image_size": image_size,
-        "crop_fraction": 1.0,
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-        "model": model.state_dict(),
-        "metrics": {"val_top1": 0.0},
-        "args": {},
-    }
-    common.save_checkpoint(path, checkpoint)
-    return path
+ARCH = "shufflenet_v2_x0_5"  # small, with batch norms
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Data of 3 classes (val lacks none, 5 images each) and two checkpoints whose classes are in different orders."""
+    """Data of 3 classes (5 images each in val) and two checkpoints whose classes are in different orders."""
     folder = tmp_path_factory.mktemp("robustness")
     rng = np.random.default_rng(0)
     for split, num in (("train", 1), ("val", 5)):
@@ -379,16 +349,9 @@ def work(tmp_path_factory):
                 image = rng.integers(0, 90, (36, 40, 3), dtype=np.uint8)
                 image[..., label] += 120
                 Image.fromarray(image).save(folder / "data" / split / name / f"{index}.png")
-    make_checkpoint(folder / "teacher" / "model.pt", "abc", seed=1)
-    make_checkpoint(folder / "student1" / "model.pt", "cab", seed=2, image_size=40)
+    save_model(folder / "teacher" / "model.pt", ARCH, "abc", seed=1)
+    save_model(folder / "student1" / "model.pt", ARCH, "cab", seed=2, image_size=40)
     return folder
-
-
-def run(folder, *flags, processes=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *torchrun, str(STAGE), *map(str, flags)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 BOTH = ("teacher/model.pt", "student1/model.pt", "--data", "data")
@@ -396,10 +359,8 @@ ALL = (*BOTH, "--corrupt", "--fgsm", "0", "8", "--pgd", "8", "--pgd-steps", "3")
 
 
 @pytest.fixture(scope="module")
-def finished(work):
-    done = run(work, *ALL, "--out", "out")
-    assert done.returncode == 0, done.stderr
-    return done
+def finished(work, run_stage):
+    return run_stage("06_eval_robustness.py", *ALL, "--out", "out", cwd=work)
 
 
 def read(work, out="out"):
@@ -440,22 +401,22 @@ def test_the_table_and_the_picture(work, finished):
     assert cells[0] == ["model", "parameters", "clean top-1", "corrupted top-1", "FGSM 0", "FGSM 8", "PGD 8"]
     assert [row[0] for row in cells[2:]] == ["teacher", "student1"]
     entry = read(work)["student1/model.pt"]
-    parameters = sum(p.numel() for p in common.build_model("efficientnet_b0", 3).parameters())
+    parameters = sum(p.numel() for p in common.build_model(ARCH, 3).parameters())
     assert entry["parameters"] == parameters and cells[3][1] == f"{parameters / 1e6:.2f}M"
     assert cells[3][2:4] == [f"{entry['clean']['top1']:.2f}", f"{entry['corrupt']['top1']:.2f}"]
     with Image.open(work / "out" / "robustness.png") as picture:
         assert picture.width > 1000 and np.array(picture.convert("L")).std() > 10
 
 
-def test_the_same_command_again_does_nothing_and_prints_the_table(work, finished):
+def test_the_same_command_again_does_nothing_and_prints_the_table(work, finished, run_stage):
     before = read(work)
-    again = run(work, *ALL, "--out", "out")
-    assert again.returncode == 0 and read(work) == before
+    again = run_stage("06_eval_robustness.py", *ALL, "--out", "out", cwd=work)
+    assert read(work) == before
     assert again.stdout.strip().splitlines()[-4:] == finished.stdout.strip().splitlines()[-4:]
     assert "corrupt gaussian_noise:" in finished.stdout and "corrupt gaussian_noise:" not in again.stdout
 
 
-def test_a_killed_run_goes_on(work, finished):
+def test_a_killed_run_goes_on(work, finished, run_stage):
     """The file of a run that was killed in the middle of the first model's corruptions, and then run again."""
     partial = {"teacher/model.pt": read(work)["teacher/model.pt"]}
     entry = partial["teacher/model.pt"]
@@ -463,21 +424,19 @@ def test_a_killed_run_goes_on(work, finished):
     del entry["fgsm"], entry["pgd"], entry["settings"]["fgsm"], entry["settings"]["pgd"]
     (work / "killed").mkdir()
     (work / "killed" / "robustness.json").write_text(json.dumps(partial))
-    again = run(work, *ALL, "--out", "killed")
-    assert again.returncode == 0, again.stderr
+    again = run_stage("06_eval_robustness.py", *ALL, "--out", "killed", cwd=work)
     assert read(work, "killed") == read(work)
     assert "teacher clean" not in again.stdout and "teacher corrupt gaussian_noise" not in again.stdout
     assert "teacher corrupt jpeg_compression" in again.stdout and "student1 clean" in again.stdout
 
 
-def test_parts_of_other_weights_and_of_other_settings_are_done_again(work, finished):
+def test_parts_of_other_weights_and_of_other_settings_are_done_again(work, finished, run_stage):
     shutil.copytree(work / "out", work / "stale")
     shutil.copytree(work / "student1", work / "kept")
     before = read(work)
-    make_checkpoint(work / "student1" / "model.pt", "cab", seed=3, image_size=40)
-    again = run(work, *BOTH, "--out", "stale", "--fgsm", "8")
+    save_model(work / "student1" / "model.pt", ARCH, "cab", seed=3, image_size=40)
+    again = run_stage("06_eval_robustness.py", *BOTH, "--out", "stale", "--fgsm", "8", cwd=work)
     shutil.copyfile(work / "kept" / "model.pt", work / "student1" / "model.pt")
-    assert again.returncode == 0, again.stderr
     after = read(work, "stale")
     assert after["teacher/model.pt"] == before["teacher/model.pt"]
     assert "teacher clean" not in again.stdout and "teacher fgsm" not in again.stdout
@@ -486,8 +445,7 @@ def test_parts_of_other_weights_and_of_other_settings_are_done_again(work, finis
     assert student["clean"] != before["student1/model.pt"]["clean"]
     assert list(student["fgsm"]) == ["8"] and "corrupt" not in student
 
-    again = run(work, *BOTH, "--out", "stale", "--fgsm", "8", "--num-images", "6")
-    assert again.returncode == 0, again.stderr
+    again = run_stage("06_eval_robustness.py", *BOTH, "--out", "stale", "--fgsm", "8", "--num-images", "6", cwd=work)
     assert "teacher fgsm 8" in again.stdout and "teacher clean" not in again.stdout
     teacher = read(work, "stale")["teacher/model.pt"]
     assert teacher["settings"]["fgsm"]["num_images"] == 6 and list(teacher["fgsm"]) == ["8"]
@@ -495,9 +453,8 @@ def test_parts_of_other_weights_and_of_other_settings_are_done_again(work, finis
     assert "corrupted" not in again.stdout
 
 
-def test_processes_and_batches_do_not_change_the_numbers(work, finished):
-    done = run(work, *ALL, "--out", "two", "--batch-size", "4", processes=2)
-    assert done.returncode == 0, done.stderr
+def test_processes_and_batches_do_not_change_the_numbers(work, finished, run_stage):
+    run_stage("06_eval_robustness.py", *ALL, "--out", "two", "--batch-size", "4", nproc=2, cwd=work)
     one, two = read(work), read(work, "two")
     assert list(one) == list(two)
     for path in one:
@@ -506,15 +463,38 @@ def test_processes_and_batches_do_not_change_the_numbers(work, finished):
         assert two[path]["clean"] == pytest.approx(one[path]["clean"], rel=1e-4)
 
 
-def test_an_unreadable_image_is_left_out(work, finished, tmp_path):
+def test_an_unreadable_image_is_left_out(work, finished, run_stage, tmp_path):
     shutil.copytree(work / "data", tmp_path / "data")
     (tmp_path / "data" / "val" / "b" / "2.png").write_bytes(b"not an image")
-    done = run(work, "teacher/model.pt", "--data", tmp_path / "data", "--out", tmp_path / "out", "--fgsm", "0")
-    assert done.returncode == 0, done.stderr
+    done = run_stage(
+        "06_eval_robustness.py",
+        "teacher/model.pt",
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "out",
+        "--fgsm",
+        "0",
+        cwd=work,
+    )
     assert "1 images are unreadable" in done.stdout and "2.png" in done.stdout
     entry = read(tmp_path)["teacher/model.pt"]
     assert (entry["clean"]["top1"] * 14 / 100) % 1 == pytest.approx(0, abs=1e-6)  # a share of 14, not of 15
     assert entry["fgsm"]["0"] == entry["clean"]["top1"]
+
+
+def test_evaluation_in_bf16_and_compiled(tiny_data, call_main, compiled, tmp_path):
+    """Rounding shows in the loss of the clean part and not in an attack, which stays in float32."""
+    path, results = save_model(tmp_path / "model.pt", "squeezenet1_1", data=str(tiny_data)), {}
+    for name, flags in {"plain": [], "bf16": ["--precision", "bf16"], "compiled": ["--compile"]}.items():
+        out = tmp_path / name
+        assert call_main("06_eval_robustness", path, "--out", out, "--fgsm", 2, *flags).returncode == 0
+        results[name] = json.loads((out / "robustness.json").read_text())[str(path)]
+    assert len(compiled) == 1
+    plain, bf16, traced = (result["clean"]["loss"] for result in results.values())
+    assert traced == pytest.approx(plain, rel=1e-5) and bf16 == pytest.approx(plain, rel=0.05) and bf16 != plain
+    assert results["plain"]["fgsm"] == results["bf16"]["fgsm"] == results["compiled"]["fgsm"]
+    assert [result["settings"]["clean"]["precision"] for result in results.values()] == ["fp32", "bf16", "fp32"]
 
 
 def test_models_of_one_folder_name_are_shown_by_path():
@@ -538,26 +518,22 @@ def test_models_of_one_folder_name_are_shown_by_path():
         (("teacher/model.pt", "--data", "data", "--corr"), "--corr"),
     ],
 )
-def test_wrong_input_gives_one_line_and_status_2(work, finished, flags, named, monkeypatch, capsys):
+def test_wrong_input_gives_one_line_and_status_2(work, finished, call_main, flags, named, monkeypatch):
     (work / "text.pt").write_text("these are not weights\n")
     if not (work / "unknown").exists():
         shutil.copytree(work / "data", work / "unknown")
         (work / "unknown" / "val" / "zebra").mkdir()
     before = (work / "out" / "robustness.json").read_bytes()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(sys, "argv", [str(STAGE), *flags, "--out", "out", "--device", "cpu"])
-    monkeypatch.setattr(stage.signal, "signal", lambda *_: None)  # pytest's own handlers stay
-    with pytest.raises(SystemExit) as stopped:
-        stage.main()
-    stderr = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert len(stderr.strip().splitlines()) == 1 and named in stderr, stderr
+    assert_mistake(call_main("06_eval_robustness", *flags, "--out", "out", "--device", "cpu"), named)
     assert (work / "out" / "robustness.json").read_bytes() == before
 
 
-def test_a_results_file_of_something_else_is_not_overwritten(work):
+@pytest.mark.xdist_group("06")
+def test_a_results_file_of_something_else_is_not_overwritten(work, run_stage):
     (work / "foreign").mkdir()
     (work / "foreign" / "robustness.json").write_text("mine, not JSON")
-    done = run(work, "teacher/model.pt", "--data", "data", "--out", "foreign")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    flags = ["teacher/model.pt", "--data", "data", "--out", "foreign"]
+    done = run_stage(ROOT / "06_eval_robustness.py", *flags, cwd=work, check=False, launcher="python")
+    assert_mistake(done, "foreign/robustness.json")
     assert (work / "foreign" / "robustness.json").read_text() == "mine, not JSON"

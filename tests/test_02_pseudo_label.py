@@ -1,0 +1,575 @@
+"""Stage 02: labels that are the teacher's, rows that never shift, runs that are killed, files that go away, a selection
+that is labelled again."""
+
+import errno
+import os
+import shutil
+import signal
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import CHEAP, ROOT, assert_mistake, encoded, load_stage, make_tar, noise_image, save_model, write_files
+from label_files import CLASSES, COLUMNS, new_file, read_logits, select, undo
+from PIL import Image
+
+import common
+
+stage = load_stage("02_pseudo_label")
+STAGE = "02_pseudo_label.py"
+
+
+def picture(i: int, width: int = 40, height: int = 48) -> Image.Image:
+    return noise_image(width, height, i)
+
+
+def pictures(num: int) -> dict[str, bytes]:
+    return {f"{i:03}.png": encoded(picture(i), "PNG") for i in range(num)}
+
+
+def make_teacher(path: Path, seed: int = 0, **header) -> Path:
+    return save_model(path, CHEAP, CLASSES, seed=seed, crop_fraction=0.9, **header)
+
+
+@pytest.fixture(scope="module")
+def random_teacher(tmp_path_factory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "model.pt")
+
+
+@pytest.fixture(scope="module")
+def own_teacher(tiny_data, tmp_path_factory) -> Path:
+    """A teacher of tiny_data, whose unlabelled images are those that it labels if nothing is said."""
+    return save_model(tmp_path_factory.mktemp("teacher") / "model.pt", CHEAP, data=str(tiny_data))
+
+
+@pytest.fixture
+def label(call_main):
+    """label(flag, value, ...) -> Done: stage 02 in this process."""
+    return lambda *words: call_main("02_pseudo_label", *words)
+
+
+def assert_same_labels(a, b, names=COLUMNS) -> None:
+    a, b = (read_logits(labels) if isinstance(labels, Path) else labels for labels in (a, b))
+    for name in names:
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+# labels
+
+
+def test_labels_are_the_teachers_on_the_clean_view(own_teacher, tiny_data, run_stage, tmp_path):
+    """As a user runs it, with a plain Python."""
+    run_stage(ROOT / STAGE, "--teacher", own_teacher, "--out", tmp_path / "l.h5", launcher="python")
+    model, saved = common.load_model(own_teacher)
+    with h5py.File(tmp_path / "l.h5") as file:
+        paths = [path.decode() for path in file["path"][:]]
+        assert paths == sorted(f"part{i % 2}/{i:03}.png" for i in range(20)) and (file["status"][:] == 1).all()
+        images = [
+            common.load_image(tiny_data / "unlabeled" / path).resize((32, 32)) for path in paths
+        ]  # have 32 pixels
+        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+        mean, std = (torch.tensor(saved[name]).view(3, 1, 1) for name in ("mean", "std"))
+        with torch.no_grad():
+            logits = model((images - mean) / std).numpy()
+        shifted = logits - logits.max(1, keepdims=True)
+        assert np.ptp(shifted, axis=0).min() > 0.1  # the images differ
+        np.testing.assert_allclose(file["logits"][:], shifted, rtol=1e-3, atol=2e-3)
+        assert (file["label"][:] == logits.argmax(1)).all()
+        probs = torch.from_numpy(logits).softmax(1).numpy()
+        np.testing.assert_allclose(file["confidence"][:], probs.max(1), rtol=1e-4)
+        assert file["logits"].chunks is None and file["logits"].id.get_offset() % 4096 == 0
+        assert file["offset"][:].sum() == file["size"][:].sum() == 0
+        assert file.attrs["teacher_sha256"] == common.file_sha256(own_teacher)
+
+
+@pytest.mark.parametrize(("nproc", "launcher"), [(2, "torchrun"), (3, None)])
+def test_labels_do_not_depend_on_the_number_of_processes(nproc, launcher, random_teacher, run_stage, tmp_path):
+    files = {f"{i}.png": encoded(noise_image(8, 8, i), "PNG") for i in range(600)}  # more than one batch of the grid
+    data = write_files(tmp_path / "many", files | {"7.png": b"not an image"})
+    flags = ["--unlabeled", data, "--teacher", random_teacher, "--out"]
+    run_stage(STAGE, *flags, tmp_path / "1.h5")
+    run_stage(ROOT / STAGE, *flags, tmp_path / "n.h5", nproc=nproc, launcher=launcher)
+    assert_same_labels(tmp_path / "1.h5", tmp_path / "n.h5")
+    got = read_logits(tmp_path / "1.h5")
+    bad = list(got["path"]).index(b"7.png")
+    assert got["status"][bad] == 2 and got["label"][bad] == -1 and np.isnan(got["confidence"][bad])
+    assert (np.delete(got["status"], bad) == 1).all()
+
+
+def dirty_files() -> tuple[dict, dict]:
+    """Files that can be read, and files that cannot."""
+    photo, rng = picture(1), np.random.default_rng(0)
+    jpeg, png = encoded(photo, quality=95), encoded(photo, "PNG")
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 255
+    palette, see_through = photo.quantize(16), picture(2).convert("RGBA")
+    see_through.putalpha(Image.fromarray(rng.integers(0, 256, (48, 40), dtype=np.uint8)))
+    grey16 = Image.fromarray(rng.integers(0, 65536, (48, 40), dtype=np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = {"save_all": True, "append_images": [picture(3)]}
+    good = {
+        "16bit.png": encoded(grey16, "PNG"),
+        "16bit.tif": encoded(grey16, "TIFF"),
+        "cmyk.jpg": encoded(photo.convert("CMYK")),
+        "grey.jpg": encoded(photo.convert("L")),
+        "one_bit.png": encoded(photo.convert("1"), "PNG"),
+        "grey_alpha.png": encoded(see_through.convert("LA"), "PNG"),
+        "palette.gif": encoded(palette, "GIF"),
+        "palette_alpha.png": encoded(palette, "PNG", transparency=bytes(range(0, 160, 10))),
+        "alpha.png": encoded(see_through, "PNG"),
+        "rotated.jpg": encoded(photo, exif=exif),
+        "broken_exif.jpg": encoded(photo, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09" + b"\xff" * 20),
+        "dot.png": encoded(picture(4, 1, 1), "PNG"),
+        "strip.png": encoded(picture(5, 1, 5000), "PNG"),
+        "animated.gif": encoded(palette, "GIF", **frames),
+        "animated.webp": encoded(photo, "WEBP", **frames),
+        "png.JPEG": png,
+        os.fsdecode(b"latin1-\xe9.png"): png,
+    }
+    bad = {
+        "empty.jpg": b"",
+        "one_byte.jpg": b"\xff",
+        "page.jpg": b"<!DOCTYPE html><title>404</title>",
+        "header.jpg": jpeg[:20],
+        "half.jpg": jpeg[: len(jpeg) // 2],
+        "no_end.jpg": jpeg[:-200],
+        "half.png": png[: len(png) // 2],
+        "flipped.png": bytes(flipped),
+        "float.tif": encoded(Image.fromarray(rng.random((48, 40), dtype=np.float32)), "TIFF"),
+        "large.png": encoded(Image.new("1", (9500, 9500)), "PNG"),  # Pillow warns
+        "bomb.png": encoded(Image.new("1", (19000, 19000)), "PNG"),  # Pillow refuses
+        "vector.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    }
+    return good, bad
+
+
+def test_bad_files_never_shift_a_row(random_teacher, label, tmp_path):
+    good, bad = dirty_files()
+    for i in range(100):
+        name = f"{'abc'[i % 3]}/{i:03}.{'jpg' if i % 2 else 'png'}"
+        good[name] = encoded(picture(100 + i), "JPEG" if i % 2 else "PNG")
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    for folder, files in ((both, good | bad), (alone, good)):
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+    (both / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(both / "b" / "pipe.jpg")
+    (both / "folder.jpg").mkdir()
+    (both / "folder.jpg" / "notes.txt").write_text("no image")
+    bad_names = {*bad, "dangling.jpg", "b/pipe.jpg"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # thousands of lines in a crawl
+        done = label("--teacher", random_teacher, "--unlabeled", both, "--out", tmp_path / "both.h5")
+    assert (
+        done.returncode == 2
+        and f"{len(bad_names)} of {len(good) + len(bad_names)} images are unreadable" in done.stderr
+    )
+    assert (
+        str(both / "b/pipe.jpg") in done.stdout
+        and str(both / "bomb.png") in done.stdout
+        and str(both / "dangling.jpg") in done.stdout
+    )
+    assert label("--teacher", random_teacher, "--unlabeled", alone, "--out", tmp_path / "alone.h5").returncode == 0
+
+    got, expected = read_logits(tmp_path / "both.h5"), read_logits(tmp_path / "alone.h5")
+    names = [os.fsdecode(path) for path in got["path"]]
+    assert names == sorted([*good, *bad_names], key=os.fsencode)
+    is_bad = np.array([name in bad_names for name in names])
+    assert (got["status"] == np.where(is_bad, 2, 1)).all()
+    assert np.isnan(got["logits"][is_bad]).all() and np.isnan(got["confidence"][is_bad]).all()
+    assert (got["label"][is_bad] == -1).all()
+    assert (got["path"][~is_bad] == expected["path"]).all() and (expected["status"] == 1).all()
+    np.testing.assert_allclose(got["logits"][~is_bad], expected["logits"], rtol=1e-2, atol=1e-2)
+    assert len({row.tobytes() for row in expected["logits"]}) > 100  # a shifted row would be seen
+
+
+def test_shards_and_folders_get_the_same_labels(random_teacher, label, tmp_path):
+    files = pictures(30)
+    write_files(tmp_path / "folder" / "s.tar", files)  # so that the paths are equal too
+    make_tar(tmp_path / "shards" / "s.tar", dict(sorted(files.items(), reverse=True)))
+    for name in ("folder", "shards"):
+        assert (
+            label(
+                "--teacher", random_teacher, "--unlabeled", tmp_path / name, "--out", tmp_path / f"{name}.h5"
+            ).returncode
+            == 0
+        )
+    folder, shards = read_logits(tmp_path / "folder.h5"), read_logits(tmp_path / "shards.h5")
+    for name in COLUMNS[:-2]:
+        assert folder[name].tobytes() == shards[name].tobytes(), name
+    assert not folder["size"].any() and shards["size"].tolist() == list(map(len, files.values()))
+
+
+def test_of_a_cut_off_shard_the_members_before_the_end_are_labelled(random_teacher, label, tmp_path):
+    make_tar(tmp_path / "s" / "0.tar", pictures(6))
+    whole = (tmp_path / "s" / "0.tar").read_bytes()
+    (tmp_path / "s" / "0.tar").write_bytes(whole[: 3 * (512 + -(-len(pictures(1)["000.png"]) // 512) * 512) + 700])
+    words = ["--teacher", random_teacher, "--unlabeled", tmp_path / "s", "--out", tmp_path / "l.h5", "--max-bad", 30]
+    done = label(*words)
+    assert (
+        done.returncode == 0
+        and "0.tar is damaged after" in done.stdout
+        and "1 of 4 images are unreadable" in done.stdout
+    )
+    got = read_logits(tmp_path / "l.h5")
+    assert got["status"].tolist() == [1, 1, 1, 2] and got["path"][3] == b"0.tar/003.png"
+
+
+def test_a_second_run_uses_what_was_stored_and_names_what_has_changed(random_teacher, label, tmp_path):
+    folder = write_files(tmp_path / "u", pictures(3))
+    make_tar(folder / "x.tar", pictures(4))
+    make_tar(folder / "y.tar", pictures(2))
+    make_tar(folder / "z.tar", pictures(2))
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5", "--max-bad", 100]
+    assert label(*words).returncode == 0
+    first = read_logits(tmp_path / "l.h5")
+    undo(tmp_path / "l.h5")
+    (folder / "000.png").unlink()
+    (folder / "new.png").write_bytes(pictures(1)["000.png"])
+    shard = (folder / "x.tar").read_bytes()
+    (folder / "x.tar").write_bytes(shard[: int(first["offset"][first["path"] == b"x.tar/002.png"][0]) + 100])
+    data = pictures(1)["000.png"]
+    make_tar(folder / "y.tar", {"000.png": data + b"more", "001.png": data + b"more"})
+    common.open_shard.cache_clear()  # another process would have opened nothing yet
+    (folder / "z.tar").unlink()
+    done = label(*words)
+    second = read_logits(tmp_path / "l.h5")
+    assert done.returncode == 0 and (second["path"] == first["path"]).all()
+    status = dict(zip(second["path"].tolist(), second["status"].tolist(), strict=True))
+    assert status == {
+        b"000.png": 2, b"001.png": 1, b"002.png": 1, b"x.tar/000.png": 1, b"x.tar/001.png": 1, b"x.tar/002.png": 2,
+        b"x.tar/003.png": 2, b"y.tar/000.png": 2, b"y.tar/001.png": 2, b"z.tar/000.png": 2, b"z.tar/001.png": 2,
+    }  # fmt: skip
+    assert f"{folder}/000.png: FileNotFoundError" in done.stdout and "has changed or was cut off" in done.stdout
+    undo(tmp_path / "l.h5", np.array([name.startswith(b"y.") for name in status]))
+    assert "y.tar has changed since it was indexed" in error_of(tmp_path / "l.h5", b"y.tar/000.png")
+
+
+def error_of(path: Path, name: bytes) -> str:
+    with h5py.File(path) as file:
+        rows = common.image_list(file)
+    dataset = common.ImageDataset(rows, clean={"image_size": 8, "crop_fraction": 1.0})
+    return dataset[rows.path.tolist().index(name)][2]
+
+
+def test_rows_that_are_done_are_not_written_again(random_teacher, label, tmp_path, monkeypatch):
+    """Another grid of batches, as another device has: its batches hold rows that are done and rows that are not."""
+    folder = write_files(tmp_path / "u", pictures(10))
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5"]
+    assert label(*words).returncode == 0
+    with h5py.File(tmp_path / "l.h5", "r+") as file:
+        file["confidence"][3] = 0.125  # a sign that nobody else would leave
+    undo(tmp_path / "l.h5", [2, 4])
+    (folder / "003.png").unlink()
+    monkeypatch.setattr(stage, "rows_per_batch", lambda size, device: 4)
+    assert label(*words).returncode == 0
+    got = read_logits(tmp_path / "l.h5")
+    assert got["confidence"][3] == 0.125 and (got["status"] == 1).all()
+
+
+def test_a_lost_mount_is_not_a_million_unreadable_images(random_teacher, label, tmp_path):
+    folder = write_files(tmp_path / "u", pictures(5))
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5"]
+    assert label(*words).returncode == 0
+    whole = read_logits(tmp_path / "l.h5")
+    undo(tmp_path / "l.h5")
+    folder.rename(tmp_path / "away")
+    assert_mistake(label(*words), str(folder), "is gone")
+    folder.mkdir()  # an empty mount point
+    assert_mistake(label(*words), str(folder), "is gone")
+    folder.rmdir()
+    assert not read_logits(tmp_path / "l.h5")["status"].any()
+    (tmp_path / "away").rename(folder)
+    assert label(*words).returncode == 0
+    assert all(values.tobytes() == whole[name].tobytes() for name, values in read_logits(tmp_path / "l.h5").items())
+
+
+def test_too_many_unreadable_images_end_with_status_2_and_everything_kept(random_teacher, label, tmp_path):
+    folder = write_files(tmp_path / "u", pictures(20) | {"broken.jpg": b"<html>"})
+    for _ in range(2):
+        done = label("--unlabeled", folder, "--teacher", random_teacher, "--out", tmp_path / "l.h5")
+        assert_mistake(done, "broken.jpg", "--max-bad")
+    assert sorted(read_logits(tmp_path / "l.h5")["status"]) == [1] * 20 + [2]
+
+
+def test_names_that_are_not_utf_8_can_be_printed_anywhere(random_teacher, run_stage, tmp_path):
+    folder = write_files(tmp_path / "u", pictures(3) | {os.fsdecode(b"caf\xe9.jpg"): b"bad"})
+    flags = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5", "--max-bad", 50]
+    assert "caf\\udce9.jpg" in run_stage(STAGE, *flags).stdout  # its stdout takes UTF-8 and nothing else
+
+
+def test_progress_says_speed_bad_images_and_time_left(random_teacher, label, tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "u", pictures(5) | {"bad.png": b""})
+    monkeypatch.setattr(stage, "rows_per_batch", lambda size, device: 2)
+    clock = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5", "--max-bad", 50]
+    done = label(*words)
+    assert (
+        done.returncode == 0
+        and "batches: 2 of 3" in done.stderr
+        and "s left" in done.stderr
+        and "images/s, 1 unreadable" in done.stderr.splitlines()[-1]
+    )
+
+
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--compile"]], ids=" ".join)
+def test_labels_in_bf16_and_compiled(flags, tiny_data, label, compiled, tmp_path):
+    """20 images, less than the 512 of a batch: nothing of the padded rows shows; bf16 rounds, compiling does not."""
+    teacher, found = save_model(tmp_path / "model.pt", "squeezenet1_1", data=str(tiny_data)), []
+    for name, more in (("plain", []), ("other", flags)):
+        assert label("--teacher", teacher, "--out", tmp_path / f"{name}.h5", *more).returncode == 0
+        got = read_logits(tmp_path / f"{name}.h5")
+        found.append((got["logits"].astype(np.float32), got["confidence"]))
+        assert (got["status"] == 1).all() and len(got["status"]) == 20
+    assert len(compiled) == ("--compile" in flags)
+    (logits, confidence), (other_logits, other_confidence) = found
+    assert np.ptp(confidence) > 1e-3
+    tolerance = 0.05 if "bf16" in flags else 2e-3  # logits are stored as float16
+    np.testing.assert_allclose(other_logits, logits, atol=tolerance * np.abs(logits).max())
+    rounding = np.abs(other_confidence - confidence).max()
+    assert rounding > 1e-5 if "bf16" in flags else rounding < 1e-5
+
+
+# outputs
+
+
+def test_rows_are_written_where_they_belong(tmp_path):
+    writer = stage.RowWriter(new_file(tmp_path / "l.h5", 12))
+    logits = torch.randn(6, 3)
+    good = np.array([True, True, False, True, True, True])
+    writer.write(np.array([1, 2, 4, 8, 9, 10]), logits, good)
+    assert not read_logits(tmp_path / "l.h5")["status"].any()  # not before the data is safe
+    writer.write(np.array([5, 6]), logits[:2], good[:2], np.zeros(2, bool))  # none of them
+    writer.sync()
+    got = read_logits(tmp_path / "l.h5")
+    assert got["status"].tolist() == [0, 1, 1, 0, 2, 0, 0, 0, 1, 1, 1, 0]
+    rows = [1, 2, 8, 9, 10]
+    expected = logits[good].numpy()
+    assert (got["label"][rows] == expected.argmax(1)).all() and got["label"][4] == -1
+    shifted = expected - expected.max(1, keepdims=True)
+    assert (got["logits"][rows] == shifted.astype(np.float16)).all() and np.isnan(got["logits"][4]).all()
+    np.testing.assert_allclose(got["confidence"][rows], torch.from_numpy(expected).softmax(1).amax(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_an_output_that_is_removed_or_replaced_is_said(how, tmp_path, mistake):
+    writer = stage.RowWriter(new_file(tmp_path / "l.h5"))
+    writer.write(np.arange(4), torch.randn(4, 3), np.ones(4, bool))
+    (tmp_path / "l.h5").unlink()
+    if how == "replaced":
+        new_file(tmp_path / "l.h5")
+    mistake(writer.sync, "removed or replaced")
+
+
+def test_logits_that_are_not_finite_are_never_written(tmp_path, mistake):
+    writer = stage.RowWriter(new_file(tmp_path / "l.h5"))
+    logits = torch.randn(4, 3)
+    logits[2, 1] = torch.inf
+    mistake(lambda: writer.write(np.arange(4), logits, np.ones(4, bool)), "not finite")
+    writer.sync()
+    assert not read_logits(tmp_path / "l.h5")["status"].any()
+
+
+def test_a_disk_that_fills_up_is_one_line_and_costs_nothing(own_teacher, run_stage, tmp_path):
+    """A limit on the size of files stands in for the disk: what was done before stays, and a later run continues."""
+    flags = ["--teacher", own_teacher, "--out", tmp_path / "l.h5"]
+    run_stage(STAGE, *flags)
+    complete = read_logits(tmp_path / "l.h5")
+    with h5py.File(tmp_path / "l.h5") as file:
+        limit = file["logits"].id.get_offset()
+    undo(tmp_path / "l.h5")
+    assert_mistake(run_stage(STAGE, *flags, file_size=limit, check=False), "File too large", "run again")
+    assert not read_logits(tmp_path / "l.h5")["status"].any()
+    run_stage(STAGE, *flags)
+    assert_same_labels(tmp_path / "l.h5", complete)
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_said_once(random_teacher, label, tmp_path, monkeypatch):
+    folder = write_files(tmp_path / "u", pictures(30))
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5"]
+    assert label(*words).returncode == 0
+    whole, pwrite, calls = read_logits(tmp_path / "l.h5"), os.pwrite, []
+    undo(tmp_path / "l.h5")
+
+    def full(file, data, offset):
+        calls.append(offset)
+        if len(calls) > 16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data[:5], offset)  # a write may be short
+
+    monkeypatch.setattr(stage, "rows_per_batch", lambda size, device: 2)
+    monkeypatch.setattr(os, "pwrite", full)
+    assert_mistake(label(*words), "No space left on device", "run again")
+    assert not read_logits(tmp_path / "l.h5")["status"].any()
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:5], offset))
+    monkeypatch.setattr(stage, "rows_per_batch", lambda size, device: 512)
+    assert label(*words).returncode == 0
+    assert all(values.tobytes() == whole[name].tobytes() for name, values in read_logits(tmp_path / "l.h5").items())
+
+
+def test_too_small_a_disk_is_said_before_the_start(own_teacher, label, monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    assert_mistake(label("--teacher", own_teacher, "--out", tmp_path / "l.h5"), "20 images need")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_below_a_file_is_one_line(random_teacher, label, tmp_path):
+    folder = write_files(tmp_path / "u", pictures(2))
+    (tmp_path / "file").write_text("x")
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out"]
+    assert_mistake(label(*words, tmp_path / "file" / "l.h5"), "cannot be written")
+    assert_mistake(label(*words, folder), str(folder), "not a readable HDF5 file")
+
+
+# interruptions
+
+
+# Stage 02 which notes what is done often enough for a test, not every 5 seconds.
+OFTEN = """
+import importlib, time, types
+stage = importlib.import_module("02_pseudo_label")
+if hasattr(stage, "SYNC_SECONDS"):
+    stage.SYNC_SECONDS = 0.05
+else:
+    stage.time = types.SimpleNamespace(monotonic=lambda: 100 * time.monotonic(), sleep=time.sleep)
+stage.main()
+"""
+NUM = 400  # images of slow_run
+
+
+@pytest.fixture(scope="module")
+def slow_run(tmp_path_factory, run_stage):
+    """(flags of a run of some seconds, what it gives uninterrupted)"""
+    root = tmp_path_factory.mktemp("slow")
+    files = {f"{i:04}.jpg": b"bad" if i % 301 == 0 else encoded(picture(i), quality=90) for i in range(NUM)}
+    write_files(root / "u", files)
+    flags = ["--teacher", make_teacher(root / "model.pt", image_size=160), "--unlabeled", root / "u", "--out"]
+    run_stage(STAGE, *flags, root / "whole.h5")
+    return flags, read_logits(root / "whole.h5")
+
+
+def num_done(path: Path) -> int:
+    with h5py.File(path, locking=False) as file:
+        return int((file["status"][:] != common.TODO).sum())
+
+
+def check_rows(path: Path, whole: dict) -> int:
+    """What is done is right; returns how much that is."""
+    got = read_logits(path)
+    done = got["status"] != common.TODO
+    for name in COLUMNS[4:]:
+        assert got[name].tobytes() == whole[name].tobytes(), name
+    for name in COLUMNS[:4]:
+        assert got[name][done].tobytes() == whole[name][done].tobytes(), name
+    return int(done.sum())
+
+
+@pytest.mark.xdist_group("kill 02")
+def test_killed_at_any_time_by_any_number_of_processes_it_ends_as_if_nothing_had_been(
+    slow_run, start_stage, run_stage, tmp_path
+):
+    flags, whole = slow_run
+    out, before = tmp_path / "l.h5", 0
+    (tmp_path / "often.py").write_text(OFTEN)
+    process = start_stage(STAGE, *flags, out)
+    process.wait_until(out.exists)
+    process.kill()
+    assert check_rows(out, whole) < NUM  # the file is complete from the first moment
+    for nproc in (1, 2, 3, 1, 2):
+        process = start_stage(tmp_path / "often.py", *flags, out, nproc=nproc, PYTHONPATH=ROOT)
+        process.wait_until(lambda goal=before + 33: num_done(out) >= goal)
+        process.kill()
+        done = check_rows(out, whole)
+        assert before < done < NUM, "the kill came too late to test anything"  # and what was done stays done
+        before = done
+    run_stage(STAGE, *flags, out, nproc=2)
+    assert check_rows(out, whole) == NUM
+    untouched = out.read_bytes()
+    again = run_stage(STAGE, *flags, out)
+    assert f"{NUM} of them done before" in again.stdout and out.read_bytes() == untouched
+
+
+@pytest.mark.xdist_group("kill 02")
+@pytest.mark.parametrize(("nproc", "launcher"), [(1, None), (2, "torchrun")])
+def test_sigterm_keeps_all_that_was_done(nproc, launcher, slow_run, start_stage, tmp_path):
+    flags, whole = slow_run
+    out = tmp_path / "l.h5"
+    process = start_stage(ROOT / STAGE, *flags, out, nproc=nproc, launcher=launcher)
+
+    def labelled() -> int:  # what a row says follows its data by up to 5 seconds
+        return int(np.count_nonzero(read_logits(out)["confidence"])) if out.exists() else 0
+
+    process.wait_until(lambda: labelled() > 30)
+    os.kill(process.pids[0], signal.SIGTERM)  # torchrun hands it on
+    assert process.wait(60) == (143 if nproc == 1 else 1), process
+    assert "02_pseudo_label.py" not in process.stderr, process  # torchrun's own traceback is torchrun's
+    assert 30 < check_rows(out, whole) < NUM
+
+
+# relabelling a selection
+
+
+@pytest.fixture
+def selected(random_teacher, label, tmp_path):
+    """Two labelled folders, a selection of both, a better teacher and its labels of everything."""
+    better = make_teacher(tmp_path / "better.pt", seed=1)
+    for name, num in (("a", 40), ("b", 30)):
+        write_files(tmp_path / name, {f"{name}{i:03}.png": encoded(picture(i + num), "PNG") for i in range(num)})
+        for who, path in (("old", random_teacher), ("all", better)):
+            flags = ["--teacher", path, "--unlabeled", tmp_path / name, "--out", tmp_path / f"{who}-{name}.h5"]
+            assert label(*flags).returncode == 0
+    rows = {tmp_path / "old-a.h5": [3, 4, 5, 9, 9, 30, 39], tmp_path / "old-b.h5": [0, 7, 8, 29]}
+    return select(tmp_path / "balanced.h5", rows), better
+
+
+def test_only_the_selected_images_are_labelled_again(selected, label, tmp_path, monkeypatch):
+    selection, better = selected
+    monkeypatch.setattr(stage, "rows_per_batch", lambda size, device: 4)
+    for name, rows in (("a", [3, 4, 5, 9, 30, 39]), ("b", [0, 7, 8, 29])):
+        words = [
+            "--teacher",
+            better,
+            "--only",
+            selection,
+            "--unlabeled",
+            tmp_path / name,
+            "--out",
+            tmp_path / f"new-{name}.h5",
+        ]
+        done = label(*words)
+        assert (
+            done.returncode == 0
+            and f"{len(rows)} images, 0 of them done before" in done.stdout
+            and f"{len(rows)} images labelled" in done.stdout
+        )
+        got, everything = read_logits(tmp_path / f"new-{name}.h5"), read_logits(tmp_path / f"all-{name}.h5")
+        assert np.flatnonzero(got["status"]).tolist() == rows and (got["path"] == everything["path"]).all()
+        np.testing.assert_allclose(got["logits"][rows], everything["logits"][rows], rtol=1e-2, atol=1e-2)
+        assert (got["label"][rows] == everything["label"][rows]).all()
+        assert f"{len(rows)} of them done before" in label(*words).stdout
+    assert_mistake(
+        label("--teacher", better, "--only", selection, "--out", tmp_path / "x.h5"), "several folders", "--unlabeled"
+    )
+    words = ["--teacher", better, "--only", selection, "--unlabeled", tmp_path / "a", "--out", tmp_path / "new-b.h5"]
+    assert_mistake(label(*words), "new-b.h5", "choose another --out")
+
+
+def test_relabelling_does_not_look_for_new_images(selected, label, tmp_path):
+    _, better = selected
+    selection = select(tmp_path / "one.h5", {tmp_path / "old-a.h5": [1, 2]})
+    (tmp_path / "a" / "a000.png").rename(tmp_path / "a" / "0.png")
+    assert label("--teacher", better, "--only", selection, "--out", tmp_path / "n.h5").returncode == 0
+    got = read_logits(tmp_path / "n.h5")
+    assert got["path"][0] == b"a000.png" and np.flatnonzero(got["status"]).tolist() == [1, 2]
+    (tmp_path / "a").rename(tmp_path / "moved")  # the folder of the images has another place now
+    words = ["--teacher", better, "--only", selection, "--unlabeled", tmp_path / "moved", "--out", tmp_path / "m.h5"]
+    assert label(*words).returncode == 0
+    assert read_logits(tmp_path / "m.h5")["logits"][1:3].tobytes() == got["logits"][1:3].tobytes()

@@ -1,0 +1,305 @@
+"""Stage 04: what it reads of a selection and of newer labels, its targets and its loss, and a student that learns."""
+
+import json
+import math
+import os
+import shutil
+import signal
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    SHORT_RUN,
+    assert_mistake,
+    assert_same_weights,
+    checkpoint_of,
+    encoded,
+    load_stage,
+    metrics_of,
+)
+from conftest import noise_image, save_model, write_files
+from label_files import CLASSES, logits_of, read_logits, read_selection, select, undo, write_logits
+
+import common
+
+student = load_stage("04_train_student")
+STAGE = "04_train_student.py"
+NUM = {"a": 40, "b": 30}  # images of two labelled folders
+ROWS = {"a": [3, 4, 5, 9, 9, 30, 39], "b": [0, 7, 8, 29]}  # those that are selected
+
+
+def read(path, newer=(), folder=None):
+    """The training examples of a selection."""
+    return student.Selection(path, list(newer), folder)
+
+
+def random_labels(path, folder, num, seed):
+    """Logits of `num` images below `folder`, as a teacher of that seed gives them."""
+    logits = np.random.default_rng([seed, num]).normal(size=(num, 3)) * 3
+    names = [f"{path.stem[-1]}{i:03}.png" for i in range(num)]
+    return write_logits(path, logits, root=folder, names=names, teacher=f"{seed}" * 64)
+
+
+def fill_folder(folder, num, seed=0):
+
+    return write_files(
+        folder, {f"{folder.name}{i:03}.png": encoded(noise_image(8, 8, 100 * seed + i), "PNG") for i in range(num)}
+    )
+
+
+# the examples of a selection
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    """Two label files and a selection of them."""
+    one = logits_of((0, 0.95), (1, 0.9), (0, 0.8), (2, 0.38), (0, 0.5))
+    two = logits_of((0, 0.9), (1, 0.6), (0, 0.8), (2, 0.36), (0, 0.45))
+    return [write_logits(tmp_path / "a.h5", two), write_logits(tmp_path / "b.h5", one, unreadable=[4])]
+
+
+def test_the_student_reads_the_rows_that_were_selected(two_files, tmp_path):
+    out = select(tmp_path / "balanced.h5", {two_files[0]: [0, 1, 2, 2], two_files[1]: [0, 1, 1, 2]})
+    selection = read(out)
+    columns, _, _ = read_selection(out)
+    examples = np.array([5, 0, 0, len(columns["row"]) - 1])
+    got = selection.read_logits(examples)
+    assert got.dtype == torch.float32
+    files = [h5py.File(path) for path in two_files]
+    for logits, example in zip(got, examples, strict=True):
+        number, row = columns["file"][example], columns["row"][example]
+        np.testing.assert_array_equal(logits, files[number]["logits"][row].astype(np.float32))
+        assert selection.images.path[example] == files[number]["path"][row]
+    assert selection.label.tolist() == columns["label"].tolist()
+    assert selection.classes == CLASSES and selection.images.root == "/data/unlabeled"
+
+
+def test_the_selection_moves_with_its_folder(two_files, tmp_path):
+    select(tmp_path / "balanced.h5", {path: [0, 1] for path in two_files})
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("a.h5", "b.h5", "balanced.h5"):
+        (tmp_path / name).rename(moved / name)
+    assert read(moved / "balanced.h5").read_logits(np.array([0])).shape == (1, 3)
+
+
+@pytest.fixture
+def selected(tmp_path):
+    """A selection of old-a.h5 and old-b.h5, the labels of two folders; new-a.h5 and new-b.h5 are of another teacher."""
+    for name, num in NUM.items():
+        fill_folder(tmp_path / name, num)
+        for seed, who in enumerate(("old", "new")):
+            random_labels(tmp_path / f"{who}-{name}.h5", tmp_path / name, num, seed)
+    return select(tmp_path / "balanced.h5", {tmp_path / f"old-{name}.h5": rows for name, rows in ROWS.items()})
+
+
+def test_the_student_takes_the_newer_labels(selected, tmp_path):
+    got, old = read(selected, [tmp_path / "new-b.h5", tmp_path / "new-a.h5"]), read(selected)
+    everything = {name: read_logits(tmp_path / f"new-{name}.h5") for name in "ab"}
+    expected = np.concatenate([everything[name]["logits"][ROWS[name]] for name in "ab"])
+    np.testing.assert_array_equal(got.read_logits(np.arange(11)), expected.astype(np.float32))
+    assert got.label.tolist() == np.concatenate([everything[name]["label"][ROWS[name]] for name in "ab"]).tolist()
+    assert (got.images.path == old.images.path).all() and got.label.tolist() != old.label.tolist()
+    assert got.source["teacher_sha256"] == "1" * 64 and old.source["teacher_sha256"] == "0" * 64
+
+
+def test_what_the_newer_teacher_could_not_read_is_left_out(selected, tmp_path):
+    with h5py.File(tmp_path / "new-a.h5", "r+") as file:
+        file["status"][9], file["label"][9] = common.UNREADABLE, -1
+    got = read(selected, [tmp_path / "new-a.h5", tmp_path / "new-b.h5"])
+    assert got.row.tolist() == [3, 4, 5, 30, 39, 0, 7, 8, 29] and len(got.label) == len(got.images) == 9
+    assert got.images.name(3) == str(tmp_path / "a" / "a030.png") and got.number.tolist() == [0] * 5 + [1] * 4
+
+
+def test_newer_labels_that_do_not_fit_are_refused(selected, tmp_path, mistake):
+    mistake(lambda: read(selected, [tmp_path / "new-a.h5"]), "--logits: none of them has the images of")
+    mistake(lambda: read(selected, [tmp_path / "new-a.h5", tmp_path / "old-b.h5"]), "several teachers")
+    undo(shutil.copy(tmp_path / "new-b.h5", tmp_path / "part-b.h5"), 7)
+    mistake(lambda: read(selected, [tmp_path / "new-a.h5", tmp_path / "part-b.h5"]), "unfinished")
+
+
+def test_folders_with_the_same_names_are_told_apart(tmp_path, mistake, call_main):
+    files = {}
+    for k, name in enumerate("abc"):
+        images = {f"{i}.png": encoded(noise_image(8, 8, 100 * k + i), "PNG") for i in range(8)}
+        write_files(tmp_path / name, images)
+        for seed, who in enumerate(("old", "new")):
+            logits = np.random.default_rng([seed, k]).normal(size=(8, 3)) * 3
+            path = tmp_path / f"{who}-{name}.h5"
+            write_logits(path, logits, root=tmp_path / name, names=list(images), teacher=f"{seed}" * 64)
+        files[tmp_path / f"old-{name}.h5"] = [2, 5] if name != "c" else []  # of c nothing was selected
+    selection = select(tmp_path / "balanced.h5", files)
+    got = read(selection, [tmp_path / "new-b.h5", tmp_path / "new-a.h5"])
+    expected = np.concatenate([read_logits(tmp_path / f"new-{name}.h5")["logits"][[2, 5]] for name in "ab"])
+    np.testing.assert_array_equal(got.read_logits(np.arange(4)), expected.astype(np.float32))
+    for example, (name, i) in enumerate([("a", 2), ("a", 5), ("b", 2), ("b", 5)]):
+        original = common.load_image(tmp_path / name / f"{i}.png")
+        np.testing.assert_array_equal(np.asarray(got.images.load(example)), np.asarray(original))
+    mistake(lambda: read(selection, folder=tmp_path / "a"), "--unlabeled")
+
+    words = ["--teacher", save_model(tmp_path / "t.pt", classes=CLASSES), "--only", selection]
+    done = call_main("02_pseudo_label", *words, "--unlabeled", tmp_path / "c", "--out", tmp_path / "x.h5")
+    assert_mistake(done, "several folders")
+
+
+def test_a_logits_file_that_was_made_anew_is_noticed(tmp_path, mistake, capsys):
+    selection = select(tmp_path / "b.h5", {random_labels(tmp_path / "l.h5", tmp_path / "u", 9, 0): list(range(9))})
+    read(selection)
+    assert "made anew" not in capsys.readouterr().out
+    with h5py.File(tmp_path / "l.h5", "r+") as file:
+        file["label"][:] = (file["label"][:] + 1) % 3
+    read(selection)
+    assert "if it was made anew, run 03 again" in capsys.readouterr().out
+    with h5py.File(selection, "r+") as file:
+        file.attrs["files"] = "not json"
+    mistake(lambda: read(selection), "expected a JSON list")
+
+
+# targets and loss
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 3.5])
+def test_loss_by_hand(weight):
+    """Smoothing 0.1 for what people labelled, none for what the teacher did; each mean over its own images."""
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(4, 5)) * 3, rng.integers(0, 5, 4)
+    pseudo_logits, soft = rng.normal(size=(6, 5)) * 3, rng.dirichlet(np.ones(5), 6)
+    smoothed = 0.9 * np.eye(5)[targets] + 0.1 / 5
+    labeled = -(smoothed * log_softmax(logits)).sum(1).mean()
+    unlabeled = -(soft * log_softmax(pseudo_logits)).sum(1).mean()
+    tensors = [torch.from_numpy(a) for a in (logits, targets, pseudo_logits, soft)]
+    got = student.noisy_student_loss(*tensors, 6, weight, 0.1)
+    assert [value.item() for value in got] == pytest.approx(
+        [labeled + weight * unlabeled, labeled, unlabeled], rel=1e-6
+    )
+
+
+def test_loss_divides_by_the_readable_images_of_all_processes():
+    pseudo_logits, soft = torch.zeros(3, 4), torch.full((3, 4), 0.25)
+    none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    loss, labeled, unlabeled = student.noisy_student_loss(*none, pseudo_logits, soft, 4.5, 2.0, 0.1)
+    assert labeled.item() == 0  # no labelled image: --unlabeled-only
+    assert unlabeled.item() == pytest.approx(3 * math.log(4) / 4.5)
+    assert loss.item() == pytest.approx(2 * unlabeled.item())
+    logits = torch.randn(2, 4, requires_grad=True)
+    loss, _, unlabeled = student.noisy_student_loss(logits, torch.tensor([1, 2]), none[0], none[0], 0.0, 2.0, 0.1)
+    loss.backward()
+    assert unlabeled.item() == 0 and torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
+def test_soft_targets_are_tempered_and_never_smoothed(temperature):
+    logits = torch.tensor([[0.0, -1.0, -5.0], [-2.0, 0.0, 0.0]])
+    expected = np.exp(log_softmax(logits.double().numpy() / temperature))
+    got = student.pseudo_targets(logits, torch.tensor([0, 1]), temperature, 0.1)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_hard_targets_are_smoothed_like_those_of_people():
+    got = student.pseudo_targets(torch.randn(2, 4), torch.tensor([3, 0]), 0, 0.1)
+    expected = np.full((2, 4), 0.025)
+    expected[0, 3] = expected[1, 0] = 0.925
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+# whole runs
+
+
+@pytest.mark.xdist_group("teacher")
+def test_the_selection_is_exactly_balanced_and_measured(labels):
+    logits, balanced, printed = labels
+    with h5py.File(balanced) as file, h5py.File(logits) as source:
+        assert np.bincount(file["label"][:], minlength=3).tolist() == [9, 9, 9]
+        assert (source["label"][:][file["row"][:]] == file["label"][:]).all()
+        assert (file["confidence"][:] > 0.3).all()
+    report = json.loads(balanced.with_suffix(".json").read_text())
+    assert [report["classes"][name]["examples"] for name in ("disc", "square", "triangle")] == [9, 9, 9]
+    assert balanced.with_suffix(".png").stat().st_size > 5000
+    truth = report["truth"]
+    assert f"pseudo-label accuracy {truth['accuracy_before']} percent before the filter" in printed
+    assert truth["accuracy_before"] > 60
+
+
+@pytest.mark.xdist_group("teacher")
+def test_the_student_learns_from_soft_and_hard_labels(labels, run_stage, tmp_path):
+    base = [STAGE, "--pseudo-labels", labels[1], *SHORT_RUN, "--ratio", 1, "--seed", 3, "--eval-every", 0]
+    run_stage(*base, "--out", tmp_path / "soft", "--epochs", 24)
+    lines = metrics_of(tmp_path / "soft")
+    for name in ("loss", "loss_labeled", "loss_unlabeled"):
+        first, last = ([line[name] for line in part] for part in (lines[:10], lines[-11:-1]))
+        assert np.mean(last) < 0.8 * np.mean(first), name
+    assert lines[-1]["val_top1"] >= 75
+    run_stage(*base, "--out", tmp_path / "hard", "--epochs", 1, "--temperature", 0)
+    run_stage(*base, "--out", tmp_path / "cold", "--epochs", 1, "--temperature", 0.5)
+    first = [metrics_of(tmp_path / name)[0]["loss_unlabeled"] for name in ("hard", "cold", "soft")]
+    assert len(set(first)) == 3  # the same images and weights, three kinds of targets
+
+
+@pytest.mark.xdist_group("teacher")
+def test_the_student_pretrains_on_the_selection_alone(labels, run_stage, tmp_path):
+    args = [STAGE, "--pseudo-labels", labels[1], *SHORT_RUN, "--unlabeled-only", "--epochs", 2]
+    done = run_stage(*args, "--out", tmp_path / "s", "--batch-size", 9)
+    assert "0 + 9 a step, 6 steps" in done.stdout  # an epoch is a pass over the 27 examples
+    assert all(line["loss_labeled"] == 0 for line in metrics_of(tmp_path / "s")[:-1])
+    saved = checkpoint_of(tmp_path / "s" / "model.pt")
+    tuned = ["01_train_teacher.py", "--data", saved["data"], "--arch", saved["arch"], *SHORT_RUN, "--epochs", 0]
+    run_stage(*tuned, "--init", tmp_path / "s" / "model.pt", "--out", tmp_path / "tuned")
+    assert_same_weights(tmp_path / "s" / "model.pt", tmp_path / "tuned" / "model.pt")
+
+
+@pytest.mark.xdist_group("teacher")
+def test_a_teacher_is_all_a_student_needs(teacher, start_stage, tmp_path):
+    """torchrun 04_train_student.py --teacher ckpt.pt, and a SIGTERM, since the paper's 700 epochs are long."""
+    shutil.copy(ROOT / "common.py", tmp_path)
+    shutil.copy(ROOT / STAGE, tmp_path)  # a copied stage and common.py are enough
+    process = start_stage(STAGE, "--teacher", teacher[0] / "model.pt", cwd=tmp_path, launcher="torchrun")
+    out = tmp_path / "runs" / "student"
+    process.wait_until(lambda: (out / "metrics.jsonl").exists() and metrics_of(out))
+    os.kill(process.pids[0], signal.SIGTERM)
+    assert process.wait(60) == 1, process  # torchrun's own status
+    assert "on the fly" in process.stdout and "no confidence filter" in process.stdout
+    saved = checkpoint_of(out / "last.pt")
+    assert saved["arch"] == "shufflenet_v2_x0_5" and saved["image_size"] == 32 and saved["training"]["step"] >= 1
+    assert np.isfinite(metrics_of(out)[-1]["loss_unlabeled"])
+
+
+@pytest.mark.xdist_group("teacher")
+def test_images_that_have_gone_since_are_reported_and_left_out(labels, tiny_data, run_stage, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    (data / "unlabeled" / "part0" / "000.png").unlink()
+    base = [STAGE, "--pseudo-labels", labels[1], "--data", data, "--unlabeled", data / "unlabeled", *SHORT_RUN]
+    done = run_stage(*base, "--ratio", 2, "--epochs", 2, "--out", tmp_path / "s")
+    assert "1 unlabelled images are unreadable and were left out" in done.stdout
+    assert f"{data}/unlabeled/part0/000.png: FileNotFoundError" in done.stdout
+
+
+@pytest.mark.xdist_group("teacher")
+def test_the_student_trains_on_newer_labels(teacher, labels, call_main, tmp_path):
+    """02 --only and 04 --logits as the README has them: the same teacher again changes nothing, another one does."""
+    other = checkpoint_of(teacher[0] / "model.pt")
+    for name in ("fc.weight", "fc.bias"):
+        other["model"][name] = other["model"][name].roll(1, 0)  # one that calls every class by another's name
+    torch.save(other, tmp_path / "other.pt")
+    base = ["--pseudo-labels", labels[1], "--data", other["data"], *SHORT_RUN, "--ratio", 1, "--epochs", 0.67]
+    assert call_main("04_train_student", *base, "--out", tmp_path / "old").returncode == 0
+    for name, path in (("same", teacher[0] / "model.pt"), ("other", tmp_path / "other.pt")):
+        flags = ["--teacher", path, "--only", labels[1], "--out", tmp_path / f"{name}.h5"]
+        assert call_main("02_pseudo_label", *flags).returncode == 0
+        flags = [*base, "--logits", tmp_path / f"{name}.h5", "--out", tmp_path / name]
+        assert call_main("04_train_student", *flags).returncode == 0
+    assert_same_weights(tmp_path / "old" / "model.pt", tmp_path / "same" / "model.pt")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "old" / "model.pt", tmp_path / "other" / "model.pt")
+
+
+def test_logits_without_a_selection_are_refused(run_stage, tmp_path):
+    """With a plain Python: the exit status is that of the process."""
+    flags = ["--teacher", tmp_path / "t.pt", "--logits", tmp_path / "l.h5"]
+    assert_mistake(run_stage(ROOT / STAGE, *flags, check=False, launcher="python"), "--logits needs --pseudo-labels")

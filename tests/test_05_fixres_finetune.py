@@ -1,0 +1,58 @@
+"""Stage 05: what is frozen, what trains, what the new checkpoint says."""
+
+import pytest
+import torch
+from conftest import ROOT, assert_mistake, checkpoint_of, load_stage, save_model
+
+from common import build_model
+
+
+@pytest.fixture(scope="module")
+def b0(tiny_data, tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("b0") / "model.pt", "efficientnet_b0", data=str(tiny_data))
+
+
+def changed(a, b):
+    """The names of the weights that differ."""
+    a, b = (checkpoint_of(path)["model"] for path in (a, b))
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def test_the_head_alone_trains(b0, run_stage, tmp_path):
+    flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--lr", 1e-2]
+    done = run_stage("05_fixres_finetune.py", *flags, "--out", tmp_path / "t")
+    assert {".".join(name.split(".")[:2]) for name in changed(b0, tmp_path / "t" / "model.pt")} == {
+        "features.8",
+        "classifier.1",
+    }
+    before, after = checkpoint_of(b0), checkpoint_of(tmp_path / "t" / "model.pt")
+    assert after["image_size"] == 40 and after["stage"] == "fixres" and after["classes"] == before["classes"]
+    head = 1280 * 320 + 2 * 1280 + 3 * 1280 + 3
+    assert f"{head:,} of" in done.stdout and (tmp_path / "t" / "resolution.png").stat().st_size > 5000
+    assert (tmp_path / "t" / "curves.png").stat().st_size > 5000
+
+
+def test_fewer_frozen_blocks_train_more(b0, call_main, tmp_path):
+    flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 0.34, "--lr", 1e-2]
+    assert call_main("05_fixres_finetune", *flags, "--frozen-blocks", 15, "--out", tmp_path / "t").returncode == 0
+    names = changed(b0, tmp_path / "t" / "model.pt")
+    assert "features.7.0.block.0.0.weight" in names and "features.6.3.block.0.0.weight" not in names
+    assert {name.split(".")[1] for name in names if name.startswith("features")} == {"7", "8"}
+
+
+def test_of_another_model_the_last_linear_layer_trains(capsys):
+    freeze = load_stage("05_fixres_finetune").freeze
+    model = build_model("resnet18", 3)
+    assert freeze(model, None) == [model]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+    with pytest.raises(SystemExit):
+        freeze(model, 3)
+    assert "--frozen-blocks" in capsys.readouterr().err
+
+
+def test_too_many_blocks_are_a_mistake(b0, run_stage, tmp_path):
+    """With a plain Python: the exit status is that of the process."""
+    flags = ["--checkpoint", b0, "--image-size", 40, "--out", tmp_path / "o", "--frozen-blocks", 17]
+    done = run_stage(ROOT / "05_fixres_finetune.py", *flags, check=False, launcher="python")
+    assert_mistake(done, "--frozen-blocks 17")
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,263 @@
+"""Listing folders and shards, labels by the names of folders, and the tenth that is held out where there is no val/."""
+
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, encoded, make_tar, noise_image
+from PIL import Image
+
+from common import ImageDataset, labeled_images, list_images, unlabeled_images
+
+
+def errors_of(rows):
+    """Of each row why it cannot be read, or None."""
+    dataset = ImageDataset(rows, clean={"image_size": 8, "crop_fraction": 1.0})
+    return [dataset[row][2] for row in range(len(rows))]
+
+
+def names_of(rows):
+    return [path.decode() for path in rows.path.tolist()]
+
+
+def test_list_images_is_sorted_nested_and_takes_images_only(tmp_path):
+    names = ["b.png", "a/z.JPG", "a/deep/er/x.webp", "a/b.bmp", "B.png", "ü.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_image(4, 4).save(tmp_path / name)
+    for name in ("notes.txt", "a/labels.csv", ".hidden.png", "a/._b.bmp"):
+        (tmp_path / name).write_text("no image")
+    rows = list_images(tmp_path)
+    assert names_of(rows) == sorted(names, key=os.fsencode)
+    assert not rows.offset.any() and not rows.size.any()
+    assert len(list_images(tmp_path / "a" / "deep")) == 1
+    (tmp_path / "empty").mkdir()
+    assert len(list_images(tmp_path / "empty")) == 0
+
+
+def test_links_are_followed_and_a_loop_of_them_counts_once(tmp_path):
+    real = tmp_path / "real" / "inside"
+    real.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(real / name)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "real")
+    (real / "up").symlink_to(root)
+    assert list_images(root).path.tolist() == [b"linked/inside/a.png", b"linked/inside/b.png"]
+
+
+# shards
+
+
+def test_shards_are_read_in_place_like_folders(tmp_path, tiny_data):
+    source = list_images(tiny_data / "unlabeled")
+    shards = tmp_path / "shards" / "x.tar" / "deep"  # a folder may end in .tar
+    shards.mkdir(parents=True)
+    files = {name: (tiny_data / "unlabeled" / name).read_bytes() for name in names_of(source)}
+    long = "long" * 40 + "/"  # over the 100 characters of a plain header
+    make_tar(shards / "0.tar", {**{name: files[name] for name in names_of(source)[:12]}, "0.json": b"{}"})
+    make_tar(shards / "1.tar", {long + name: files[name] for name in names_of(source)[12:]})
+    rows = list_images(tmp_path / "shards" / "x.tar")
+    prefixes = ["deep/0.tar/"] * 12 + ["deep/1.tar/" + long] * 8
+    assert names_of(rows) == [prefix + name for prefix, name in zip(prefixes, names_of(source), strict=True)]
+    assert rows.size.tolist() == [len(files[name]) for name in names_of(source)]
+    for row in range(len(rows)):
+        np.testing.assert_array_equal(np.asarray(rows.load(row)), np.asarray(source.load(row)))
+    part = rows[np.array([3, 15])]
+    np.testing.assert_array_equal(np.asarray(part.load(1)), np.asarray(source.load(15)))
+
+
+def test_shards_that_cannot_be_read_are_said_and_the_others_seen(tmp_path, capsys):
+    make_tar(tmp_path / "0.tar", {"a.png": b"1"})
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.tar")
+    assert names_of(list_images(tmp_path)) == ["0.tar/a.png"]
+    out = capsys.readouterr().out
+    assert "gone.tar cannot be read (No such file or directory)" in out
+    assert "pipe.tar cannot be read (not a regular file)" in out
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_many_shards_are_indexed_by_several_processes(cores, tmp_path, tiny_data, monkeypatch, capfd, run_stage):
+    source = list_images(tiny_data / "unlabeled")
+    data = Path(source.name(0)).read_bytes()
+    for i in range(30):  # names that sort otherwise than their shards
+        names = [f"{j}.png" for j in range(i % 4)] + ["notes.txt"]
+        make_tar(tmp_path / f"{i % 3}{i}.{'TAR' if i % 2 else 'tar'}", {name: data for name in names})
+    data_of_7 = (tmp_path / "17.TAR").read_bytes()
+    (tmp_path / "17.TAR").write_bytes(data_of_7[: -10240 + 512] + b"x" * 512)
+    (tmp_path / "0.png").write_bytes(data)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    rows = list_images(tmp_path)
+    assert capfd.readouterr().out.count("17.TAR is damaged after") == 1
+    # what waits in a buffer must not be printed by each process
+    code = f"import os, common; os.cpu_count = lambda: {cores}; print('waiting'); common.list_images({str(tmp_path)!r})"
+    (tmp_path / "script.py").write_text(code)
+    done = run_stage(tmp_path / "script.py", PYTHONPATH=ROOT)
+    assert done.stdout.count("waiting") == 1 and done.stdout.count("17.TAR is damaged after") == 1
+    expected = [f"{i % 3}{i}.{'TAR' if i % 2 else 'tar'}/{j}.png" for i in range(30) for j in range(i % 4)]
+    assert names_of(rows) == sorted([*expected, "0.png"])
+    for row in range(len(rows)):
+        np.testing.assert_array_equal(np.asarray(rows.load(row)), np.asarray(source.load(0)))
+    for i in range(40):
+        make_tar(tmp_path / f"9{i}.tar", {"a.png": data}, "w:gz")
+    with pytest.raises(SystemExit) as stop:
+        list_images(tmp_path)
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and ".tar is not a plain .tar file" in err
+
+
+def test_a_shard_below_a_folder_named_like_one(tmp_path, tiny_data):
+    source = list_images(tiny_data / "unlabeled")
+    (tmp_path / "x.tar").mkdir()
+    make_tar(tmp_path / "x.tar" / "0.tar", {"a.png": Path(source.name(0)).read_bytes()})
+    rows = list_images(tmp_path)
+    assert names_of(rows) == ["x.tar/0.tar/a.png"]
+    np.testing.assert_array_equal(np.asarray(rows.load(0)), np.asarray(source.load(0)))
+
+
+def test_an_empty_member_of_a_shard_is_an_error_of_its_row_alone(tmp_path):
+    data = io.BytesIO()
+    noise_image(8, 8).save(data, "PNG")
+    make_tar(tmp_path / "0.tar", {"a.png": data.getvalue(), "b.png": b"", "c.png": data.getvalue()})
+    errors = errors_of(list_images(tmp_path))
+    assert [error is None for error in errors] == [True, False, True] and "0.tar/b.png" in errors[1]
+
+
+def test_of_a_shard_that_is_cut_off_the_members_before_the_end_are_read(tmp_path, capsys):
+    data = io.BytesIO()
+    Image.effect_noise((32, 32), 50).save(data, "PNG")
+    make_tar(tmp_path / "0.tar", {f"{i}.png": data.getvalue() for i in range(5)})
+    whole = (tmp_path / "0.tar").read_bytes()
+    fourth = 3 * (512 + -(-len(data.getvalue()) // 512) * 512)  # members are padded to blocks of 512 bytes
+    for end, number in ((fourth + 600, 4), (fourth + 300, 3)):  # in the data, in the header
+        (tmp_path / "0.tar").write_bytes(whole[:end])
+        rows = list_images(tmp_path)
+        assert "is damaged after" in capsys.readouterr().out and len(rows) == number
+        errors = errors_of(rows)
+        assert errors[:3] == [None] * 3 and all(errors[3:])
+    (tmp_path / "0.tar").write_bytes(whole[:fourth])  # without the two empty blocks at the end: that is no damage
+    assert len(list_images(tmp_path)) == 3 and not capsys.readouterr().out
+    (tmp_path / "0.tar").write_bytes(whole[:fourth] + b"x" * 512 + whole[fourth + 512 :])  # no header
+    assert len(list_images(tmp_path)) == 3 and "is damaged after 2.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz"), ("a.tar", "w:gz")]
+)
+def test_a_compressed_shard_is_refused_by_name(tmp_path, mistake, name, mode):
+    make_tar(tmp_path / name, {"a.png": b"1"}, mode)
+    mistake(lambda: list_images(tmp_path), name)
+
+
+def test_evil_places_of_members_are_errors_of_their_rows(tmp_path):
+    make_tar(tmp_path / "0.tar", {f"{i}.png": encoded(noise_image(40, 48, i), "PNG") for i in range(2)})
+    rows = list_images(tmp_path)
+    for offset, size in ((0, 100), (-512, 100), (512, 2**60), (2**61, 2**61), (513, int(rows.size[0]))):
+        evil = replace(rows, offset=np.array([offset, 0]), size=np.array([size, 0]))
+        assert errors_of(evil)[0], (offset, size)
+
+
+# labels
+
+
+def folders(root, **splits):
+    """folders(root, train={"cat": 3}) draws three images in root/train/cat."""
+    for split, classes in splits.items():
+        for name, num in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(num):
+                noise_image(4, 4, i).save(root / split / name / f"{i:03}.png")
+    return root
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    data = folders(tmp_path, train={"cat": 2, "ant": 3, "bee": 1}, val={"cat": 2, "bee": 1})
+    rows, labels, classes = labeled_images(data, "train")
+    assert classes == ["ant", "bee", "cat"]
+    assert [names_of(rows)[i].split("/")[0] for i in range(6)] == [classes[label] for label in labels]
+    rows, labels, same = labeled_images(data, "val", classes)  # val lacks the first class
+    assert same == classes and labels.dtype == np.int64
+    assert labels.tolist() == [1, 2, 2]
+    order = ["cat", "ant", "bee"]  # a checkpoint's own order
+    rows, labels, same = labeled_images(data, "train", order)
+    assert same == order and labels.tolist() == [1, 1, 1, 2, 0, 0]
+
+
+def test_images_beside_the_class_folders_have_no_label(tmp_path):
+    data = folders(tmp_path, train={"cat": 2}, val={"cat": 1})
+    noise_image(4, 4).save(data / "train" / "cover.png")
+    assert len(labeled_images(data, "train")[0]) == 2
+
+
+def test_nested_folders_belong_to_their_class(tmp_path):
+    data = folders(tmp_path, train={"cat/indoor": 2, "cat/out/door": 1, "dog": 1}, val={"cat": 1})
+    _, labels, classes = labeled_images(data, "train")
+    assert classes == ["cat", "dog"] and labels.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("splits", "split", "words"),
+    [
+        ({}, "train", ["train/"]),
+        ({"val": {"cat": 1}}, "train", ["train/"]),
+        ({"train": {"cat": 1, "dog": 0}, "val": {"cat": 1}}, "train", ["dog"]),
+        ({"train": {"cat": 1}, "val": {"cat": 1, "wolf": 1}}, "val", ["wolf", "cat"]),
+        ({"train": {"cat": 1}, "val": {}}, "val", ["val"]),
+    ],
+)
+def test_wrong_folders_are_one_line_and_status_2(tmp_path, mistake, splits, split, words):
+    data = folders(tmp_path, **splits)
+    for name in splits:
+        (data / name).mkdir(exist_ok=True)
+    mistake(lambda: labeled_images(data, split, ["cat"] if split == "val" else None), *words)
+
+
+# what is held out
+
+
+def held_out(data):
+    train, _, classes = labeled_images(data, "train")
+    val, labels, _ = labeled_images(data, "val", classes)
+    return names_of(train), names_of(val), labels
+
+
+def test_without_val_a_tenth_is_held_out(tmp_path):
+    data = folders(tmp_path / "one", train={"cat": 150, "dog": 150, "single": 1})
+    train, val, labels = held_out(data)
+    everything = names_of(list_images(data / "train"))
+    assert sorted(train + val, key=os.fsencode) == everything, "not disjoint, or some are in neither"
+    assert 15 <= len(val) <= 48
+    assert {name.split("/")[0] for name in train} == {"cat", "dog", "single"}
+    assert [("cat", "dog", "single")[label] for label in labels] == [name.split("/")[0] for name in val]
+    assert names_of(unlabeled_images(data / "train")) == train, "labelling train/ would leak val"
+
+    # a function of the paths alone: other pixels, another place, and other images beside them change nothing
+    data = folders(tmp_path / "two" / "elsewhere", train={"cat": 75, "dog": 150, "single": 1, "zebra": 20})
+    noise_image(9, 9).save(data / "train" / "cat" / "000.png")
+    other = set(held_out(data)[1])
+    shared = {name for name in everything if name in names_of(list_images(data / "train"))}
+    assert set(val) & shared == other & shared
+
+
+def test_never_a_classs_last_image_is_held_out(tmp_path):
+    data = folders(tmp_path, train={f"class{i:02}": 1 + i % 2 for i in range(60)})
+    train, val, _ = held_out(data)
+    assert val, "none is held out"
+    assert len({name.split("/")[0] for name in train}) == 60
+
+
+def test_with_val_nothing_is_held_out(tmp_path):
+    data = folders(tmp_path, train={"cat": 40}, val={"cat": 1})
+    assert len(labeled_images(data, "train")[0]) == 40
+    assert len(unlabeled_images(data / "train")) == 40
+
+
+def test_unlabeled_folder_missing_or_empty(tmp_path, mistake):
+    mistake(lambda: unlabeled_images(tmp_path / "nowhere"), "nowhere")
+    (tmp_path / "empty").mkdir()
+    mistake(lambda: unlabeled_images(tmp_path / "empty"), "empty")
