@@ -111,7 +111,7 @@ def main() -> None:
     args = parse_args()
     processes = init_processes(args.device, args.workers)
     begun = previous_run(args)
-    check_parts(args.batch_size, "--batch-size", args, processes)
+    check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
 
     # What the weights to start from bring along, unless a flag says otherwise: model, size, and how images look to it.
     source = read_initial(args.init, args.arch) if args.init else {}

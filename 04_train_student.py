@@ -73,16 +73,25 @@ def parse_args() -> argparse.Namespace:
 
 
 def noisy_student_loss(
-    logits, targets, pseudo_logits, pseudo_targets, num_labeled, num_pseudo, unlabeled_weight, label_smoothing
+    logits,
+    targets,
+    pseudo_logits,
+    pseudo_targets,
+    num_labeled,
+    num_pseudo,
+    unlabeled_weight,
+    label_smoothing,
+    temperature=1.0,
 ):
     """(labelled mean + unlabeled_weight * unlabelled mean, the two means) of one process's share of the batch.
 
     logits (n, C), targets int64 (n,); pseudo_logits (m, C), pseudo_targets: probabilities (m, C); n or m may be 0.
     num_labeled, num_pseudo: n and m in the mean over the processes, so that the mean of their losses is the global one.
-    Only labels that people gave are smoothed here (official main.py:502-541).
+    Only labels that people gave are smoothed here (official main.py:502-541). temperature: the student's outputs are
+    tempered as its teacher's are; with the teacher's alone it would learn to be unsure.
     """
     labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
-    unlabeled = soft_cross_entropy(pseudo_logits, pseudo_targets).sum() / (num_pseudo or 1)
+    unlabeled = soft_cross_entropy(pseudo_logits / temperature, pseudo_targets).sum() / (num_pseudo or 1)
     return labeled + unlabeled_weight * unlabeled, labeled, unlabeled
 
 
@@ -180,8 +189,6 @@ class StoredLabels:
             if num_todo := (status == TODO).sum():
                 fail(f"{file.filename} is unfinished: {num_todo} selected images have no label: run 02 again on it")
             done[number == i] = status == DONE
-            if not os.path.isdir(lists[i].root):
-                fail(f"the folder of the unlabelled images is gone, {lists[i].root}: say where it is with --unlabeled")
         if len({file.attrs["teacher_sha256"] for file in files.values()}) > 1:
             fail(f"{path}: its labels are of several teachers: {', '.join(file.filename for file in files.values())}")
         if not done.all():  # what the teacher of the newer labels could not read is left out
@@ -195,17 +202,23 @@ class StoredLabels:
         self.temperature = (0 if method == "top-p" else 1) if args.temperature is None else args.temperature
         self.label_smoothing = args.label_smoothing
 
+    def look_up(self, columns: dict[int, np.ndarray], examples: np.ndarray) -> np.ndarray:
+        """The entries of the examples in a column of each logits file."""
+        number, row = self.images.file_number[examples], self.images.row[examples]
+        first = next(iter(columns.values()))
+        values = np.empty((len(examples), *first.shape[1:]), first.dtype)
+        for i in np.unique(number):
+            values[number == i] = columns[i][row[number == i]]
+        return values
+
     def __call__(self, batch: Batch) -> Tensor:
         examples = batch.rows.numpy()
-        labels, logits = self.label[examples], np.zeros((len(examples), len(self.classes)), np.float32)
-        number, row = self.images.file_number[examples], self.images.row[examples]
-        for i in np.unique(number):
-            if self.temperature:  # hard labels alone do not need them
-                logits[number == i] = self.logits[i][row[number == i]]
-            if self.newer_label:
-                labels[number == i] = self.newer_label[i][row[number == i]]
-        labels = torch.from_numpy(labels.astype(np.int64))
-        return pseudo_targets(torch.from_numpy(logits), labels, self.temperature, self.label_smoothing)
+        labels = self.look_up(self.newer_label, examples) if self.newer_label else self.label[examples]
+        logits = np.zeros((len(examples), len(self.classes)))  # hard labels alone do not need them
+        if self.temperature:
+            logits = self.look_up(self.logits, examples)
+        logits, labels = torch.from_numpy(logits).float(), torch.from_numpy(labels.astype(np.int64))
+        return pseudo_targets(logits, labels, self.temperature, self.label_smoothing)
 
 
 def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_root: bool):
@@ -248,14 +261,16 @@ def main() -> None:
     if args.unlabeled_only:
         num_labeled, num_unlabeled = 0, args.batch_size
         unlabeled_weight = 1 if args.unlabeled_weight is None else args.unlabeled_weight
-    check_parts(args.batch_size, "--batch-size", args, processes)
-    check_parts(num_unlabeled, "--ratio", args, processes)
+    check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
+    check_parts(num_unlabeled, f"--ratio {recipe.ratio:g}: {num_unlabeled} unlabelled images a step", args, processes)
 
     # Images and labels. Classes are matched by name: the teacher's may stand in another order.
     data = data_of(args, source)
     train_images, labels, classes = labeled_images(data, "train")
     val_images, val_labels, _ = labeled_images(data, "val", classes)
     pseudo_images = labels_of.images
+    if pseudo_images.is_lost:
+        fail(f"--unlabeled: say where the images are, they are not where they were ({pseudo_images.name(0)})")
     if sorted(labels_of.classes) != sorted(classes):
         known = " ".join(labels_of.classes[:5])
         fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {known}")
@@ -302,11 +317,16 @@ def main() -> None:
             with run.amp:
                 logits = run.ddp_model(normalize(torch.cat([part_labeled, part_unlabeled]), view)).float()
             logits, pseudo_logits = logits.tensor_split([len(part_target)])
-            # The student is tempered as its teacher is: otherwise a soft teacher would make a softer student.
-            pseudo_logits = pseudo_logits / (labels_of.temperature or 1)
             # run.counts: the n and m of a part that could be read, in the mean over the processes.
             loss, labeled_loss, unlabeled_loss = noisy_student_loss(
-                logits, part_target, pseudo_logits, part_probs, *run.counts, unlabeled_weight, args.label_smoothing
+                logits,
+                part_target,
+                pseudo_logits,
+                part_probs,
+                *run.counts,
+                unlabeled_weight,
+                args.label_smoothing,
+                labels_of.temperature or 1.0,
             )
             run.backward(loss, loss_labeled=labeled_loss, loss_unlabeled=unlabeled_loss)
         run.end_step()

@@ -109,7 +109,7 @@ def main() -> None:
     args = parse_args()
     processes = init_processes(args.device, args.workers)
     begun = previous_run(args)
-    check_parts(args.batch_size, "--batch-size", args, processes)
+    check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
     model, source = load_model(args.checkpoint, processes.device)
     set_bn_momentum(model, args.bn_momentum)
 

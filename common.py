@@ -1867,7 +1867,7 @@ def lock(out: Path) -> None:
     """Let no second run write to `out`. A run that was restarted waits until the one before it has ended."""
     if not is_rank0() or LOCKS:
         return
-    LOCKS.append(open(out / ".lock", "w"))  # noqa: SIM115
+    LOCKS.append(open(out / ".lock", "a"))  # noqa: SIM115
     for _ in range(300):
         try:  # not flock, which forked loaders inherit: they may outlive a killed run
             return fcntl.lockf(LOCKS[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2104,10 +2104,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def check_parts(num: int, flag: str, args: argparse.Namespace, processes: Processes) -> None:
+def check_parts(num: int, what: str, args: argparse.Namespace, processes: Processes) -> None:
     """A step's images are split evenly over the processes and the parts of --accumulate, or the program ends."""
     if num % (num_parts := processes.world_size * args.accumulate):
-        fail(f"{flag}: {num} images a step cannot be split in {num_parts} equal parts (processes x --accumulate)")
+        fail(f"{what} cannot be split in {num_parts} parts (processes x --accumulate)")
 
 
 def check_input(model: nn.Module, view: View, num_images: int, device: torch.device) -> None:

@@ -216,11 +216,16 @@ def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, words, stop_after: in
 
     stop_after: the step after which it believes that SIGTERM has arrived.
     """
-    calls = iter(range(1, 10**9))
+    count_images = common.Run.count_images
+
+    def count_images_and_stop(run, *args):
+        run.stop.received = run.step == stop_after
+        count_images(run, *args)
+
     with patch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
         if stop_after:
-            patch.setattr(common.StopSignal, "__call__", lambda self: next(calls) == stop_after)
+            patch.setattr(common.Run, "count_images", count_images_and_stop)
         if not pictures:
             patch_name(patch, "draw_curves", lambda out: None, stage)
         patch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
@@ -396,6 +401,12 @@ def checkpoint_of(path: Path) -> dict:
 
 def metrics_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def results_of(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what measures time and memory."""
+    measured = {"images_per_s", "loader_wait", "memory_gb"}
+    return [{key: line[key] for key in line if key not in measured} for line in metrics_of(out)]
 
 
 def assert_same_weights(a: Path | dict, b: Path | dict) -> None:

@@ -8,6 +8,9 @@ import h5py
 import numpy as np
 
 import common
+from conftest import load_stage
+
+create_logits = load_stage("02_pseudo_label").create_logits
 
 CLASSES = ["ant", "bee", "cat"]  # of these files
 COLUMNS = ("logits", "label", "confidence", "status", "path", "offset", "size")
@@ -19,7 +22,7 @@ def write_logits(path, logits, root="/data/unlabeled", names=None, classes=CLASS
     names = names or [f"{path.stem}/{i:03}.png" for i in range(len(logits))]
     nothing = np.zeros(len(names), np.int64)
     rows = common.ImageList(str(root), np.array([name.encode() for name in names], dtype="S"), nothing, nothing)
-    common.create_logits(
+    create_logits(
         path,
         rows,
         classes,
@@ -42,7 +45,7 @@ def write_logits(path, logits, root="/data/unlabeled", names=None, classes=CLASS
 def new_file(path: Path, num: int = 4) -> Path:
     """A logits file none of whose rows is done."""
     rows = common.ImageList("/r", np.array([f"{i:03}.png" for i in range(num)], "S"), *np.zeros((2, num), np.int64))
-    common.create_logits(path, rows, CLASSES, num, arch="a", image_size=32, teacher="t", teacher_sha256="s")
+    create_logits(path, rows, CLASSES, num, arch="a", image_size=32, teacher="t", teacher_sha256="s")
     return path
 
 

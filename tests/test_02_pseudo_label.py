@@ -255,7 +255,7 @@ def test_a_second_run_uses_what_was_stored_and_names_what_has_changed(random_tea
 def error_of(path: Path, name: bytes) -> str:
     with h5py.File(path) as file:
         rows = common.image_list(file)
-    dataset = common.ImageDataset(rows, clean={"image_size": 8, "crop_fraction": 1.0})
+    dataset = common.ImageDataset(rows, clean=common.View(8, 1.0))
     return dataset[rows.path.tolist().index(name)][2]
 
 

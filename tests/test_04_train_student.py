@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -33,7 +34,24 @@ ROWS = {"a": [3, 4, 5, 9, 9, 30, 39], "b": [0, 7, 8, 29]}  # those that are sele
 
 def read(path, newer=(), folder=None):
     """The training examples of a selection."""
-    return student.Selection(path, list(newer), folder)
+    flags = SimpleNamespace(pseudo_labels=path, unlabeled=folder, logits=list(newer), teacher=None)
+    flags.temperature, flags.label_smoothing = None, 0.1
+    return student.StoredLabels(flags)
+
+
+def logits_of_examples(selection, examples):
+    return selection.look_up(selection.logits, np.asarray(examples)).astype(np.float32)
+
+
+def labels_of_examples(selection):
+    examples = np.arange(len(selection.images))
+    if selection.newer_label:
+        return selection.look_up(selection.newer_label, examples).tolist()
+    return selection.label[examples].tolist()
+
+
+def names_of(selection):
+    return [selection.images.name(example) for example in range(len(selection.images))]
 
 
 def random_labels(path, folder, num, seed):
@@ -66,15 +84,15 @@ def test_the_student_reads_the_rows_that_were_selected(two_files, tmp_path):
     selection = read(out)
     columns, _, _ = read_selection(out)
     examples = np.array([5, 0, 0, len(columns["row"]) - 1])
-    got = selection.read_logits(examples)
-    assert got.dtype == torch.float32
+    got = logits_of_examples(selection, examples)
     files = [h5py.File(path) for path in two_files]
     for logits, example in zip(got, examples, strict=True):
         number, row = columns["file"][example], columns["row"][example]
         np.testing.assert_array_equal(logits, files[number]["logits"][row].astype(np.float32))
-        assert selection.images.path[example] == files[number]["path"][row]
-    assert selection.label.tolist() == columns["label"].tolist()
-    assert selection.classes == CLASSES and selection.images.root == "/data/unlabeled"
+        assert selection.images.name(int(example)) == "/data/unlabeled/" + files[number]["path"][row].decode()
+    assert labels_of_examples(selection) == columns["label"].tolist() and selection.classes == CLASSES
+    probs = selection(common.Batch(torch.from_numpy(examples), [], [], []))
+    np.testing.assert_allclose(probs, torch.from_numpy(got).softmax(1), rtol=1e-6)
 
 
 def test_the_selection_moves_with_its_folder(two_files, tmp_path):
@@ -83,7 +101,7 @@ def test_the_selection_moves_with_its_folder(two_files, tmp_path):
     moved.mkdir()
     for name in ("a.h5", "b.h5", "balanced.h5"):
         (tmp_path / name).rename(moved / name)
-    assert read(moved / "balanced.h5").read_logits(np.array([0])).shape == (1, 3)
+    assert logits_of_examples(read(moved / "balanced.h5"), [0]).shape == (1, 3)
 
 
 @pytest.fixture
@@ -100,18 +118,18 @@ def test_the_student_takes_the_newer_labels(selected, tmp_path):
     got, old = read(selected, [tmp_path / "new-b.h5", tmp_path / "new-a.h5"]), read(selected)
     everything = {name: read_logits(tmp_path / f"new-{name}.h5") for name in "ab"}
     expected = np.concatenate([everything[name]["logits"][ROWS[name]] for name in "ab"])
-    np.testing.assert_array_equal(got.read_logits(np.arange(11)), expected.astype(np.float32))
-    assert got.label.tolist() == np.concatenate([everything[name]["label"][ROWS[name]] for name in "ab"]).tolist()
-    assert (got.images.path == old.images.path).all() and got.label.tolist() != old.label.tolist()
-    assert got.source["teacher_sha256"] == "1" * 64 and old.source["teacher_sha256"] == "0" * 64
+    np.testing.assert_array_equal(logits_of_examples(got, np.arange(11)), expected.astype(np.float32))
+    assert labels_of_examples(got) == np.concatenate([everything[name]["label"][ROWS[name]] for name in "ab"]).tolist()
+    assert names_of(got) == names_of(old) and labels_of_examples(got) != labels_of_examples(old)
 
 
 def test_what_the_newer_teacher_could_not_read_is_left_out(selected, tmp_path):
     with h5py.File(tmp_path / "new-a.h5", "r+") as file:
         file["status"][9], file["label"][9] = common.UNREADABLE, -1
     got = read(selected, [tmp_path / "new-a.h5", tmp_path / "new-b.h5"])
-    assert got.row.tolist() == [3, 4, 5, 30, 39, 0, 7, 8, 29] and len(got.label) == len(got.images) == 9
-    assert got.images.name(3) == str(tmp_path / "a" / "a030.png") and got.number.tolist() == [0] * 5 + [1] * 4
+    assert got.images.row.tolist() == [3, 4, 5, 30, 39, 0, 7, 8, 29] and len(got.label) == len(got.images) == 9
+    assert got.images.name(3) == str(tmp_path / "a" / "a030.png")
+    assert got.images.file_number.tolist() == [0] * 5 + [1] * 4
 
 
 def test_newer_labels_that_do_not_fit_are_refused(selected, tmp_path, mistake):
@@ -134,7 +152,7 @@ def test_folders_with_the_same_names_are_told_apart(tmp_path, mistake, call_main
     selection = select(tmp_path / "balanced.h5", files)
     got = read(selection, [tmp_path / "new-b.h5", tmp_path / "new-a.h5"])
     expected = np.concatenate([read_logits(tmp_path / f"new-{name}.h5")["logits"][[2, 5]] for name in "ab"])
-    np.testing.assert_array_equal(got.read_logits(np.arange(4)), expected.astype(np.float32))
+    np.testing.assert_array_equal(logits_of_examples(got, np.arange(4)), expected.astype(np.float32))
     for example, (name, i) in enumerate([("a", 2), ("a", 5), ("b", 2), ("b", 5)]):
         original = common.load_image(tmp_path / name / f"{i}.png")
         np.testing.assert_array_equal(np.asarray(got.images.load(example)), np.asarray(original))
@@ -175,21 +193,25 @@ def test_loss_by_hand(weight):
     labeled = -(smoothed * log_softmax(logits)).sum(1).mean()
     unlabeled = -(soft * log_softmax(pseudo_logits)).sum(1).mean()
     tensors = [torch.from_numpy(a) for a in (logits, targets, pseudo_logits, soft)]
-    got = student.noisy_student_loss(*tensors, 6, weight, 0.1)
+    got = student.noisy_student_loss(*tensors, 4, 6, weight, 0.1)
     assert [value.item() for value in got] == pytest.approx(
         [labeled + weight * unlabeled, labeled, unlabeled], rel=1e-6
     )
 
 
 def test_loss_divides_by_the_readable_images_of_all_processes():
+    logits, targets = torch.randn(3, 4), torch.tensor([0, 1, 3])
+    some = student.noisy_student_loss(logits, targets, logits[:0], logits[:0], 4.5, 0.0, 1.0, 0.0)
+    everything = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    assert some[1].item() == pytest.approx(everything.item() / 4.5)
     pseudo_logits, soft = torch.zeros(3, 4), torch.full((3, 4), 0.25)
     none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    loss, labeled, unlabeled = student.noisy_student_loss(*none, pseudo_logits, soft, 4.5, 2.0, 0.1)
+    loss, labeled, unlabeled = student.noisy_student_loss(*none, pseudo_logits, soft, 0.0, 4.5, 2.0, 0.1)
     assert labeled.item() == 0  # no labelled image: --unlabeled-only
     assert unlabeled.item() == pytest.approx(3 * math.log(4) / 4.5)
     assert loss.item() == pytest.approx(2 * unlabeled.item())
     logits = torch.randn(2, 4, requires_grad=True)
-    loss, _, unlabeled = student.noisy_student_loss(logits, torch.tensor([1, 2]), none[0], none[0], 0.0, 2.0, 0.1)
+    loss, _, unlabeled = student.noisy_student_loss(logits, torch.tensor([1, 2]), none[0], none[0], 2.0, 0.0, 2.0, 0.1)
     loss.backward()
     assert unlabeled.item() == 0 and torch.isfinite(logits.grad).all()
 
@@ -276,8 +298,9 @@ def test_images_that_have_gone_since_are_reported_and_left_out(labels, tiny_data
     (data / "unlabeled" / "part0" / "000.png").unlink()
     base = [STAGE, "--pseudo-labels", labels[1], "--data", data, "--unlabeled", data / "unlabeled", *SHORT_RUN]
     done = run_stage(*base, "--ratio", 2, "--epochs", 2, "--out", tmp_path / "s")
-    assert "1 unlabelled images are unreadable and were left out" in done.stdout
-    assert f"{data}/unlabeled/part0/000.png: FileNotFoundError" in done.stdout
+    assert f"unreadable, left out: {data}/unlabeled/part0/000.png: FileNotFoundError" in done.stdout
+    assert "1 images were unreadable and left out" in done.stdout
+    assert [line["unreadable"] for line in metrics_of(tmp_path / "s") if "loss" in line][-1] == 1
 
 
 @pytest.mark.xdist_group("teacher")

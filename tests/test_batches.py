@@ -7,21 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common import ImageDataset, Processes, grid_keys, list_images, load_batches, train_keys
+from common import Crop, ImageDataset, Processes, View, grid_keys, list_images, load_batches, train_keys
 
 
 def ranks(world_size):
-    return [Processes(torch.device("cpu"), rank, rank, world_size) for rank in range(world_size)]
+    return [Processes(torch.device("cpu"), rank, world_size, 0) for rank in range(world_size)]
 
 
 def clean_images(rows, size, **more):
     """The data set of the clean views."""
-    return ImageDataset(rows, clean={"image_size": size, "crop_fraction": 1.0}, **more)
+    return ImageDataset(rows, clean=View(size, 1.0), **more)
 
 
 def noised_images(rows, size, min_area, **more):
     """The data set of the random views."""
-    return ImageDataset(rows, noised={"image_size": size, "min_area": min_area, "hflip": True}, **more)
+    return ImageDataset(rows, noised=Crop(size, min_area, True), **more)
 
 
 def test_unreadable_images_are_named_errors_and_nothing_takes_their_place(tmp_path):
@@ -53,7 +53,7 @@ def test_unreadable_images_are_named_errors_and_nothing_takes_their_place(tmp_pa
             assert item[2] is None and item[1][0].shape == (16, 16, 3)
     assert names < {path.decode() for path in rows.path}
 
-    batch = next(iter(load_batches(dataset, [list(range(len(rows)))], ranks(1)[0], 0)))
+    batch = next(iter(load_batches(dataset, [list(range(len(rows)))], ranks(1)[0])))
     good = [row for row in range(len(rows)) if rows.path[row].decode() not in names]
     assert batch.rows.tolist() == good
     assert {row for row, _ in batch.errors} == set(range(len(rows))) - set(good)
@@ -64,7 +64,7 @@ def test_unreadable_images_are_named_errors_and_nothing_takes_their_place(tmp_pa
 def test_a_batch_without_any_readable_image_is_empty(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     dataset = clean_images(list_images(tmp_path), 16)
-    batch = next(iter(load_batches(dataset, [[0, 0]], ranks(1)[0], 0)))
+    batch = next(iter(load_batches(dataset, [[0, 0]], ranks(1)[0])))
     assert len(batch.rows) == 0 and [row for row, _ in batch.errors] == [0, 0]
 
 
@@ -80,7 +80,7 @@ def test_random_view_depends_on_seed_epoch_and_row_alone(tiny_data):
     first = views(0, keys)
     assert views(0, keys[::-1]) == first
     assert views(0, keys[7:9]) == {key: first[key] for key in keys[7:9]}
-    assert views(0, keys, clean={"image_size": 8, "crop_fraction": 1.0}) == first, "a clean view shifts the random one"
+    assert views(0, keys, clean=View(8, 1.0)) == first, "a clean view shifts the random one"
     assert len(set(first.values())) == len(keys), "two of them are the same"
     assert not set(views(1, keys).values()) & set(first.values())
 
@@ -88,7 +88,7 @@ def test_random_view_depends_on_seed_epoch_and_row_alone(tiny_data):
 def test_random_view_same_with_workers(tiny_data):
     dataset = noised_images(list_images(tiny_data / "val"), 16, 0.2)
     keys = [[(0, 1), (0, 2)], [(0, 3), (1, 1)], [(4, 0)]]
-    alone, parallel = (list(load_batches(dataset, keys, ranks(1)[0], workers)) for workers in (0, 2))
+    alone, parallel = (list(load_batches(dataset, keys, ranks(1)[0]._replace(workers=workers))) for workers in (0, 2))
     for one, two in zip(alone, parallel, strict=True):
         assert torch.equal(one.rows, two.rows) and torch.equal(one.views[0], two.views[0])
 
@@ -99,7 +99,7 @@ def test_shards_are_read_without_a_shared_position(tmp_path):
     dataset = clean_images(rows, 16)
     dataset[0]  # opens the shard before the loaders are forked
     keys = [[i] * 4 for i in range(8)] * 4
-    for key, batch in zip(keys, load_batches(dataset, keys, ranks(1)[0], 2), strict=True):
+    for key, batch in zip(keys, load_batches(dataset, keys, ranks(1)[0]._replace(workers=2)), strict=True):
         assert batch.errors == [] and (batch.views[0][3].permute(1, 2, 0).numpy() == dataset[key[0]][1][0]).all()
 
 

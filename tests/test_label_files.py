@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from types import SimpleNamespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import h5py
 import numpy as np
 import pytest
 from conftest import assert_mistake, encoded, load_stage, noise_image, write_files
-from label_files import CLASSES, logits_of, new_file, write_logits
+from label_files import create_logits, CLASSES, logits_of, new_file, write_logits
 
-from common import LOGITS_FORMAT, SELECTION_FORMAT, ImageList, create_logits, list_images, open_label_file, read_classes
+from common import LOGITS_FORMAT, SELECTION_FORMAT, ImageList, list_images, open_label_file, read_classes
 
 
 def read_all(path):
     """What stage 04 makes of a selection."""
-    return load_stage("04_train_student").Selection(path, [], None)
+    flags = SimpleNamespace(pseudo_labels=path, unlabeled=None, logits=[], teacher=None, temperature=None)
+    flags.label_smoothing = 0.1
+    return load_stage("04_train_student").StoredLabels(flags)
 
 
 def test_a_fresh_logits_file_is_contiguous_and_all_undone(tmp_path):

@@ -10,12 +10,12 @@ import pytest
 from conftest import ROOT, encoded, make_tar, noise_image
 from PIL import Image
 
-from common import ImageDataset, labeled_images, list_images, unlabeled_images
+from common import ImageDataset, View, labeled_images, list_images, unlabeled_images
 
 
 def errors_of(rows):
     """Of each row why it cannot be read, or None."""
-    dataset = ImageDataset(rows, clean={"image_size": 8, "crop_fraction": 1.0})
+    dataset = ImageDataset(rows, clean=View(8, 1.0))
     return [dataset[row][2] for row in range(len(rows))]
 
 

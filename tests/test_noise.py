@@ -1,8 +1,7 @@
-"""The noise: each op of RandAugment against Pillow's, torchvision's or the official arithmetic, how ops are drawn, the
-noise of small images, and the picture that shows it all."""
+"""The noise: each op of RandAugment against Pillow's, torchvision's or the official arithmetic and how ops are drawn,
+and the noise of small images."""
 
 import math
-import sys
 from functools import lru_cache
 
 import matplotlib.cbook
@@ -13,8 +12,7 @@ import torchvision.transforms.functional as torchvision_functional
 from PIL import Image, ImageEnhance, ImageOps
 from torch.overrides import TorchFunctionMode
 
-import common
-from common import RAND_AUGMENT_OPS, draw_noise, eval_view, load_image, rand_augment, small_image_noise
+from common import RAND_AUGMENT_OPS, load_image, rand_augment, small_image_noise
 
 TINY = [(1, 1), (1, 2), (2, 1), (2, 2), (5, 3)]  # height, width
 SIZES = [(32, 32), (33, 47), (96, 96), (101, 70), (224, 224)]
@@ -513,56 +511,3 @@ def test_small_image_noise_shifts_uniformly_and_mirrors_half(hflip, share):
     assert chi_square(9 * (y + 4) + x + 4, 81) < 124.8  # the 0.999 quantile with 80 degrees of freedom
     for part in (x[mirrored], x[~mirrored]) if hflip else ():
         assert chi_square(part + 4, 9) < 26.1, "the shift depends on the flip"
-
-
-# the picture
-
-
-def test_the_picture_shows_each_op(monkeypatch, tmp_path):
-    panels = {}
-
-    def look(plt, path):
-        panels.update({axis.get_title(): axis.images[0].get_array() for axis in plt.gcf().axes if axis.images})
-        plt.close("all")
-
-    monkeypatch.setattr(common, "save_figure", look)
-    draw_noise(load_image(PHOTO), tmp_path / "noise.png", 100)
-    view = eval_view(load_image(PHOTO), 100, 1.0)
-    np.testing.assert_array_equal(panels.pop("as it is"), view)
-    assert sorted(panels) == sorted(f"{name} {magnitude}" for name in OFFICIAL for magnitude in (5, 15, 27))
-    for title, seen in panels.items():
-        name, magnitude = title.split()
-        np.testing.assert_array_equal(seen, run_op(name, view[None], int(magnitude))[0], title)
-
-
-def test_noise_command_draws_a_picture(run_stage, tmp_path):
-    out = tmp_path / "new" / "noise.png"
-    run_stage("common.py", "noise", PHOTO, "--out", out)
-    assert [path.name for path in out.parent.iterdir()] == ["noise.png"]
-    with Image.open(out, formats=["PNG"]) as image:
-        width, height = image.size
-        assert 800 < width < 1600 and 600 < height < 1200
-        first = image.convert("RGB").crop((0, 0, width // 9, height // 6))  # "as it is"
-    assert len(first.getcolors(2**24)) > 1000
-
-
-@pytest.mark.parametrize("image", ["text.jpg", "half.jpg", "nothing.jpg", "folder.jpg"])
-def test_noise_command_refuses_what_is_no_image_in_one_line(image, tmp_path, monkeypatch, capsys):
-    (tmp_path / "text.jpg").write_text("hello\nthere\n")
-    (tmp_path / "folder.jpg").mkdir()
-    with open(PHOTO, "rb") as file:
-        (tmp_path / "half.jpg").write_bytes(file.read(20000))
-    monkeypatch.setattr(
-        sys, "argv", ["common.py", "noise", str(tmp_path / image), "--out", str(tmp_path / "noise.png")]
-    )
-    with pytest.raises(SystemExit) as stop:
-        common.main()
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2 and len(errors.splitlines()) == 1 and image in errors
-    assert not (tmp_path / "noise.png").exists()
-
-
-def test_no_picture_without_matplotlib(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    draw_noise(load_image(PHOTO), tmp_path / "noise.png", 32)
-    assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.iterdir())

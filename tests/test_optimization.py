@@ -8,15 +8,13 @@ import pytest
 import timm.optim
 import torch
 
-from common import RMSpropTF, build_model, learning_rate, make_optimizer, soft_cross_entropy, update_ema
+from common import Plan, RMSpropTF, build_model, learning_rate, make_optimizer, soft_cross_entropy, update_ema
 
 STEPS_PER_EPOCH = 100
 
 
 def rate(epoch, epochs=350, schedule="staircase", warmup_epochs=5.0, peak=1.0):
-    return learning_rate(
-        round(epoch * STEPS_PER_EPOCH), epochs * STEPS_PER_EPOCH, STEPS_PER_EPOCH, peak, schedule, warmup_epochs
-    )
+    return learning_rate(round(epoch * STEPS_PER_EPOCH), Plan(epochs, STEPS_PER_EPOCH, peak, schedule, warmup_epochs))
 
 
 @pytest.mark.parametrize("schedule", ["staircase", "cosine", "constant"])

@@ -8,15 +8,25 @@ import torch
 from conftest import noise_image
 from PIL import Image, ImageDraw
 
-from common import ImageDataset, default_crop_fraction, eval_view, list_images, load_image, normalize, random_view
+from common import (
+    Crop,
+    ImageDataset,
+    View,
+    default_crop_fraction,
+    eval_view,
+    list_images,
+    load_image,
+    normalize,
+    random_view,
+)
 
 
 def clean_view(image, size, fraction, interpolation="bicubic"):
-    return eval_view(image, size, fraction, interpolation)
+    return eval_view(image, View(size, fraction, interpolation))
 
 
 def random_crop(image, size, rng, min_area, hflip):
-    return random_view(image, size, rng, min_area, hflip)
+    return random_view(image, Crop(size, min_area, hflip), rng)
 
 
 def pixels(path) -> np.ndarray:
@@ -161,7 +171,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(width, height, scale, t
         tags[0x0112] = exif
         photograph(width, height).save(tmp_path / f"{name}.jpg", quality=92, exif=tags)
     rows = list_images(tmp_path)
-    view = {"image_size": 32, "crop_fraction": 0.9}
+    view = View(32, 0.9)
     dataset = ImageDataset(rows, clean=view)
     for row, name in enumerate(("rotated", "upright")):
         expected = clean_view(load_image(tmp_path / f"{name}.jpg"), 32, 0.9).astype(int)
@@ -171,7 +181,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(width, height, scale, t
         else:
             assert (got != expected).any() and np.abs(got - expected).mean() < 1.5
             assert rows.load(row, 72).size == (-(-width // scale), -(-height // scale))
-    noised = ImageDataset(rows, view, {"image_size": 32, "min_area": 0.1, "hflip": True})
+    noised = ImageDataset(rows, view, Crop(32, 0.1, True))
     np.testing.assert_array_equal(noised[1][1][0], clean_view(load_image(tmp_path / "upright.jpg"), 32, 0.9))
 
 
@@ -218,4 +228,4 @@ def test_a_normalized_batch_is_what_the_model_was_made_for():
     images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.25, 0.3)
     expected = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    torch.testing.assert_close(normalize(images, mean, std), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(normalize(images, View(32, 1.0, "bicubic", mean, std)), expected, rtol=1e-5, atol=1e-6)
