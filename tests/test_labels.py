@@ -678,9 +678,7 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(width, height, scale, t
             assert (got != expected).any() and np.abs(got - expected).mean() < 1.5
             assert rows.load(row, 72).size == (-(-width // scale), -(-height // scale))
     noised = common.ImageDataset(rows, view, common.Crop(32, 0.1, True))
-    np.testing.assert_array_equal(
-        noised[1][1][0], common.eval_view(common.load_image(tmp_path / "upright.jpg"), view)
-    )
+    np.testing.assert_array_equal(noised[1][1][0], common.eval_view(common.load_image(tmp_path / "upright.jpg"), view))
 
 
 def test_shards_are_read_without_a_shared_position(tmp_path):
