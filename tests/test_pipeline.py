@@ -182,12 +182,11 @@ def test_labels_are_the_teachers_on_the_clean_view(teacher, labels, tiny_data):
         paths = [path.decode() for path in file["path"][:]]
         assert paths == sorted(f"part{i % 2}/{i:03}.png" for i in range(20)) and (file["status"][:] == 1).all()
         images = [
-            common.eval_view(common.load_image(tiny_data / "unlabeled" / path), 32, saved["crop_fraction"])
-            for path in paths
+            common.eval_view(common.load_image(tiny_data / "unlabeled" / path), common.View.of(saved)) for path in paths
         ]
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         with torch.no_grad():
-            logits = model(common.normalize(images, saved["mean"], saved["std"])).numpy()
+            logits = model(common.normalize(images, common.View.of(saved))).numpy()
         np.testing.assert_allclose(file["logits"][:], logits - logits.max(1, keepdims=True), rtol=1e-3, atol=2e-3)
         assert (file["label"][:] == logits.argmax(1)).all()
         probs = torch.from_numpy(logits).softmax(1).numpy()
