@@ -56,7 +56,7 @@ def logits_of(*rows):
 
 
 def read_logits(path: Path) -> dict[str, np.ndarray]:
-    with h5py.File(path) as file:
+    with h5py.File(path, locking=False) as file:
         return {name: file[name][:] for name in COLUMNS}
 
 

@@ -85,7 +85,7 @@ def test_the_student_reads_the_rows_that_were_selected(two_files, tmp_path):
     columns, _, _ = read_selection(out)
     examples = np.array([5, 0, 0, len(columns["row"]) - 1])
     got = logits_of_examples(selection, examples)
-    files = [h5py.File(path) for path in two_files]
+    files = [h5py.File(path, locking=False) for path in two_files]
     for logits, example in zip(got, examples, strict=True):
         number, row = columns["file"][example], columns["row"][example]
         np.testing.assert_array_equal(logits, files[number]["logits"][row].astype(np.float32))
@@ -268,7 +268,7 @@ def test_the_student_learns_from_soft_and_hard_labels(labels, run_stage, tmp_pat
 def test_the_student_pretrains_on_the_selection_alone(labels, run_stage, tmp_path):
     args = [STAGE, "--pseudo-labels", labels[1], *SHORT_RUN, "--unlabeled-only", "--epochs", 2]
     done = run_stage(*args, "--out", tmp_path / "s", "--batch-size", 9)
-    assert "0 + 9 a step, 6 steps" in done.stdout  # an epoch is a pass over the 27 examples
+    assert "0 + 9 a step;" in done.stdout and "; 6 steps," in done.stdout  # an epoch is a pass over the 27 examples
     assert all(line["loss_labeled"] == 0 for line in metrics_of(tmp_path / "s")[:-1])
     saved = checkpoint_of(tmp_path / "s" / "model.pt")
     tuned = ["01_train_teacher.py", "--data", saved["data"], "--arch", saved["arch"], *SHORT_RUN, "--epochs", 0]
@@ -300,7 +300,7 @@ def test_images_that_have_gone_since_are_reported_and_left_out(labels, tiny_data
     done = run_stage(*base, "--ratio", 2, "--epochs", 2, "--out", tmp_path / "s")
     assert f"unreadable, left out: {data}/unlabeled/part0/000.png: FileNotFoundError" in done.stdout
     assert "1 images were unreadable and left out" in done.stdout
-    assert [line["unreadable"] for line in metrics_of(tmp_path / "s") if "loss" in line][-1] == 1
+    assert [line.get("unreadable") for line in metrics_of(tmp_path / "s") if "loss" in line][-1] == 1
 
 
 @pytest.mark.xdist_group("teacher")
