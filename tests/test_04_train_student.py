@@ -252,7 +252,7 @@ def test_the_selection_is_exactly_balanced_and_measured(labels):
 @pytest.mark.xdist_group("teacher")
 def test_the_student_learns_from_soft_and_hard_labels(labels, run_stage, tmp_path):
     base = [STAGE, "--pseudo-labels", labels[1], *SHORT_RUN, "--ratio", 1, "--seed", 3, "--eval-every", 0]
-    run_stage(*base, "--out", tmp_path / "soft", "--epochs", 24)
+    run_stage(*base, "--out", tmp_path / "soft", "--epochs", 40)
     lines = metrics_of(tmp_path / "soft")
     for name in ("loss", "loss_labeled", "loss_unlabeled"):
         first, last = ([line[name] for line in part] for part in (lines[:10], lines[-11:-1]))

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import CHEAP, ROOT, assert_mistake, draw_data, save_model
+from conftest import ROOT, assert_mistake, draw_data, save_model
 
 
 BAD_INPUT = {  # {}: the places below
@@ -39,7 +39,7 @@ def places(tmp_path_factory, tiny_data):
     (extra / "val" / "unicorn").mkdir()
     shutil.copy(extra / "val" / "disc" / "0.png", extra / "val" / "unicorn" / "0.png")
     (tmp / "text.pt").write_text("I am not a checkpoint\n")
-    teacher = save_model(tmp / "teacher.pt", CHEAP, data=str(tiny_data))
+    teacher = save_model(tmp / "teacher.pt", "efficientnet_b0", data=str(tiny_data))
     return {"tmp": tmp, "empty": empty, "extra": extra, "text": tmp / "text.pt", "data": tiny_data, "teacher": teacher}
 
 

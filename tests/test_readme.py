@@ -137,13 +137,7 @@ def table_of(stdout):
 def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
     """run.sh on a user's folder ends with the table; again it says that all is done."""
     data = shutil.copytree(tiny_data, tmp_path / "mine")
-    small = {
-        "ARCHS": "shufflenet_v2_x0_5 efficientnet_b0",
-        "EPOCHS": "1",
-        "ROUNDS": "1",
-        "THRESHOLD": "0",
-        "NPROC": "1",
-    }
+    small = {"EPOCHS": "1", "ROUNDS": "1", "THRESHOLD": "0", "NPROC": "1"}
     small |= {"FIXRES_STEPS": "4", "OUT": str(tmp_path / "out")}
     first, _ = finished(run_sh(data, **small))
     again, _ = finished(run_sh(data, **small))
