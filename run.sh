@@ -26,7 +26,7 @@ packages() { # packages REQUIREMENTS_FILE: a .venv with these packages, unless p
 packages requirements.txt
 [ "$data" = test ] && packages tests/requirements.txt
 [ -e .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
-if [ "$data" = test ]; then exec python3 -m pytest -q tests; fi
+if [ "$data" = test ]; then exec python3 -m pytest -q -n 2 --dist loadgroup tests; fi
 
 # ---------------------------------------------------------------------------------------------------- settings
 SEED=${SEED:-0}
