@@ -151,6 +151,7 @@ def start_stage(tmp_path_factory):
     """start_stage("03_balance.py", flag, value, ..., nproc=1, NAME="value") -> Stage, running.
 
     It comes from the fork server, nproc > 1: as so many ranks. launcher="python" or "torchrun": really by these.
+    WITHOUT="matplotlib": as if this package was not installed; it saves the second that a picture takes.
     """
     started, root = [], tmp_path_factory.mktemp("stages")
 

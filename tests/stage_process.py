@@ -26,6 +26,8 @@ def run_file(words: list, env: dict, cwd: str, outputs: tuple[str, str], path: l
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
+    for package in env.get("WITHOUT", "").split():
+        sys.modules[package] = None  # as if it was not installed
     os.chdir(cwd)
     sys.argv = words
     sys.path[:] = [os.path.dirname(os.path.abspath(words[0])), *path]

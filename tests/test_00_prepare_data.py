@@ -2,33 +2,23 @@
 
 import csv
 import json
-import sys
 import types
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import load_stage
+from conftest import ROOT, assert_mistake, load_stage
 from PIL import Image
 
 prepare = load_stage("00_prepare_data")
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """run("demo", "--out", ...) -> exit status, in this process, with a demo of 40 + 20 images."""
+def run(call_main, monkeypatch):
+    """run("demo", "--out", ...) -> Done: stage 00 in this process, with a demo of 400 + 20 images."""
     monkeypatch.setitem(prepare.DEMO, "unlabeled", 400)
     monkeypatch.setitem(prepare.DEMO, "val_per_class", 2)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["00_prepare_data.py", *map(str, args)])
-        try:
-            prepare.main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return run
+    return lambda *words: call_main("00_prepare_data", *words)
 
 
 def contents(folder):
@@ -42,7 +32,7 @@ def truth_of(folder):
 
 def test_the_demo_is_as_described_and_the_same_each_time(run, tmp_path):
     for name in ("a", "b"):
-        assert run("demo", "--out", tmp_path / name, "--labels-per-class", 3) == 0
+        assert run("demo", "--out", tmp_path / name, "--labels-per-class", 3).returncode == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     a = tmp_path / "a"
     assert {len(list(folder.iterdir())) for folder in (a / "train").iterdir()} == {3}
@@ -55,7 +45,7 @@ def test_the_demo_is_as_described_and_the_same_each_time(run, tmp_path):
     labels = [truth[name] for name in sorted(truth)]
     assert sum(x == y for x, y in pairwise(labels)) < 100  # the names do not go by class
     assert Image.open(next((a / "train").rglob("*.jpg"))).size == (48, 48)
-    assert run("demo", "--out", tmp_path / "other", "--labels-per-class", 3, "--seed", 1) == 0
+    assert run("demo", "--out", tmp_path / "other", "--labels-per-class", 3, "--seed", 1).returncode == 0
     assert contents(a)["train/disc/00002.jpg"] != contents(tmp_path / "other")["train/disc/00002.jpg"]
 
 
@@ -66,19 +56,18 @@ def test_a_class_is_not_told_by_its_colour():
     assert (gap < np.std(means["disc"], axis=0)).all()
 
 
-def test_what_is_there_is_done_or_left_alone(run, tmp_path, capsys):
+def test_what_is_there_is_done_or_left_alone(run, tmp_path):
     out = tmp_path / "demo"
     args = ("demo", "--out", out, "--labels-per-class", 1)
-    assert run(*args) == 0
+    assert run(*args).returncode == 0
     before = contents(out)
-    assert run(*args) == 0 and "already done" in capsys.readouterr().out
+    assert "already done" in run(*args).stdout
     for other in (("--seed", 1), ("--labels-per-class", 2)):
-        assert run(*args, *other) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert_mistake(run(*args, *other))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    assert run("demo", "--out", tmp_path / "mine") == 2
-    assert run("demo", "--out", tmp_path / "new", "--labels-per-class", 0) == 2
+    assert run("demo", "--out", tmp_path / "mine").returncode == 2
+    assert run("demo", "--out", tmp_path / "new", "--labels-per-class", 0).returncode == 2
     assert contents(out) == before and contents(tmp_path / "mine") == {"thesis.txt": b"x"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "mine"]
 
@@ -87,7 +76,7 @@ def test_what_a_killed_run_left_is_replaced(run, tmp_path):
     partial = tmp_path / ".demo.partial" / "train" / "disc"
     partial.mkdir(parents=True)
     (partial / "half.jpg").write_bytes(b"\xff\xd8")
-    assert run("demo", "--out", tmp_path / "demo", "--labels-per-class", 1) == 0
+    assert run("demo", "--out", tmp_path / "demo", "--labels-per-class", 1).returncode == 0
     assert not list(tmp_path.rglob("half.jpg")) and not partial.exists()
 
 
@@ -118,7 +107,7 @@ def fake_torchvision(monkeypatch):
 
 
 def test_labels_per_class_makes_the_rest_of_train_unlabeled(run, tmp_path, fake_torchvision):
-    assert run("cifar10", "--out", tmp_path / "c", "--labels-per-class", 3) == 0
+    assert run("cifar10", "--out", tmp_path / "c", "--labels-per-class", 3).returncode == 0
     assert {len(list(folder.iterdir())) for folder in (tmp_path / "c" / "train").iterdir()} == {3}
     truth = truth_of(tmp_path / "c")
     assert len(truth) == 14 and sorted(truth.values()) == ["cat"] * 7 + ["dog"] * 7
@@ -127,28 +116,34 @@ def test_labels_per_class_makes_the_rest_of_train_unlabeled(run, tmp_path, fake_
         pixels = np.asarray(Image.open(tmp_path / "c" / "unlabeled" / name))
         (index,) = [i for i, image in enumerate(source.data) if (image == pixels).all()]
         assert source.classes[source.targets[index]] == label
-    assert run("cifar10", "--out", tmp_path / "many", "--labels-per-class", 11) == 2
+    assert run("cifar10", "--out", tmp_path / "many", "--labels-per-class", 11).returncode == 2
     assert not (tmp_path / "many").exists()
 
 
 def test_unknown_truth_is_left_out(run, tmp_path, fake_torchvision):
-    assert run("stl10", "--out", tmp_path / "s", "--labels-per-class", 4) == 0
+    assert run("stl10", "--out", tmp_path / "s", "--labels-per-class", 4).returncode == 0
     assert len(list((tmp_path / "s" / "unlabeled").iterdir())) == 7 + 2
     assert len(truth_of(tmp_path / "s")) == 2
 
 
-def test_a_failed_download_is_one_line(run, tmp_path, fake_torchvision, capsys):
+def test_a_failed_download_is_one_line(run, tmp_path, fake_torchvision):
     def no_network(*args, **kwargs):
         raise OSError("<urlopen error\n name resolution>")
 
     fake_torchvision.CIFAR10 = no_network
-    assert run("cifar10", "--out", tmp_path / "c") == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "could not be downloaded" in error
+    assert_mistake(run("cifar10", "--out", tmp_path / "c"), "could not be downloaded")
     assert not (tmp_path / "c").exists()
 
 
 def test_prepared_json_says_what_it_was_made_with(run, tmp_path):
-    assert run("demo", "--out", tmp_path / "demo", "--labels-per-class", 1, "--seed", 5) == 0
+    assert run("demo", "--out", tmp_path / "demo", "--labels-per-class", 1, "--seed", 5).returncode == 0
     arguments = json.loads((tmp_path / "demo" / "prepared.json").read_text())["arguments"]
     assert (arguments["name"], arguments["seed"], arguments["labels_per_class"]) == ("demo", 5, 1)
+
+
+def test_a_mistake_is_one_line_and_status_2(run_stage, tmp_path):
+    """With a plain Python: the exit status is that of the process."""
+    flags = ["demo", "--out", tmp_path / "demo", "--labels-per-class", 0]
+    done = run_stage(ROOT / "00_prepare_data.py", *flags, check=False, launcher="python")
+    assert_mistake(done, "--labels-per-class")
+    assert not (tmp_path / "demo").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import assert_mistake, load_stage
+from conftest import ROOT, assert_mistake, load_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_files import CLASSES, logits_of, read_selection, write_logits, write_truth
@@ -432,9 +432,8 @@ def test_with_its_picture_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
     logits = logits_of(*[(truth[name], 0.4 + 0.02 * i) for i, name in enumerate(names)])
     write_logits(tmp_path / "logits.h5", logits, root=tiny_data / "unlabeled", names=names, classes=classes)
     out = tmp_path / "out" / "balanced.h5"
-    done = run_stage(
-        "03_balance.py", tmp_path / "logits.h5", "--out", out, "--truth", tiny_data / "unlabeled_truth.csv"
-    )
+    flags = [tmp_path / "logits.h5", "--out", out, "--truth", tiny_data / "unlabeled_truth.csv"]
+    done = run_stage(ROOT / "03_balance.py", *flags, launcher="python")
     assert "7 to 7 a class" in done.stdout and "100.0 percent before" in done.stdout
     assert sorted(path.name for path in out.parent.iterdir()) == ["balanced.h5", "balanced.json", "balanced.png"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

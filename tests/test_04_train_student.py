@@ -258,8 +258,8 @@ def test_the_student_learns_from_soft_and_hard_labels(labels, run_stage, tmp_pat
         first, last = ([line[name] for line in part] for part in (lines[:10], lines[-11:-1]))
         assert np.mean(last) < 0.8 * np.mean(first), name
     assert lines[-1]["val_top1"] >= 75
-    run_stage(*base, "--out", tmp_path / "hard", "--epochs", 1, "--temperature", 0)
-    run_stage(*base, "--out", tmp_path / "cold", "--epochs", 1, "--temperature", 0.5)
+    run_stage(*base, "--out", tmp_path / "hard", "--epochs", 1, "--temperature", 0, WITHOUT="matplotlib")
+    run_stage(*base, "--out", tmp_path / "cold", "--epochs", 1, "--temperature", 0.5, WITHOUT="matplotlib")
     first = [metrics_of(tmp_path / name)[0]["loss_unlabeled"] for name in ("hard", "cold", "soft")]
     assert len(set(first)) == 3  # the same images and weights, three kinds of targets
 
@@ -272,7 +272,7 @@ def test_the_student_pretrains_on_the_selection_alone(labels, run_stage, tmp_pat
     assert all(line["loss_labeled"] == 0 for line in metrics_of(tmp_path / "s")[:-1])
     saved = checkpoint_of(tmp_path / "s" / "model.pt")
     tuned = ["01_train_teacher.py", "--data", saved["data"], "--arch", saved["arch"], *SHORT_RUN, "--epochs", 0]
-    run_stage(*tuned, "--init", tmp_path / "s" / "model.pt", "--out", tmp_path / "tuned")
+    run_stage(*tuned, "--init", tmp_path / "s" / "model.pt", "--out", tmp_path / "tuned", WITHOUT="matplotlib")
     assert_same_weights(tmp_path / "s" / "model.pt", tmp_path / "tuned" / "model.pt")
 
 
@@ -297,7 +297,7 @@ def test_images_that_have_gone_since_are_reported_and_left_out(labels, tiny_data
     data = shutil.copytree(tiny_data, tmp_path / "data")
     (data / "unlabeled" / "part0" / "000.png").unlink()
     base = [STAGE, "--pseudo-labels", labels[1], "--data", data, "--unlabeled", data / "unlabeled", *SHORT_RUN]
-    done = run_stage(*base, "--ratio", 2, "--epochs", 2, "--out", tmp_path / "s")
+    done = run_stage(*base, "--ratio", 2, "--epochs", 2, "--out", tmp_path / "s", WITHOUT="matplotlib")
     assert f"unreadable, left out: {data}/unlabeled/part0/000.png: FileNotFoundError" in done.stdout
     assert "1 images were unreadable and left out" in done.stdout
     assert [line.get("unreadable") for line in metrics_of(tmp_path / "s") if "loss" in line][-1] == 1

@@ -49,7 +49,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     stage, nproc, tiny_data, teacher, labels, run_stage, start_stage, tmp_path
 ):
     whole, killed = (flags_of_a_run(stage, tmp_path / name, tiny_data, teacher, labels) for name in ("whole", "killed"))
-    run_stage(*whole, nproc=nproc)
+    run_stage(*whole, nproc=nproc, WITHOUT="matplotlib")
     out = tmp_path / "killed"
     for step in (2, 6):
         process = start_stage(*killed, nproc=nproc)
@@ -58,7 +58,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
         )
         process.kill()
         assert not (out / "model.pt").exists(), "the kill came too late to test anything"
-    run_stage(*killed, nproc=nproc)
+    run_stage(*killed, nproc=nproc, WITHOUT="matplotlib")
     assert_same_weights(tmp_path / "whole" / "model.pt", out / "model.pt")
     assert results_of(tmp_path / "whole") == results_of(out)
     lines = metrics_of(out)
@@ -77,8 +77,8 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tiny_data, run_stage, star
     assert process.returncode == 143
     step = checkpoint_of(tmp_path / "t" / "last.pt")["training"]["step"]
     assert 2 < step < 24 and metrics_of(tmp_path / "t")[-1]["step"] <= step
-    assert f"from step {step}" in run_stage(*flags).stdout
-    run_stage(*flags, "--out", tmp_path / "whole")
+    assert f"from step {step}" in run_stage(*flags, WITHOUT="matplotlib").stdout
+    run_stage(*flags, "--out", tmp_path / "whole", WITHOUT="matplotlib")
     assert_same_weights(tmp_path / "t" / "model.pt", tmp_path / "whole" / "model.pt")
     assert results_of(tmp_path / "t") == results_of(tmp_path / "whole")
 
@@ -126,7 +126,7 @@ def test_the_same_data_at_one_and_two_processes_learn_alike(arch, tolerance, tin
     flags = ["01_train_teacher.py", "--data", tiny_data, *SHORT_RUN, "--epochs", 2, "--arch", arch, "--eval-every", 1]
     flags += ["--lr", 0] if arch == CHEAP else ["--dropout", 0, "--num-ops", 0, "--optimizer", "sgd", "--lr", 0.02]
     for nproc in (1, 2):
-        run_stage(*flags, "--out", tmp_path / str(nproc), nproc=nproc)
+        run_stage(*flags, "--out", tmp_path / str(nproc), nproc=nproc, WITHOUT="matplotlib")
     one, two = (metrics_of(tmp_path / str(nproc)) for nproc in (1, 2))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for name in ("loss", "val_loss"):
