@@ -344,18 +344,19 @@ def test_labels_in_bf16_and_compiled(flags, tiny_data, label, compiled, tmp_path
 def test_rows_are_written_where_they_belong(tmp_path):
     writer = stage.RowWriter(new_file(tmp_path / "l.h5", 12))
     logits = torch.randn(6, 3)
-    good = np.array([True, True, False, True, True, True])
-    writer.write(np.array([1, 2, 4, 8, 9, 10]), logits, good)
+    status = np.array([common.DONE, common.DONE, common.UNREADABLE, common.DONE, common.DONE, common.HELD_OUT])
+    good = status == common.DONE
+    writer.write(np.array([1, 2, 4, 8, 9, 10]), logits, status)
     assert not read_logits(tmp_path / "l.h5")["status"].any()  # not before the data is safe
-    writer.write(np.array([5, 6]), logits[:2], good[:2], np.zeros(2, bool))  # none of them
+    writer.write(np.array([5, 6]), logits[:2], status[:2], np.zeros(2, bool))  # none of them
     writer.sync()
     got = read_logits(tmp_path / "l.h5")
-    assert got["status"].tolist() == [0, 1, 1, 0, 2, 0, 0, 0, 1, 1, 1, 0]
-    rows = [1, 2, 8, 9, 10]
+    assert got["status"].tolist() == [0, 1, 1, 0, 2, 0, 0, 0, 1, 1, 3, 0]
+    rows = [1, 2, 8, 9]
     expected = logits[good].numpy()
-    assert (got["label"][rows] == expected.argmax(1)).all() and got["label"][4] == -1
+    assert (got["label"][rows] == expected.argmax(1)).all() and (got["label"][[4, 10]] == -1).all()
     shifted = expected - expected.max(1, keepdims=True)
-    assert (got["logits"][rows] == shifted.astype(np.float16)).all() and np.isnan(got["logits"][4]).all()
+    assert (got["logits"][rows] == shifted.astype(np.float16)).all() and np.isnan(got["logits"][[4, 10]]).all()
     np.testing.assert_allclose(got["confidence"][rows], torch.from_numpy(expected).softmax(1).amax(1), rtol=1e-6)
 
 
