@@ -7,8 +7,7 @@ without stochastic depth. The student must find the same answer under noise (191
 
 reads   --teacher model.pt, and a folder of images in any nesting, with .tar shards in place; or --only balanced.h5 and
         the logits file that it names: a better teacher labels the selected images alone (the official "reassign")
-writes  logits.h5: one row an image, in the order of the paths. The same command continues where it stopped, with any
-        number of processes: the batches are a fixed grid, so the numbers stay the same.
+writes  logits.h5: one row an image, in path order. The same command continues it, with any number of processes
 
     python 02_pseudo_label.py --teacher runs/teacher/model.pt --unlabeled DATA/unlabeled --out runs/logits.h5
     torchrun --nproc-per-node 8 02_pseudo_label.py --teacher runs/teacher/model.pt --out runs/logits.h5
@@ -21,7 +20,6 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from common import View, normalize  # views
 from common import ImageList, digests_of_val, is_lost, unlabeled_images  # listing
 from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
 from common import DONE, HELD_OUT, LABEL_FILE_COLUMNS, LOGITS_FORMAT, TODO, UNREADABLE  # label files
-from common import image_list, map_dataset, open_label_file, read_held_out, read_selection
+from common import image_list, map_dataset, open_label_file, read_held_out, selected_images
 from common import load_model  # checkpoints
 from common import autocast, precision_of  # training
 
@@ -52,16 +50,6 @@ def parse_args() -> argparse.Namespace:
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")
     add_device_flags(parser)
     return parser.parse_args()
-
-
-def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarray]:
-    """All images of the logits file that a selection names, and its rows. Of several files, that of `folder`."""
-    files, selection, _ = read_selection(path)
-    roots = {number: file.attrs["root"] for number, file in files.items()}
-    numbers = [number for number, root in roots.items() if len(roots) == 1 or root == folder]
-    if len(numbers) != 1:
-        fail(f"{path} is of several folders: label one by one, --unlabeled {' or '.join(roots.values())}")
-    return image_list(files[numbers[0]], folder), np.unique(selection["row"][selection["file"] == numbers[0]])
 
 
 def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int, held_out=(), **attributes) -> None:
@@ -103,8 +91,7 @@ def open_output(path: Path, folder: str, teacher_sha256: str, precision: str):
         if file.attrs["root"] != folder:
             fail(f"{path} is of --unlabeled {file.attrs['root']}, not {folder}: choose another --out")
         if file.attrs.get("precision", precision) != precision:  # older files do not say
-            was = file.attrs["precision"]
-            fail(f"{path} was begun with --precision {was}, not {precision}: use that, or choose another --out")
+            fail(f"{path} was begun with --precision {file.attrs['precision']}, not {precision}: choose another --out")
         return image_list(file), map_dataset(file, "status"), read_held_out(file)
 
 
@@ -188,7 +175,7 @@ def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
     return status if isinstance(wanted, range) else status[wanted]
 
 
-def wait_until(done: Callable[[], bool], words: str, stop: StopSignal) -> None:
+def wait_until(done, words: str, stop: StopSignal) -> None:
     """Wait for other processes, of this machine or others: files are all that they share."""
     if not done():
         print(words, flush=True)
@@ -218,7 +205,7 @@ def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | rang
         first = "; ".join(dataset.images.name(int(wanted[i])) for i in of_val[:3])
         print0(f"{len(of_val)} images are byte for byte images of val, and left out (status 3); the first: {first}")
     bad = np.flatnonzero(status_of(args.out, wanted) == UNREADABLE)
-    first = [(row, dataset[row][2]) for row in map(int, (wanted[i] for i in bad[:3]))]
+    first = [(row, dataset[row][2]) for row in (int(wanted[i]) for i in bad[:3])]
     first = [error or f"{dataset.images.name(row)}: readable now, but not when it was labelled" for row, error in first]
     report_bad(len(bad), first, len(wanted), args.max_bad)
 
@@ -246,12 +233,11 @@ def main() -> None:
 
     # Process 0 creates the output. All processes, and all later runs, take the list of the images from it.
     if creates and not args.out.exists():
-        facts = {"arch": checkpoint["arch"], "image_size": view.image_size, "precision": precision}
+        facts = {"arch": checkpoint["arch"], "arch_options": json.dumps(checkpoint["arch_options"])}
+        facts |= {"image_size": view.image_size, "precision": precision}
         facts |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
-        facts["arch_options"] = json.dumps(checkpoint["arch_options"])
         create_logits(args.out, listed, checkpoint["classes"], len(wanted), digests_of_val(data, folder), **facts)
-    words = f"process {processes.rank} waits for {args.out}: process 0 lists all images, then it makes the file"
-    wait_until(args.out.exists, words, stop)
+    wait_until(args.out.exists, f"process {processes.rank} waits for {args.out}, which process 0 makes", stop)
     images, status, held_out = open_output(args.out, folder, sha256, precision)
     if not args.only:
         wanted = range(len(images))

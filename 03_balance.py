@@ -17,7 +17,6 @@ writes  balanced.h5 (one row a training example), balanced.json (counts), balanc
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import os
@@ -27,12 +26,11 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
 
 from common import argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
 from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO  # label files
 from common import image_list, open_label_file, read_classes
-from common import pyplot, save_figure  # pictures
+from common import CAPTION, SHEET, SHEET_LEFT, SIDE, draw_sheet, pyplot, save_figure  # pictures
 
 
 def auto_or_number(text: str) -> str | int:
@@ -284,38 +282,6 @@ def accuracy_report(true: np.ndarray, label: np.ndarray, done: np.ndarray, examp
     return report
 
 
-SHEET = {"most confident": 6, "median": 5, "least confident": 5}  # images of a class in the picture
-SIDE, CAPTION = 64, 17  # pixels: of a thumbnail, and of the line below it
-SHEET_LEFT = [68 * i + 20 * group for i, group in enumerate(np.repeat(range(3), [*SHEET.values()]).tolist())]  # pixels
-
-
-def of_sheet(num: int) -> np.ndarray:
-    """Which of `num` images, in the order of their confidence, are drawn: the first, those in the middle, the last."""
-    first, middle, last = SHEET.values()
-    if num <= first + middle + last:
-        return np.arange(num)
-    begin = (num - middle) // 2
-    return np.unique(np.r_[:first, begin : begin + middle, num - last : num])
-
-
-def draw_sheet(images: list, examples: Examples, shown: list[int]) -> Image.Image:
-    """A row of thumbnails a class, with their confidences below: one canvas, for 640 axes would take a minute."""
-    sheet = Image.new("RGB", (SHEET_LEFT[-1] + SIDE, len(shown) * (SIDE + CAPTION)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for line, c in enumerate(shown):
-        of_class = np.flatnonzero(examples.label == c)
-        of_class = of_class[np.argsort(-examples.confidence[of_class], kind="stable")]
-        top = line * (SIDE + CAPTION)
-        if not len(of_class):
-            pen.text((0, top + SIDE // 2), "no image is kept", "gray")
-        for left, i in zip(SHEET_LEFT, of_class[of_sheet(len(of_class))], strict=False):
-            pen.text((left + SIDE // 2, top + SIDE + 1), f"{examples.confidence[i]:.2f}", "black", anchor="ma")
-            with contextlib.suppress(Exception):  # moved or damaged since it was labelled: its place stays empty
-                image = images[examples.file[i]].load(int(examples.row[i]), enough=2 * SIDE)
-                sheet.paste(ImageOps.fit(image, (SIDE, SIDE)), (left, top))
-    return sheet
-
-
 def draw(args: argparse.Namespace, files: list, classes: list, examples: Examples, report: dict, histogram) -> None:
     """Draw class sizes before and after, the confidences, and some images of each class; copies count once."""
     if (plt := pyplot()) is None:
@@ -395,13 +361,20 @@ def main() -> None:
         temporary.write_text(json.dumps(report, indent=1))
     draw(args, files, classes, examples, report, histogram)
 
-    sizes = [of_class["examples"] for of_class in report["classes"].values() if of_class["kept"]]
+    used = [of_class["examples"] for of_class in report["classes"].values() if of_class["kept"]]
     print0(
         f"{args.out}: {report['images']} images, {report['above_threshold']} above {args.threshold:g}, "
-        f"{report['unique_images']} kept as {report['examples']} examples, {min(sizes)} to {max(sizes)} a class"
+        f"{report['unique_images']} kept as {report['examples']} examples, {min(used)} to {max(used)} a class"
     )
-    if report["empty_classes"]:
-        print0(f"without any image, and left out: {', '.join(report['empty_classes'][:10])}")
+    if args.per_class == "auto":
+        unused = np.maximum(sizes["above_threshold"] - per_class, 0).sum()
+        print0(
+            f"K = {per_class} is the lower median of the classes that have images above the threshold; {unused} images"
+        )
+        print0("above it are more than their class's K, and are left out: --per-class says otherwise")
+    if empty := report["empty_classes"]:
+        words = "a lower --threshold, a better teacher or more images of them may help"
+        print0(f"without any image above the threshold, and left out: {', '.join(empty[:10])}; {words}")
     if args.truth:
         truth = report["truth"]
         print0(

@@ -16,7 +16,6 @@ writes  OUT/model.pt (hand-off: the next teacher), OUT/last.pt (resume), OUT/met
 """
 
 import argparse
-import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +35,7 @@ from common import Crop, View, normalize  # views
 from common import ImageList, digests_of, is_lost, labeled_images, unlabeled_images  # listing
 from common import Batch, unreadable_images  # batches
 from common import DONE, LOGITS_FORMAT, TODO, image_list, map_dataset, open_label_file  # label files
-from common import read_classes, read_selection
+from common import options_of, read_classes, read_selection
 from common import plan_of, soft_cross_entropy  # optimization
 from common import data_inputs, data_of, input_digests, load_model, previous_run, read_checkpoint  # checkpoints
 from common import resume_or_exit
@@ -228,14 +227,6 @@ def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_ro
         if fits and np.array_equal(image_list(one).path[rows], images.path[rows]):
             return one
     fail(f"--logits: none of them has the images of {file.filename} in its rows")
-
-
-def options_of(file) -> dict:
-    """The teacher's arch_options, which older files do not have."""
-    try:
-        return dict(json.loads(file.attrs.get("arch_options", "{}")))
-    except (TypeError, ValueError):
-        fail(f"{file.filename}: attribute 'arch_options' is {str(file.attrs['arch_options'])[:100]!r}, expected JSON")
 
 
 def main() -> None:

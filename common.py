@@ -58,7 +58,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageDraw, ImageOps, features
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
@@ -1617,8 +1617,26 @@ def read_selection(path: str | Path) -> tuple[dict[int, h5py.File], dict[str, np
     return files, {"file": number, "row": row, "label": label}, method
 
 
+def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarray]:
+    """All images of the logits file that a selection names, and its rows. Of several files, that of `folder`."""
+    files, selection, _ = read_selection(path)
+    roots = {number: file.attrs["root"] for number, file in files.items()}
+    numbers = [number for number, root in roots.items() if len(roots) == 1 or root == folder]
+    if len(numbers) != 1:
+        fail(f"{path} is of several folders: label one by one, --unlabeled {' or '.join(roots.values())}")
+    return image_list(files[numbers[0]], folder), np.unique(selection["row"][selection["file"] == numbers[0]])
+
+
 def read_classes(file: h5py.File) -> list[str]:
     return [name.decode() for name in file["classes"][:]]
+
+
+def options_of(file: h5py.File) -> dict:
+    """The teacher's arch_options, which older files do not have."""
+    try:
+        return dict(json.loads(file.attrs.get("arch_options", "{}")))
+    except (TypeError, ValueError):
+        fail(f"{file.filename}: attribute 'arch_options' is {str(file.attrs['arch_options'])[:100]!r}, expected JSON")
 
 
 def read_held_out(file: h5py.File) -> frozenset[bytes]:
@@ -2475,6 +2493,38 @@ def save_figure(plt, path: Path) -> None:
     with write_atomically(path) as temporary:
         plt.savefig(temporary, format="png", bbox_inches="tight")
     plt.close("all")
+
+
+SHEET = {"most confident": 6, "median": 5, "least confident": 5}  # images of a class in the picture
+SIDE, CAPTION = 64, 17  # pixels: of a thumbnail, and of the line below it
+SHEET_LEFT = [68 * i + 20 * group for i, group in enumerate(np.repeat(range(3), [*SHEET.values()]).tolist())]  # pixels
+
+
+def of_sheet(num: int) -> np.ndarray:
+    """Which of `num` images, in the order of their confidence, are drawn: the first, those in the middle, the last."""
+    first, middle, last = SHEET.values()
+    if num <= first + middle + last:
+        return np.arange(num)
+    begin = (num - middle) // 2
+    return np.unique(np.r_[:first, begin : begin + middle, num - last : num])
+
+
+def draw_sheet(images: list, examples, shown: list[int]) -> Image.Image:
+    """A row of thumbnails a class, with their confidences below: one canvas, for 640 axes would take a minute."""
+    sheet = Image.new("RGB", (SHEET_LEFT[-1] + SIDE, len(shown) * (SIDE + CAPTION)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for line, c in enumerate(shown):
+        of_class = np.flatnonzero(examples.label == c)
+        of_class = of_class[np.argsort(-examples.confidence[of_class], kind="stable")]
+        top = line * (SIDE + CAPTION)
+        if not len(of_class):
+            pen.text((0, top + SIDE // 2), "no image is kept", "gray")
+        for left, i in zip(SHEET_LEFT, of_class[of_sheet(len(of_class))], strict=False):
+            pen.text((left + SIDE // 2, top + SIDE + 1), f"{examples.confidence[i]:.2f}", "black", anchor="ma")
+            with contextlib.suppress(Exception):  # moved or damaged since it was labelled: its place stays empty
+                image = images[examples.file[i]].load(int(examples.row[i]), enough=2 * SIDE)
+                sheet.paste(ImageOps.fit(image, (SIDE, SIDE)), (left, top))
+    return sheet
 
 
 def draw_curves(out: Path) -> None:

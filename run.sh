@@ -9,14 +9,20 @@
 # What changes often is a variable:  EPOCHS=100 ARCHS="efficientnet_b0 efficientnet_b1" ./run.sh DATA_DIR
 set -euo pipefail
 data=${1:-}
-[ -z "$data" ] || [ "$data" = test ] || data=$(realpath "$data")
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; } # macOS has no realpath -m
+[ -z "$data" ] || [ "$data" = test ] || data=$(absolute "$data")
 cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------------------------------------------- python
+new_enough="
+import h5py, numpy, PIL, torch, torchvision
+from importlib.metadata import version
+for name, low in ('torch', (2, 11)), ('torchvision', (0, 26)), ('pillow', (13, 0)):
+    assert tuple(map(int, version(name).split('+')[0].split('.')[:2])) >= low
+"
 packages() { # packages REQUIREMENTS_FILE: a .venv with these packages, unless python3 has torch and all else already
     local stamp=.venv/.installed-${1//\//-}
-    if [ ! -e .venv ] && [ "$1" = requirements.txt ] && python3 -c "import torch, torchvision, numpy, PIL, h5py" 2>/dev/null
-    then return; fi
+    if [ ! -e .venv ] && [ "$1" = requirements.txt ] && python3 -c "$new_enough" 2>/dev/null; then return; fi
     [ -e .venv/bin/python ] || python3 -m venv .venv
     if ! cmp -s "$1" "$stamp"; then
         .venv/bin/python -m pip install --quiet -r "$1"
@@ -41,7 +47,7 @@ gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))} # processes; on 2 CPU cores one of two threads is faster than two: 27 s against 30
 if [ -z "$data" ]; then demo=demo && [ "$SEED" = 0 ] || demo=demo-seed$SEED; fi
 data=${data:-data/$demo}
-OUT=$(realpath -m "${OUT:-runs/$(basename "$data")}")
+OUT=$(absolute "${OUT:-runs/$(basename "$data")}")
 
 # Small data in minutes is not ImageNet in days. The stages' defaults are the paper's; these work here, and why:
 noise="--num-ops 2 --magnitude 5 --min-crop-area 0.7"     # a figure of 20 pixels does not survive the paper's 27 and 0.08
@@ -93,7 +99,7 @@ for round in $(seq "$ROUNDS"); do
     stage "balance$round" 03_balance.py "$OUT/logits$round.h5" --threshold "$THRESHOLD" $truth --out "$OUT/balanced$round.h5"
     stage "student$round" 04_train_student.py --teacher "$teacher/model.pt" --pseudo-labels "$OUT/balanced$round.h5" \
         --data "$data" --arch "$(arch_of "$round")" --batch-size $BATCH --ratio $RATIO --epochs "$EPOCHS" \
-        --warmup-epochs "$(warmup $BATCH)" --eval-every $((EPOCHS / 5 + 1)) $train --seed "$SEED" --out "$student"
+        --warmup-epochs "$(warmup $BATCH)" --eval-every $((EPOCHS / 5 + 1)) $train --seed $((SEED + 100 * round)) --out "$student"
     teacher=$student models="$models $student/model.pt"
 done
 # At 32 pixels the last feature map is a single one, at 40 it is 2 x 2: more than the head must adapt.

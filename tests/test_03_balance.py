@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_files import CLASSES, logits_of, read_selection, write_logits, write_truth
 
+import common
+
 balance = load_stage("03_balance")
 
 
@@ -443,10 +445,10 @@ def test_with_its_picture_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
 
 
 def test_the_sheet_has_the_most_the_middle_and_the_least_confident():
-    assert balance.of_sheet(3).tolist() == [0, 1, 2]
-    assert balance.of_sheet(16).tolist() == list(range(16))
-    assert balance.of_sheet(17).tolist() == [*range(6), *range(6, 11), *range(12, 17)]
-    assert balance.of_sheet(1001).tolist() == [*range(6), *range(498, 503), *range(996, 1001)]
+    assert common.of_sheet(3).tolist() == [0, 1, 2]
+    assert common.of_sheet(16).tolist() == list(range(16))
+    assert common.of_sheet(17).tolist() == [*range(6), *range(6, 11), *range(12, 17)]
+    assert common.of_sheet(1001).tolist() == [*range(6), *range(498, 503), *range(996, 1001)]
 
 
 def test_of_many_classes_the_fattest_and_the_thinnest_are_drawn(tmp_path, monkeypatch, tiny_data):
@@ -481,4 +483,4 @@ def drawn(label: np.ndarray) -> set[str]:
     """Names of the images in the sheet of the test above: of equal confidence, so the first, middle and last rows."""
     shown = [c for c in range(60) if c < 20 or c >= 40]
     rows = [np.flatnonzero(label == c)[:30] for c in shown]
-    return {f"part0/{i:03}.png" for mine in rows for i in mine[balance.of_sheet(len(mine))]}
+    return {f"part0/{i:03}.png" for mine in rows for i in mine[common.of_sheet(len(mine))]}
