@@ -111,7 +111,6 @@ def main() -> None:
     args = parse_args()
     processes = init_processes(args.device, args.workers)
     begun = previous_run(args)
-    check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
 
     # What the weights to start from bring along, unless a flag says otherwise: model, size, and how images look to it.
     source = read_initial(args.init, args.arch) if args.init else {}
@@ -124,46 +123,51 @@ def main() -> None:
     crop = Crop(view.image_size, None if small_images else args.min_crop_area, args.hflip)
     recipe, resolution = recipe_of(arch, args), resolution_of(arch)
 
+    # A step takes n labelled images.
+    num_labeled = args.batch_size
+    check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
+
     # Images and labels. With --epochs 0 train/ gives nothing but the names of the classes.
-    train_images, labels, classes = labeled_images(args.data, "train")
-    val_images, val_labels, _ = labeled_images(args.data, "val", classes)
-    inputs = {args.init: args.init, **data_inputs(args.data, train_images, val_images)}
+    data = args.data
+    train_images, labels, classes = labeled_images(data, "train")
+    val_images, val_labels, _ = labeled_images(data, "val", classes)
+    inputs = {args.init: args.init, **data_inputs(data, train_images, val_images)}
     inputs = input_digests(inputs, processes)
     resume_or_exit(args, begun, inputs)
-    bad = begun["training"]["bad"] if begun else []
-    if not begun and args.epochs != 0:
-        bad = unreadable_images(train_images, view, args.max_bad, processes)
+    bad = unreadable_images(train_images, view, args, processes, begun)
     train_images, labels = train_images.without(bad), np.delete(labels, bad)
     targets = torch.from_numpy(labels)  # int64 (images,)
 
     # The model, and the books of its training.
-    model, arch_options = model_of("teacher", arch, len(classes), args, small_images)
+    stage = "teacher"
+    model, arch_options = model_of(stage, arch, len(classes), args, small_images)
     origin = load_initial_weights(model, source, args, classes) if source else "from scratch"
-    plan = plan_of(args, recipe.epochs, len(train_images) / args.batch_size)
-    header = {"stage": "teacher", "arch": arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
-    header |= {"data": os.path.abspath(args.data), "inputs": inputs}  # data: the student's default
-    run = Run(args, processes, model, header, plan, (val_images, val_labels), args.batch_size, bad, begun)
+    plan = plan_of(args, recipe.epochs, len(train_images) / num_labeled)
+    header = {"stage": stage, "arch": arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
+    header |= {"data": os.path.abspath(data), "inputs": inputs}  # data: the next student's default
+    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_labeled, bad, begun)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",
-        f"{args.batch_size} a step",
+        f"{num_labeled} a step",
         f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}, {model_noise(model)}",
     )
     print0(f"{origin}; the clean view: {view}")
 
     # Train.
-    batches = run.batches(train_images, args.batch_size, "labeled", noised=crop)
-    for batch in run.steps(batches):
+    labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=crop)
+    for batch in run.steps(labeled_batches):
         # The noise is drawn on the whole batch, as uint8 (n, 3, H, W), on the device.
-        images = batch.views[0].to(processes.device, non_blocking=True)
+        images = batch.views[-1].to(processes.device, non_blocking=True)
         images = add_noise(images, run.generator, recipe, resolution, small_images, args.hflip)
+        # y of the readable images, int64 (n,); an unreadable image has no place in the batch.
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         for part_target, part_images in run.parts(target, images):
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
                 logits = run.ddp_model(normalize(part_images, view)).float()
             loss = F.cross_entropy(logits, part_target, label_smoothing=args.label_smoothing, reduction="sum")
             run.backward(loss / run.counts[0])  # the mean over the readable images of all processes
-        run.end_step()
-    run.finish()
+        run.end_step()  # the optimizer's step and the average of the weights; logs, evaluates, saves where it is time
+    run.finish()  # evaluates, draws curves.png, writes model.pt
 
 
 if __name__ == "__main__":

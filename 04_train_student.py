@@ -173,7 +173,6 @@ class StoredLabels:
                 f"--unlabeled: {path} is of several folders, which must be where they were: {', '.join(sorted(roots))}"
             )
         lists = {i: image_list(file, folder) for i, file in files.items()}
-        self.inputs = {path: path}
         self.newer_label = {}
         newer = [open_label_file(name, LOGITS_FORMAT) for name in args.logits]
         done = np.ones(len(row), dtype=bool)
@@ -183,7 +182,6 @@ class StoredLabels:
                 files[i] = file = newer_file(newer, file, lists[i], rows, ignore_root=len(roots) == 1)
                 if method != "top-p":  # there the label is the class under which the image was chosen
                     self.newer_label[i] = map_dataset(file, "label")
-            self.inputs[file.filename] = file, rows
             status = map_dataset(file, "status")[rows]
             if num_todo := (status == TODO).sum():
                 fail(f"{file.filename} is unfinished: {num_todo} selected images have no label: run 02 again on it")
@@ -192,6 +190,7 @@ class StoredLabels:
             fail(f"{path}: its labels are of several teachers: {', '.join(file.filename for file in files.values())}")
         if not done.all():  # what the teacher of the newer labels could not read is left out
             number, row, self.label = number[done], row[done], self.label[done]
+        self.path, self.files = path, files
         self.images, self.classes = SelectedImages(lists, number, row), read_classes(file)
         self.logits = {i: map_dataset(file, "logits") for i, file in files.items()}
         self.source = {"arch": file.attrs["arch"], "image_size": int(file.attrs["image_size"])}
@@ -200,6 +199,12 @@ class StoredLabels:
             print0(f"--teacher {args.teacher} gives the defaults alone: the labels are of {file.attrs['teacher']}")
         self.temperature = (0 if method == "top-p" else 1) if args.temperature is None else args.temperature
         self.label_smoothing = args.label_smoothing
+
+    @property
+    def inputs(self) -> dict:
+        """The selection, and of each logits file the rows in use: others may still be being filled."""
+        rows = {i: self.images.row[self.images.file_number == i] for i in self.files}
+        return {self.path: self.path} | {file.filename: (file, rows[i]) for i, file in self.files.items()}
 
     def look_up(self, columns: dict[int, np.ndarray], examples: np.ndarray) -> np.ndarray:
         """The entries of the examples in a column of each logits file."""
@@ -269,15 +274,16 @@ def main() -> None:
     inputs = {args.teacher: args.teacher, **labels_of.inputs, **data_inputs(data, train_images, val_images)}
     inputs = input_digests(inputs, processes)
     resume_or_exit(args, begun, inputs)
-    bad = begun["training"]["bad"] if begun else unreadable_images(train_images, view, args.max_bad, processes)
+    bad = unreadable_images(train_images, view, args, processes, begun)
     train_images, labels = train_images.without(bad), np.delete(labels, bad)
     targets = torch.from_numpy(labels)  # int64 (images,)
 
     # The model, and the books of its training. An epoch is a pass over the labelled images, or over the selected ones.
-    model, arch_options = model_of("student", arch, len(classes), args, small_images)
+    stage = "student"
+    model, arch_options = model_of(stage, arch, len(classes), args, small_images)
     steps_per_epoch = len(train_images) / num_labeled if num_labeled else len(pseudo_images) / num_unlabeled
     plan = plan_of(args, recipe.epochs, steps_per_epoch)
-    header = {"stage": "student", "arch": arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
+    header = {"stage": stage, "arch": arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
     header |= {"data": os.path.abspath(data), "inputs": inputs}  # data: the next student's default
     num_images = num_labeled + num_unlabeled
     run = Run(args, processes, model, header, plan, (val_images, val_labels), num_images, bad, begun)
@@ -288,40 +294,36 @@ def main() -> None:
         f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}, {model_noise(model)}",
     )
 
-    # Train.
+    # Train. An unlabelled image is seen twice where a teacher labels on the fly: whole by the teacher, cropped by the
+    # student. There the images of val are left out too; of the stored labels stage 02 has left them out.
+    held_out = from_rank0(digests_of(val_images) if labels_of.view and processes.is_main else (), processes)
+    views = {"clean": labels_of.view, "noised": crop}  # a view that is None is not made
     labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=crop)
-    # A teacher on the fly labels the clean view of each image; images of val, wherever they come from, are left out.
-    views = {"clean": labels_of.view, "noised": crop}
-    if labels_of.view:
-        views["held_out"] = from_rank0(digests_of(val_images) if processes.is_main else None, processes)
-    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **views)
+    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **views, held_out=held_out)
     for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):
         # Both kinds of images get the same noise, as one uint8 batch (n + m, 3, H, W); the labelled ones come first.
-        images = torch.cat([batch.views[0], pseudo.views[-1]]).to(processes.device, non_blocking=True)
+        images = torch.cat([batch.views[-1], pseudo.views[-1]]).to(processes.device, non_blocking=True)
         images = add_noise(images, run.generator, recipe, resolution, small_images, args.hflip)
+        # y of the readable images, int64 (n,); an unreadable image has no place in the batch.
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         # The teacher was not noised: y~, probabilities (m, C) with the columns in the order of the student's classes.
         probs = labels_of(pseudo)[:, columns].to(processes.device, non_blocking=True)
         tensors = target, images[: len(target)], images[len(target) :], probs
+        # Gradient accumulation: both kinds are cut into --accumulate parts, which need less memory.
         for part_target, part_labeled, part_unlabeled, part_probs in run.parts(*tensors):
             # One forward pass for both kinds, so that batch norm sees both.
             with run.amp:
                 logits = run.ddp_model(normalize(torch.cat([part_labeled, part_unlabeled]), view)).float()
             logits, pseudo_logits = logits.tensor_split([len(part_target)])
-            # run.counts: the n and m of a part that could be read, in the mean over the processes.
+            # run.counts: n and m of a part, in the mean over the processes, for DDP averages their gradients. The
+            # teacher's outputs were tempered in `labels_of`, the student's are in the loss.
+            weights = unlabeled_weight, args.label_smoothing, labels_of.temperature or 1.0
             loss, labeled_loss, unlabeled_loss = noisy_student_loss(
-                logits,
-                part_target,
-                pseudo_logits,
-                part_probs,
-                *run.counts,
-                unlabeled_weight,
-                args.label_smoothing,
-                labels_of.temperature or 1.0,
+                logits, part_target, pseudo_logits, part_probs, *run.counts, *weights
             )
-            run.backward(loss, loss_labeled=labeled_loss, loss_unlabeled=unlabeled_loss)
-        run.end_step()
-    run.finish()
+            run.backward(loss, loss_labeled=labeled_loss, loss_unlabeled=unlabeled_loss)  # adds to the gradients
+        run.end_step()  # the optimizer's step and the average of the weights; logs, evaluates, saves where it is time
+    run.finish()  # evaluates, draws curves.png, writes model.pt
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def main() -> None:
     inputs = {args.checkpoint: args.checkpoint, **data_inputs(data, train_images, val_images)}
     inputs = input_digests(inputs, processes)
     resume_or_exit(args, begun, inputs)
-    bad = begun["training"]["bad"] if begun else unreadable_images(train_images, view, args.max_bad, processes)
+    bad = unreadable_images(train_images, view, args, processes, begun)
     train_images, labels = train_images.without(bad), np.delete(labels, bad)
     targets = torch.from_numpy(labels)  # int64 (images,)
 

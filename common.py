@@ -2,20 +2,20 @@
 
 The rooms, in the order of the file. Each can be lifted out alone, and a stage's imports say what it takes from which.
 
-the program       the command line, flags that stages share, mistakes of the user (exit status 2), files written whole
+the program       the command line, all flags that stages share, mistakes of the user (status 2), files written whole
 processes         this process's place among those of torchrun, sums over all of them, signals, random seeds, progress
 models            EfficientNet, the tables of sizes and of official recipes, torchvision's models, folded batch norms
 weights           loading weights by name: of this toolkit, of torchvision, of timm
-noise             RandAugment's ops on whole uint8 batches, and the official noise for small images
+noise             RandAugment on whole uint8 batches, by tables and by moving pixels; the noise for small images
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
-listing           finding images in folders and .tar shards, labels from folder names, the held-out tenth of train/
+listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
 batches           views as a dataset, the order of the images, loaders, counting the unreadable images
 label files       opening logits.h5 and balanced.h5, which may be a stranger's; mapping their columns
-optimization      learning rate, TensorFlow's RMSprop, the running average of the weights, soft cross-entropy
+optimization      the plan of a run and its learning rate, TensorFlow's RMSprop, averaged weights, soft cross-entropy
 checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed, their inputs compared; metrics
 training          a model as the flags want it, precision, DDP, the parts of a batch, evaluation
 the training run  Run, which keeps the books of a run: rate, random numbers, logs, evaluation, saving, stopping
-pictures          matplotlib, curves.png
+pictures          matplotlib, sheets of thumbnails, curves.png
 """
 
 import argparse
@@ -1250,7 +1250,7 @@ def is_lost(folder: str) -> bool:
         return True
 
 
-def as_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
+def image_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
     paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
     return np.array(paths, "S"), np.array(offsets, np.int64), np.array(sizes, np.int64)
 
@@ -1268,7 +1268,7 @@ def index_shard(root: bytes, path: bytes) -> tuple[np.ndarray, ...]:
                 found.append((path + b"/" + name, member.offset_data, member.size))
     except OSError as error:
         print0(f"{shard} cannot be read ({error.strerror}): its images are not seen")
-    return as_columns(found)
+    return image_columns(found)
 
 
 def list_images(root: str | Path) -> ImageList:
@@ -1277,10 +1277,10 @@ def list_images(root: str | Path) -> ImageList:
     Symbolic links are followed. A folder that is reached twice, for example by a loop of links, counts once.
     """
     root = os.path.abspath(root)
-    found, shards, columns = find_files(os.fsencode(root)), [], [as_columns([])]
+    found, shards, columns = find_files(os.fsencode(root)), [], [image_columns([])]
     while part := list(islice(found, 1 << 16)):  # never a Python list of all names: they may be hundreds of millions
         shards += [path for path in part if path.lower().endswith(b".tar")]
-        columns.append(as_columns([(path, 0, 0) for path in part if not path.lower().endswith(b".tar")]))
+        columns.append(image_columns([(path, 0, 0) for path in part if not path.lower().endswith(b".tar")]))
     index = partial(index_shard, os.fsencode(root))
     processes = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(shards) // 8)
     try:
@@ -1494,16 +1494,21 @@ def load_batches(dataset: ImageDataset, keys: Iterable[list], processes: Process
     )
 
 
-def unreadable_images(images: ImageList, view: View, max_bad: float, processes: Processes) -> list[int]:
+def unreadable_images(
+    images: ImageList, view: View, args: argparse.Namespace, processes: Processes, begun: dict | None
+) -> list[int]:
     """The rows of the images that cannot be read: all of them are read once, before the training begins.
 
-    More than `max_bad` percent of unreadable images end the program.
+    More than --max-bad percent of unreadable images end the program. What `begun` knows is not looked for again, and
+    with --epochs 0 no image is trained on.
     """
+    if begun or args.epochs == 0:
+        return begun["training"]["bad"] if begun else []
     errors = set()
     for batch in load_batches(ImageDataset(images, clean=view), grid_keys(len(images), 64, processes), processes):
         errors.update(batch.errors)
     errors = sorted(union_of(errors, processes))
-    report_bad(len(errors), [error for _, error in errors[:3]], len(images), max_bad)
+    report_bad(len(errors), [error for _, error in errors[:3]], len(images), args.max_bad)
     return [row for row, _ in errors]
 
 
