@@ -3,17 +3,25 @@ and other images, leaves nothing of a run that diverged; a step in parts, activa
 
 import shutil
 import signal
+import subprocess
+import sys
 
+import h5py
+import label_files
+import numpy as np
 import pytest
 import torch
 from conftest import (
     CHEAP,
+    CLASSES,
     ROOT,
     SHORT_RUN,
     assert_mistake,
     assert_same_weights,
     checkpoint_of,
+    load_stage,
     metrics_of,
+    patch_name,
     results_of,
     save_model,
 )
@@ -325,3 +333,254 @@ def test_checkpointed_activations_change_no_bit_and_may_be_added_later(tiny_data
     assert_same_weights(
         checkpoint_of(tmp_path / "kept" / "model.pt")["model"], checkpoint_of(tmp_path / "added" / "model.pt")["model"]
     )
+
+
+# images that go while it trains
+
+
+def short_run(stage, data, out, *more):
+    """A short run of 01 or 04 in this process: 6 steps, saved at every second; 04 with a teacher on the fly."""
+    flags = ["--data", data, "--out", out, *SHORT_RUN, "--arch", CHEAP, "--epochs", 2, "--save-every", 2]
+    if stage == "04_train_student":
+        flags += ["--teacher", save_model(data.parent / "teacher.pt", data=str(data)), "--ratio", 1]
+    return [stage, *flags, *more]
+
+
+def after_step(monkeypatch, step, act):
+    """Call act() when this step of a run is done and before the images of the next are read."""
+    end_step = common.Run.end_step
+
+    def end_step_and_act(run):
+        end_step(run)
+        if run.step == step:
+            act()
+
+    monkeypatch.setattr(common.Run, "end_step", end_step_and_act)
+
+
+@pytest.mark.parametrize("stage", ["01_train_teacher", "04_train_student"])
+def test_a_run_whose_labelled_images_are_gone_stops_and_keeps_what_it_has(
+    stage, tiny_data, call_main, tmp_path, monkeypatch
+):
+    data, out, kept = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "t", []
+
+    def lose():
+        kept.append((out / "last.pt").read_bytes())
+        (data / "train").rename(tmp_path / "elsewhere")
+
+    with monkeypatch.context() as patch:
+        after_step(patch, 3, lose)
+        done = call_main(*short_run(stage, data, out, "--max-bad", 100))
+    assert_mistake(done, "none of the images of step 4 is readable", out, data / "train")
+    assert (out / "last.pt").read_bytes() == kept[0] and not (out / "model.pt").exists()
+    (tmp_path / "elsewhere").rename(data / "train")
+    assert "from step 2" in call_main(*short_run(stage, data, out, "--max-bad", 100)).stdout
+    assert call_main(*short_run(stage, data, tmp_path / "whole", "--max-bad", 100)).returncode == 0
+    assert_same_weights(out / "model.pt", tmp_path / "whole" / "model.pt")
+    assert results_of(out) == results_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["01_train_teacher", "04_train_student"])
+def test_labelled_images_that_go_are_named_and_counted_and_not_forgotten(
+    stage, tiny_data, call_main, tmp_path, monkeypatch
+):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    image = data / "train" / "disc" / "3.png"
+    content = image.read_bytes()
+
+    def lose_one(out, *more, **how):
+        image.write_bytes(content)
+        with monkeypatch.context() as patch:
+            after_step(patch, 3, lambda: image.write_bytes(b"<html>"))
+            return call_main(*short_run(stage, data, out, *more), **how)
+
+    done = lose_one(tmp_path / "t", "--max-bad", 5)  # one of 24 is 4.2 percent
+    assert done.returncode == 0 and f"unreadable, left out: {image}" in done.stdout, done
+    assert "1 images were unreadable" in done.stdout
+    counts = [line.get("unreadable", 0) for line in metrics_of(tmp_path / "t") if "loss" in line]
+    assert counts[:3] == [0, 0, 0] and counts[-1] == 1 and counts == sorted(counts)
+
+    assert lose_one(tmp_path / "resumed", "--max-bad", 5, stop_after=5).returncode == 143
+    assert call_main(*short_run(stage, data, tmp_path / "resumed", "--max-bad", 5)).returncode == 0
+    assert results_of(tmp_path / "resumed") == results_of(tmp_path / "t")
+    assert checkpoint_of(tmp_path / "resumed" / "last.pt")["training"]["unreadable"]
+
+    done = lose_one(tmp_path / "strict", "--max-bad", 1)
+    assert_mistake(done, "1 of 24 labelled images", "--max-bad 1", tmp_path / "strict" / "last.pt")
+    assert checkpoint_of(tmp_path / "strict" / "last.pt")["training"]["step"] <= 4
+
+
+def test_a_resumed_run_does_not_read_all_images_again(tiny_data, call_main, tmp_path, monkeypatch):
+    """... and leaves out what was found unreadable at the start, as an uninterrupted one."""
+    data, calls, original = shutil.copytree(tiny_data, tmp_path / "data"), [], common.unreadable_images
+    (data / "train" / "disc" / "0.png").write_bytes(b"<html>")
+
+    def counted(*args):
+        calls.append(1)
+        return original(*args)
+
+    patch_name(monkeypatch, "unreadable_images", counted, load_stage("01_train_teacher"))
+    flags = short_run("01_train_teacher", data, tmp_path / "t", "--max-bad", 5)
+    assert call_main(*flags, stop_after=4).returncode == 143
+    assert calls == [1] and checkpoint_of(tmp_path / "t" / "last.pt")["training"]["bad"] == [0]
+    assert call_main(*flags).returncode == 0 and calls == [1]
+    assert call_main(*flags, "--out", tmp_path / "whole").returncode == 0 and calls == [1, 1]
+    assert_same_weights(tmp_path / "t" / "model.pt", tmp_path / "whole" / "model.pt")
+    assert results_of(tmp_path / "t") == results_of(tmp_path / "whole")
+
+
+# a last.pt that is damaged
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before_it(tiny_data, call_main, tmp_path):
+    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t")
+    assert call_main(*flags, "--out", tmp_path / "whole").returncode == 0
+    assert call_main(*flags, stop_after=5).returncode == 143
+    for damage in (flip_a_byte, cut_off):
+        out = shutil.copytree(tmp_path / "t", tmp_path / damage.__name__)
+        damage(out / "last.pt")
+        done = call_main(*flags, "--out", out)
+        assert done.returncode == 0 and f"{out / 'last.pt'} is damaged" in done.stdout, done
+        assert f"continuing from {out / 'last.prev.pt'}, step 4" in done.stdout and "from step 4" in done.stdout
+        assert_same_weights(out / "model.pt", tmp_path / "whole" / "model.pt")
+        assert results_of(out) == results_of(tmp_path / "whole")
+    for name in ("last.pt", "last.prev.pt"):
+        flip_a_byte(tmp_path / "t" / name)
+    before = {path: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    assert_mistake(call_main(*flags), tmp_path / "t", "remove it", "another --out")
+    assert {path: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
+
+
+# what a run was made from
+
+
+def test_a_run_is_finished_as_long_as_its_inputs_are_what_they_were(tiny_data, call_main, tmp_path):
+    data, init = shutil.copytree(tiny_data, tmp_path / "data"), save_model(tmp_path / "init.pt")
+    flags = ["01_train_teacher", "--data", data, "--out", tmp_path / "t", "--epochs", 0]
+    assert call_main(*flags, "--init", init).returncode == 0
+    before = (tmp_path / "t" / "model.pt").read_bytes()
+    other = shutil.copy(init, tmp_path / "other.pt")
+
+    def assert_finished(*words):
+        done = call_main(*flags, *words)
+        assert done.returncode == 0 and "finished" in done.stdout and not done.stderr, done
+
+    assert_finished("--init", init)
+    assert_finished("--init", other)
+    save_model(init, seed=1)
+    assert_mistake(call_main(*flags, "--init", init), init, "is not what", tmp_path / "t")
+    assert_mistake(call_main(*flags), tmp_path / "init.pt", "is not what")
+    init.unlink()
+    assert_finished("--init", init)  # cleared away since
+    shutil.copy(other, init)
+    shutil.copy(data / "val" / "disc" / "0.png", data / "train" / "disc" / "new.png")
+    assert_mistake(call_main(*flags, "--init", init), data / "train", "is not what")
+    (data / "train" / "disc" / "new.png").unlink()
+    assert_finished("--init", init)
+    assert (tmp_path / "t" / "model.pt").read_bytes() == before
+
+
+def test_a_student_is_finished_as_long_as_its_labels_are_what_they_were(tiny_data, call_main, tmp_path):
+    """Of a logits file the rows in use count, and no others."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for split in ("train", "val"):
+        for old, new in zip(CLASSES, label_files.CLASSES, strict=True):
+            (data / split / old).rename(data / split / new)
+    names = sorted(str(path.relative_to(data / "unlabeled")) for path in (data / "unlabeled").rglob("*.png"))
+    logits = np.random.default_rng(0).normal(size=(20, 3)) * 3
+    file = label_files.write_logits(tmp_path / "logits.h5", logits, root=data / "unlabeled", names=names)
+    selection = label_files.select(tmp_path / "balanced.h5", {file: [1, 4, 4, 9]})
+    flags = ["--pseudo-labels", selection, "--data", data, "--out", tmp_path / "s", "--arch", CHEAP]
+    flags = ["04_train_student", *flags, "--image-size", 32, "--batch-size", 8, "--epochs", 0]
+    assert call_main(*flags).returncode == 0
+    inputs = checkpoint_of(tmp_path / "s" / "model.pt")["inputs"]
+    assert set(inputs) == {str(path) for path in (selection, file, data / "train", data / "val")}
+
+    def change(row):
+        with h5py.File(file, "r+") as opened:
+            opened["confidence"][row] = opened["confidence"][row] / 2
+
+    change(2)
+    done = call_main(*flags)
+    assert done.returncode == 0 and "finished" in done.stdout, done
+    kept = file.read_bytes()
+    change(4)
+    assert_mistake(call_main(*flags), file, "is not what", tmp_path / "s")
+    file.write_bytes(kept)
+    assert "finished" in call_main(*flags).stdout
+    selection.unlink()
+    label_files.select(selection, {file: [1, 4, 9, 9]})
+    assert_mistake(call_main(*flags), selection, "is not what", tmp_path / "s")
+
+
+# two runs on one folder, and signals during an evaluation
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_second_run_on_a_folder_waits_and_stops(tiny_data, call_main, tmp_path, monkeypatch):
+    out, waits = tmp_path / "t", []
+    flags = short_run("01_train_teacher", tiny_data, out)
+    assert call_main(*flags, stop_after=2).returncode == 143
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with subprocess.Popen([sys.executable, "-c", HOLD, out / ".lock"], stdout=subprocess.PIPE) as holder:
+        try:
+            monkeypatch.setattr(common, "LOCKS", [])
+            monkeypatch.setattr(common.time, "sleep", waits.append)
+            assert holder.stdout.readline() == b"locked\n"
+            assert_mistake(call_main(*flags), f"another run is writing to {out}", "--out")
+            assert 20 < sum(waits) < 120  # seconds
+            assert {path: path.read_bytes() for path in before} == before
+            monkeypatch.setattr(common, "LOCKS", [])
+            monkeypatch.setattr(common.time, "sleep", lambda _: (holder.kill(), holder.wait()))
+            assert call_main(*flags).returncode == 0  # the first one has ended meanwhile
+        finally:
+            holder.kill()
+
+
+@pytest.mark.parametrize("stage", ["01_train_teacher", "04_train_student", "05_fixres_finetune"])
+def test_a_signal_during_an_evaluation_costs_nothing(stage, tiny_data, call_main, tmp_path, monkeypatch):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    flags = short_run(stage, data, tmp_path / "t", "--eval-every", 1)
+    if stage == "05_fixres_finetune":
+        path = save_model(tmp_path / "teacher.pt", data=str(data))
+        flags = [stage, "--checkpoint", path, "--image-size", 40, "--out", tmp_path / "t", "--batch-size", 8]
+    whole = tmp_path / "whole"
+    assert call_main(*flags, "--out", whole).returncode == 0
+    evaluate, in_halves, live = common.Run.evaluate, common.in_halves, []
+
+    def evaluate_watched(run, *args, **kwargs):
+        live.append(run)
+        return evaluate(run, *args, **kwargs)
+
+    def in_halves_and_signal(*args):
+        if live:
+            live[-1].stop.received = True
+        return in_halves(*args)
+
+    for _ in range(3 if stage != "05_fixres_finetune" else 1):  # the first at step 3, again at its repetition, ...
+        live.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(common.Run, "evaluate", evaluate_watched)
+            patch.setattr(common, "in_halves", in_halves_and_signal)
+            assert call_main(*flags).returncode == 143
+        assert len(live) == 1 and not (tmp_path / "t" / "model.pt").exists()
+    assert call_main(*flags).returncode == 0
+    assert_same_weights(tmp_path / "t" / "model.pt", whole / "model.pt")
+    assert results_of(tmp_path / "t") == results_of(whole)
