@@ -326,3 +326,24 @@ def test_logits_without_a_selection_are_refused(run_stage, tmp_path):
     """With a plain Python: the exit status is that of the process."""
     flags = ["--teacher", tmp_path / "t.pt", "--logits", tmp_path / "l.h5"]
     assert_mistake(run_stage(ROOT / STAGE, *flags, check=False, launcher="python"), "--logits needs --pseudo-labels")
+
+
+# what a teacher on the fly leaves out
+
+
+def test_a_teacher_on_the_fly_does_not_see_copies_of_val_images(tiny_data, call_main, tmp_path, monkeypatch):
+    data, seen, sizes = shutil.copytree(tiny_data, tmp_path / "data"), set(), set()
+    shutil.copy(data / "val" / "disc" / "0.png", data / "unlabeled" / "copy.png")  # row 0: before part0
+    label = student.TeachersLabels.__call__
+
+    def label_watched(self, batch):
+        seen.update(batch.rows.tolist())
+        sizes.add(len(batch.rows))
+        return label(self, batch)
+
+    monkeypatch.setattr(student.TeachersLabels, "__call__", label_watched)
+    flags = ["--teacher", save_model(tmp_path / "t.pt", data=str(data)), *SHORT_RUN, "--ratio", 3, "--epochs", 1]
+    done = call_main("04_train_student", *flags, "--out", tmp_path / "s")
+    assert done.returncode == 0 and f"left out: {data / 'unlabeled' / 'copy.png'}" in done.stdout, done
+    assert seen == set(range(1, 21)) and max(sizes) <= 24 and min(sizes) < 24
+    assert "unreadable" not in metrics_of(tmp_path / "s")[0]
