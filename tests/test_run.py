@@ -1,10 +1,14 @@
 """The training run, which 01, 04 and 05 share: it continues where it was killed, stops when told, refuses other flags
 and other images, leaves nothing of a run that diverged; a step in parts, activations computed again, processes."""
 
+import itertools
+import json
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import h5py
 import label_files
@@ -584,3 +588,206 @@ def test_a_signal_during_an_evaluation_costs_nothing(stage, tiny_data, call_main
     assert call_main(*flags).returncode == 0
     assert_same_weights(tmp_path / "t" / "model.pt", whole / "model.pt")
     assert results_of(tmp_path / "t") == results_of(whole)
+
+
+# random numbers: every stage and every stream has its own
+
+
+def test_teacher_and_students_of_one_seed_start_from_different_weights(tiny_data, call_main, tmp_path):
+    path = save_model(tmp_path / "label.pt", data=str(tiny_data))
+    flags = ["--image-size", 32, "--batch-size", 8, "--epochs", 0, "--arch", CHEAP]
+    runs = {"t": ["01_train_teacher", "--data", tiny_data], "s": ["04_train_student", "--teacher", path]}
+    runs |= {"again": runs["t"], "t1": [*runs["t"], "--seed", 1], "s1": [*runs["s"], "--seed", 1]}
+    weights = {}
+    for name, words in runs.items():
+        assert call_main(*words, *flags, "--out", tmp_path / name).returncode == 0
+        weights[name] = checkpoint_of(tmp_path / name / "model.pt")["model"]
+    assert_same_weights(weights["t"], weights.pop("again"))
+    layer = [name for name in weights["t"] if name.endswith(".0.weight") and weights["t"][name].dim() == 4][0]
+    for one, two in itertools.combinations(weights, 2):
+        for name in (layer, list(weights["t"])[-2]):
+            assert not torch.equal(weights[one][name], weights[two][name]), (one, two, name)
+
+
+def test_streams_have_orders_crops_and_noise_of_their_own(tiny_data):
+    images, crop = common.labeled_images(tiny_data, "train")[0], common.Crop(32, 0.2, True)
+    streams = ["teacher labeled", "student labeled", "student unlabeled", "fixres labeled"]
+    orders = [common.permutation(24, 0, stream, 0).tolist() for stream in streams]
+    views = [common.ImageDataset(images, noised=crop, stream=stream)[1, 5][1][0].tobytes() for stream in streams]
+    noise = [torch.randint(2**40, (), generator=common.step_generator(0, name, 3, 0)).item() for name in streams]
+    for found in (orders, views, noise):
+        assert all(one != two for one, two in itertools.combinations(found, 2))
+    # the row of an epoch, the step of a rank: what has a number is not what has the same number elsewhere
+    assert common.seed_words(0, "a", 1, 2) != common.seed_words(0, "b", 1, 2)
+
+
+def test_a_stage_draws_from_its_own_streams(tiny_data, call_main, tmp_path, monkeypatch):
+    found, make = {}, common.step_generator
+    keys = common.train_keys
+
+    def keys_watched(num, batch_size, seed, stream, *args):
+        found[stream] = next(keys(num, batch_size, seed, stream, *args))
+        return keys(num, batch_size, seed, stream, *args)
+
+    def make_watched(seed, stream, *args):
+        found[f"{stream} noise"] = True
+        return make(seed, stream, *args)
+
+    monkeypatch.setattr(common, "train_keys", keys_watched)
+    monkeypatch.setattr(common, "step_generator", make_watched)
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for stage in ("01_train_teacher", "04_train_student"):
+        assert call_main(*short_run(stage, data, tmp_path / stage, "--epochs", 0.34)).returncode == 0
+    streams = ["teacher labeled", "student labeled", "student unlabeled"]
+    assert set(found) == {*streams, "teacher noise", "student noise"}
+    assert found[streams[0]] != found[streams[1]]
+
+
+# when it evaluates
+
+
+def steps_of_evaluations(num_steps, steps_per_epoch, **flags):
+    plan = common.Plan(num_steps / steps_per_epoch, steps_per_epoch, 0.1, "constant")
+    run = SimpleNamespace(args=SimpleNamespace(**flags), plan=plan)
+    found = []
+    for run.step in range(1, num_steps + 1):
+        if common.Run.is_time_to_evaluate(run):
+            found.append(run.step)
+    return found
+
+
+def test_by_default_it_evaluates_every_epoch_but_not_before_250_steps():
+    assert steps_of_evaluations(1000, 0.75, eval_every=None) == [250, 500, 750, 1000]
+    assert steps_of_evaluations(1000, 300, eval_every=None) == [300, 600, 900]
+    assert steps_of_evaluations(9, 3, eval_every=1) == [3, 6, 9]
+    assert steps_of_evaluations(9, 0.75, eval_every=1) == list(range(1, 10))  # as it was asked for
+    assert steps_of_evaluations(9, 3, eval_every=0) == steps_of_evaluations(9, 3) == []
+
+
+def test_a_small_set_is_evaluated_at_the_end_alone(tiny_data, call_main, tmp_path):
+    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t", "--save-every", 1000)
+    assert call_main(*flags).returncode == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "t") if "val_top1" in line] == [6]
+    assert call_main(*flags, "--eval-every", 0.7, "--out", tmp_path / "e").returncode == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "e") if "val_top1" in line] == [3, 5, 6]
+
+
+# evaluation
+
+
+class MeanColour(nn.Module):
+    """Three classes by the mean colour; no memory for more than `most` images at a time."""
+
+    def __init__(self, most=10**9):
+        super().__init__()
+        self.most, self.sizes = most, []
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, images):
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 5 * images.mean((2, 3)) * self.scale
+
+
+def test_too_small_a_memory_changes_no_number_of_an_evaluation(tiny_data):
+    images, labels, _ = common.labeled_images(tiny_data, "val")
+    view = common.View.default(32)
+    expected = common.evaluate(MeanColour(), images, labels, view, ALONE)
+    model = MeanColour(most=2)
+    assert common.evaluate(model, images, labels, view, ALONE) == pytest.approx(expected)
+    assert model.sizes == [12, 6, 3, 2, 1, 3, 2, 1, 6, 3, 2, 1, 3, 2, 1] and expected["val_top1"] > 80
+    with pytest.raises(torch.OutOfMemoryError):
+        common.evaluate(MeanColour(most=0), images, labels, view, ALONE)
+
+
+def test_an_evaluation_takes_the_batches_of_stage_02(tiny_data, monkeypatch):
+    images, labels, _ = common.labeled_images(tiny_data, "val")
+    monkeypatch.setattr(common, "rows_per_batch", lambda size, device: {32: 5, 16: 12}[size])
+    for size, sizes in ((32, [5, 5, 2]), (16, [12])):
+        model = MeanColour()
+        common.evaluate(model, images, labels, common.View.default(size), ALONE)
+        assert model.sizes == sizes
+    monkeypatch.undo()
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    sizes = (32, 224, 600, 800, 962)
+    assert [common.rows_per_batch(size, cpu) for size in sizes] == [512, 8, 1, 1, 1]
+    numbers = [common.rows_per_batch(size, gpu) for size in sizes]
+    assert numbers == sorted(numbers, reverse=True) and numbers[0] == 1024 and 0 < numbers[-1] <= 32
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_bf16_is_taken_where_the_gpu_has_it_and_does_not_emulate_it(native, expected, monkeypatch):
+    asked = []
+
+    def is_bf16_supported(including_emulation=True):
+        asked.append(including_emulation)
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    gpu = Processes(torch.device("cuda", 0), 0, 1, 0)
+    assert common.precision_of("auto", gpu) == expected and asked == [False]
+    assert common.precision_of("bf16", gpu) == "bf16" and common.precision_of("auto", ALONE) == "fp32"
+
+
+def test_a_run_goes_on_in_the_precision_it_was_begun_with(tiny_data, call_main, tmp_path, monkeypatch):
+    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t")
+    assert call_main(*flags, stop_after=3).returncode == 143
+    assert checkpoint_of(tmp_path / "t" / "last.pt")["training"]["precision"] == "fp32"
+    monkeypatch.setattr(common, "precision_of", lambda *_: "bf16")  # as if on another machine
+    assert "fp32 on 1 x cpu" in call_main(*flags).stdout
+
+
+# what a model cannot do, and what it has not
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--arch", "vit_b_16", "--image-size", 32, "--batch-size", 8], ["--image-size 32"]),
+        (["--arch", "resnet18", "--image-size", 32, "--batch-size", 1], ["--batch-size", "32 px"]),
+        (["--arch", "efficientnet_b0", "--image-size", 32, "--batch-size", 4, "--accumulate", 4], ["--batch-size"]),
+    ],
+)
+def test_what_a_model_cannot_take_is_one_line(flags, words, tiny_data, call_main, tmp_path):
+    flags = ["--data", tiny_data, "--out", tmp_path / "t", *flags, "--epochs", 1]
+    assert_mistake(call_main("01_train_teacher", *flags), *words)
+    assert not list(tmp_path.glob("t/*.pt"))
+
+
+def test_one_image_at_64_pixels_is_enough_for_a_batch_norm(tiny_data, call_main, tmp_path):
+    flags = ["--data", tiny_data, "--out", tmp_path / "t", "--arch", "resnet18", "--image-size", 64, "--batch-size", 1]
+    assert call_main("01_train_teacher", *flags, "--epochs", 0.05).returncode == 0
+    flags = ["--data", tiny_data, "--out", tmp_path / "s", "--arch", "squeezenet1_1", "--image-size", 32]
+    assert call_main("01_train_teacher", *flags, "--batch-size", 1, "--epochs", 0.05).returncode == 0  # has none
+
+
+def test_dropout_that_a_model_lacks_is_left_out_and_said(tiny_data, call_main, tmp_path):
+    flags = ["01_train_teacher", "--data", tiny_data, "--image-size", 32, "--batch-size", 8, "--epochs", 0]
+    done = call_main(*flags, "--arch", "resnet18", "--dropout", 0.3, "--drop-path", 0.1, "--out", tmp_path / "r")
+    assert done.returncode == 0 and "no model noise" in done.stdout, done
+    assert "resnet18 has no --dropout: it is left out" in done.stdout
+    assert "resnet18 has no --drop-path: it is left out" in done.stdout
+    options = checkpoint_of(tmp_path / "r" / "model.pt")["arch_options"]
+    assert options["dropout"] is None and options["drop_path"] is None
+    done = call_main(*flags, "--arch", "squeezenet1_1", "--dropout", 0.3, "--out", tmp_path / "s")
+    assert done.returncode == 0 and "dropout 0.3" in done.stdout and "left out" not in done.stdout, done
+    done = call_main(*flags, "--dropout", 0.4, "--drop-path", 0.2, "--out", tmp_path / "e")
+    assert "dropout 0.4, stochastic depth 0." in done.stdout and "left out" not in done.stdout
+
+
+def test_the_curves_of_a_run_without_training_are_drawn_without_a_warning(tmp_path):
+    lines = [{"step": 0, "epoch": 0.0, "val_loss": 1.1, "val_top1": 33.0, "val_top5": 100.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with warnings.catch_warnings(action="error"):
+        common.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_a_bad_val_image_is_left_out_and_named(tiny_data, capsys, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    (data / "val" / "disc" / "0.png").write_bytes(b"<html>")
+    images, labels, _ = common.labeled_images(data, "val")
+    common.evaluate(MeanColour(), images, labels, common.View.default(32), ALONE)
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 val images are unreadable") and str(data / "val" / "disc" / "0.png") in printed
