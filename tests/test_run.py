@@ -603,7 +603,7 @@ def test_teacher_and_students_of_one_seed_start_from_different_weights(tiny_data
         assert call_main(*words, *flags, "--out", tmp_path / name).returncode == 0
         weights[name] = checkpoint_of(tmp_path / name / "model.pt")["model"]
     assert_same_weights(weights["t"], weights.pop("again"))
-    layer = [name for name in weights["t"] if name.endswith(".0.weight") and weights["t"][name].dim() == 4][0]
+    layer = next(name for name in weights["t"] if name.endswith(".0.weight") and weights["t"][name].dim() == 4)
     for one, two in itertools.combinations(weights, 2):
         for name in (layer, list(weights["t"])[-2]):
             assert not torch.equal(weights[one][name], weights[two][name]), (one, two, name)
