@@ -2,9 +2,11 @@
 that is labelled again."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -574,3 +576,109 @@ def test_relabelling_does_not_look_for_new_images(selected, label, tmp_path):
     words = ["--teacher", better, "--only", selection, "--unlabeled", tmp_path / "moved", "--out", tmp_path / "m.h5"]
     assert label(*words).returncode == 0
     assert read_logits(tmp_path / "m.h5")["logits"][1:3].tobytes() == got["logits"][1:3].tobytes()
+
+
+# images of val among the unlabelled ones
+
+
+@pytest.fixture
+def with_copies(tiny_data, tmp_path):
+    """(data directory, its teacher, the names below unlabeled/ of two byte copies of images of val)"""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    copies = {"copy.png": "disc/0.png", "part1/copy.png": "triangle/3.png"}
+    for name, original in copies.items():
+        shutil.copy(data / "val" / original, data / "unlabeled" / name)
+    return data, save_model(tmp_path / "teacher.pt", data=str(data)), list(copies)
+
+
+def test_copies_of_val_images_are_left_out(with_copies, label, call_main, tmp_path, monkeypatch):
+    data, teacher, copies = with_copies
+    out, balanced = tmp_path / "logits.h5", tmp_path / "balanced.h5"
+    words = ["--teacher", teacher, "--out", out, "--max-bad", 0]
+    done = label(*words)
+    assert done.returncode == 0 and "20 images labelled" in done.stdout and "unreadable" not in done.stdout, done
+    assert "2 images are byte for byte images of val" in done.stdout
+    assert all(str(data / "unlabeled" / name) in done.stdout for name in copies)
+    rows = read_logits(out)
+    is_copy = np.isin(rows["path"], [name.encode() for name in copies])
+    assert is_copy.sum() == 2 and (rows["status"] == np.where(is_copy, 3, 1)).all()
+    assert (rows["label"][is_copy] == -1).all() and (rows["label"][~is_copy] >= 0).all()
+    assert (np.isnan(rows["logits"]).all(1) == is_copy).all() and (np.isnan(rows["confidence"]) == is_copy).all()
+    val = {hashlib.blake2b(path.read_bytes(), digest_size=16).digest() for path in (data / "val").rglob("*.png")}
+    with h5py.File(out) as file:
+        assert file["held_out"].dtype == np.uint8 and file["held_out"].shape == (12, 16)
+        assert {row.tobytes() for row in file["held_out"][:]} == val
+    done = label(*words)  # again: nothing to do, the same answer
+    assert done.returncode == 0 and "2 images are byte for byte images of val" in done.stdout
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = call_main("03_balance", out, "--out", balanced, "--threshold", 0, "--per-class", 20)
+    assert done.returncode == 0, done
+    with h5py.File(balanced) as file:
+        assert set(file["row"][:]) == set(np.flatnonzero(~is_copy))
+
+
+def test_a_file_without_digests_of_val_is_filled_as_before(with_copies, label, tmp_path):
+    """One that an older version began, and a teacher whose data directory is gone: which is said."""
+    data, _, _ = with_copies
+    path = save_model(tmp_path / "other.pt", data=str(tmp_path / "gone"))
+    done = label("--teacher", path, "--unlabeled", data / "unlabeled", "--out", tmp_path / "l.h5")
+    assert done.returncode == 0 and str(tmp_path / "gone") in done.stdout and "cannot be told" in done.stdout
+    assert (read_logits(tmp_path / "l.h5")["status"] == common.DONE).all()
+    with h5py.File(tmp_path / "l.h5") as file:
+        assert "held_out" not in file
+
+
+@pytest.mark.parametrize("folder", ["val", "val/disc"])
+def test_val_itself_is_labelled_when_it_is_asked_for(folder, with_copies, label, tmp_path):
+    data, teacher, _ = with_copies
+    assert label("--teacher", teacher, "--unlabeled", data / folder, "--out", tmp_path / "l.h5").returncode == 0
+    status = read_logits(tmp_path / "l.h5")["status"]
+    assert len(status) == len(list((data / folder).rglob("*.png"))) and (status == common.DONE).all()
+
+
+def test_the_held_out_tenth_is_labelled_as_val(with_copies, label, tmp_path):
+    data, teacher, _ = with_copies
+    shutil.rmtree(data / "val")
+    for i in range(8):
+        shutil.copy(data / "train" / "disc" / f"{i}.png", data / "train" / "disc" / f"again{i}.png")
+    words = ["--teacher", teacher, "--unlabeled", data / "val", "--out", tmp_path / "l.h5"]
+    for _ in range(2):
+        done = label(*words)
+        assert done.returncode == 0, done
+    rows, expected = read_logits(tmp_path / "l.h5"), common.labeled_images(data, "val")[0]
+    assert rows["path"].tolist() == expected.path.tolist() and (rows["status"] == common.DONE).all()
+
+
+def test_labelled_images_among_the_unlabelled_are_refused(with_copies, label, call_main, tmp_path):
+    data, teacher, _ = with_copies
+    for folder in (data, data.parent):
+        done = label("--teacher", teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5")
+        assert_mistake(done, "--unlabeled", folder, data / "train")
+    assert not (tmp_path / "l.h5").exists()
+    done = call_main("04_train_student", "--teacher", teacher, "--unlabeled", data, "--out", tmp_path / "s")
+    assert_mistake(done, "--unlabeled", data / "train")
+
+
+# what a resumed file was begun with, and other systems
+
+
+def test_a_file_is_continued_with_the_precision_it_was_begun_with(random_teacher, label, tmp_path):
+    folder = write_files(tmp_path / "images", pictures(3))
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5"]
+    assert label(*words).returncode == 0
+    undo(tmp_path / "l.h5", [1])
+    before = (tmp_path / "l.h5").read_bytes()
+    assert_mistake(label(*words, "--precision", "bf16"), tmp_path / "l.h5", "--precision fp32, not bf16")
+    assert (tmp_path / "l.h5").read_bytes() == before
+    with h5py.File(tmp_path / "l.h5", "r+") as file:
+        assert file.attrs["precision"] == "fp32"
+        del file.attrs["precision"]  # older files do not say
+    assert label(*words, "--precision", "bf16").returncode == 0
+
+
+def test_a_system_without_fdatasync(random_teacher, label, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "fdatasync")  # macOS
+    folder = write_files(tmp_path / "images", pictures(3))
+    assert label("--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5").returncode == 0
+    assert (read_logits(tmp_path / "l.h5")["status"] == common.DONE).all()

@@ -11,7 +11,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import CLASSES as SHAPES
 from conftest import (
+    CHEAP,
     ROOT,
     SHORT_RUN,
     assert_mistake,
@@ -326,3 +328,144 @@ def test_logits_without_a_selection_are_refused(run_stage, tmp_path):
     """With a plain Python: the exit status is that of the process."""
     flags = ["--teacher", tmp_path / "t.pt", "--logits", tmp_path / "l.h5"]
     assert_mistake(run_stage(ROOT / STAGE, *flags, check=False, launcher="python"), "--logits needs --pseudo-labels")
+
+
+# what a teacher on the fly leaves out
+
+
+def test_a_teacher_on_the_fly_does_not_see_copies_of_val_images(tiny_data, call_main, tmp_path, monkeypatch):
+    data, seen, sizes = shutil.copytree(tiny_data, tmp_path / "data"), set(), set()
+    shutil.copy(data / "val" / "disc" / "0.png", data / "unlabeled" / "copy.png")  # row 0: before part0
+    label = student.TeachersLabels.__call__
+
+    def label_watched(self, batch):
+        seen.update(batch.rows.tolist())
+        sizes.add(len(batch.rows))
+        return label(self, batch)
+
+    monkeypatch.setattr(student.TeachersLabels, "__call__", label_watched)
+    flags = ["--teacher", save_model(tmp_path / "t.pt", data=str(data)), *SHORT_RUN, "--ratio", 3, "--epochs", 1]
+    done = call_main("04_train_student", *flags, "--out", tmp_path / "s")
+    assert done.returncode == 0 and f"left out: {data / 'unlabeled' / 'copy.png'}" in done.stdout, done
+    assert seen == set(range(1, 21)) and max(sizes) <= 24 and min(sizes) < 24
+    assert "unreadable" not in metrics_of(tmp_path / "s")[0]
+
+
+# weights of the two losses, targets of a selection, defaults
+
+
+@pytest.fixture
+def small_selection(tiny_data, tmp_path):
+    """(flags of 04, balanced.h5, logits.h5) on a data directory whose classes are those of label_files."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for split in ("train", "val"):
+        for old, new in zip(SHAPES, CLASSES, strict=True):
+            (data / split / old).rename(data / split / new)
+    names = sorted(str(path.relative_to(data / "unlabeled")) for path in (data / "unlabeled").rglob("*.png"))
+    logits = np.random.default_rng(0).normal(size=(20, 3)) * 3
+    file = write_logits(tmp_path / "logits.h5", logits, root=data / "unlabeled", names=names)
+    selection = select(tmp_path / "balanced.h5", {file: list(range(8))})
+    flags = ["04_train_student", "--pseudo-labels", selection, "--data", data, *SHORT_RUN]
+    return flags, selection, file
+
+
+def test_the_selection_alone_has_the_weight_one(small_selection, call_main, tmp_path):
+    flags = [*small_selection[0], "--arch", CHEAP, "--unlabeled-only", "--epochs", 2]
+    for name, more in {"default": [], "one": ["--unlabeled-weight", 1], "three": ["--unlabeled-weight", 3]}.items():
+        assert call_main(*flags, *more, "--out", tmp_path / name).returncode == 0
+    lines = [line for line in metrics_of(tmp_path / "default") if "loss" in line]
+    assert len(lines) == 2 and all(line["loss"] == line["loss_unlabeled"] > 0 for line in lines)
+    assert_same_weights(tmp_path / "default" / "model.pt", tmp_path / "one" / "model.pt")
+    first = metrics_of(tmp_path / "three")[0]
+    assert first["loss"] == pytest.approx(3 * first["loss_unlabeled"]) != lines[0]["loss"]
+
+
+def test_both_kinds_together_have_the_weight_of_the_ratio(small_selection, call_main, tmp_path):
+    flags = [*small_selection[0], "--arch", CHEAP, "--epochs", 0.34, "--ratio", 2, "--out", tmp_path / "s"]
+    assert call_main(*flags).returncode == 0
+    line = metrics_of(tmp_path / "s")[0]
+    assert line["loss"] == pytest.approx(line["loss_labeled"] + 2 * line["loss_unlabeled"])
+
+
+@pytest.mark.parametrize(("method", "keeps"), [("top-p", True), ("noisy-student", False)])
+def test_newer_labels_of_a_top_p_selection_keep_its_classes(method, keeps, selected, tmp_path):
+    """There an image was chosen for a class that need not be its most probable one; its logits are the newer ones."""
+    with h5py.File(selected, "r+") as file:
+        file.attrs["method"] = method
+        file["label"][:] = chosen = np.arange(len(file["label"])) % 3
+    got = read(selected, [tmp_path / "new-a.h5", tmp_path / "new-b.h5"])
+    newer = np.concatenate([read_logits(tmp_path / f"new-{name}.h5")["label"][ROWS[name]] for name in "ab"])
+    assert (newer != chosen).any()
+    expected = chosen if keeps else newer
+    assert labels_of_examples(got) == expected.tolist()
+    got.temperature, got.label_smoothing = 0, 0.0
+    targets = got(common.Batch(torch.arange(len(expected)), [], [], []))
+    assert targets.argmax(1).tolist() == expected.tolist()
+    logits = [read_logits(tmp_path / f"new-{name}.h5")["logits"][ROWS[name]] for name in "ab"]
+    np.testing.assert_array_equal(logits_of_examples(got, np.arange(11)), np.concatenate(logits).astype(np.float32))
+
+
+def test_without_a_teacher_the_label_file_says_what_network_it_was(small_selection, call_main, tmp_path):
+    flags, _, file = small_selection
+    with h5py.File(file, "r+") as opened:  # as 02 writes it
+        opened.attrs["arch_options"] = json.dumps({"small_images": True, "dropout": 0.4})
+    assert call_main(*flags, "--epochs", 0, "--out", tmp_path / "s").returncode == 0
+    options = checkpoint_of(tmp_path / "s" / "model.pt")["arch_options"]
+    assert options["small_images"] is True and options["dropout"] is None  # the noise is the student's own
+    done = call_main(*flags, "--epochs", 0, "--no-small-images", "--out", tmp_path / "large")
+    assert done.returncode == 0
+    assert not checkpoint_of(tmp_path / "large" / "model.pt")["arch_options"]["small_images"]
+    with h5py.File(file, "r+") as opened:
+        opened.attrs["arch_options"] = "no json"
+    assert_mistake(call_main(*flags, "--epochs", 0, "--out", tmp_path / "x"), file, "arch_options")
+
+
+def test_stage_02_records_the_options_of_the_network(tiny_data, call_main, tmp_path):
+    options = {"small_images": True}
+    path = save_model(tmp_path / "t.pt", "efficientnet_b0", arch_options=options, data=str(tiny_data))
+    assert call_main("02_pseudo_label", "--teacher", path, "--out", tmp_path / "l.h5").returncode == 0
+    with h5py.File(tmp_path / "l.h5") as file:
+        assert student.options_of(file) == options
+
+
+def test_a_teacher_without_options_is_enough(tiny_data, call_main, tmp_path):
+    """The contract names no key of arch_options."""
+    path = save_model(tmp_path / "t.pt", arch_options={}, data=str(tiny_data))
+    flags = ["--batch-size", 8, "--ratio", 1, "--epochs", 0, "--out", tmp_path / "s"]
+    assert call_main("04_train_student", "--teacher", path, *flags).returncode == 0
+    assert call_main("02_pseudo_label", "--teacher", path, "--out", tmp_path / "l.h5").returncode == 0
+    flags = ["--image-size", 40, "--batch-size", 8, "--epochs", 0, "--out", tmp_path / "f"]
+    assert call_main("05_fixres_finetune", "--checkpoint", path, *flags).returncode == 0
+    flags = ["--data", tiny_data, "--init", path, "--epochs", 0, "--out", tmp_path / "i"]
+    assert call_main("01_train_teacher", *flags).returncode == 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 10.0])
+def test_the_student_is_tempered_as_its_teacher(temperature):
+    """So a student that says what its teacher says is right at any temperature: the loss has no gradient there."""
+    logits = (3 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    targets = student.pseudo_targets(logits.detach(), None, temperature, 0.1)
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    loss, _, unlabeled = student.noisy_student_loss(*nothing, logits, targets, 0, 5, 1.0, 0.1, temperature)
+    entropy = -(targets * targets.log()).sum(1).mean()
+    assert loss.item() == pytest.approx(unlabeled.item()) == pytest.approx(entropy.item(), rel=1e-5)
+    loss.backward()
+    assert logits.grad.abs().max() < 1e-6
+    plain = student.noisy_student_loss(*nothing, logits, targets, 0, 5, 1.0, 0.1)[0]
+    plain.backward()
+    assert logits.grad.abs().max() > 1e-3
+
+
+def test_the_temperature_reaches_the_loss(tiny_data, call_main, tmp_path, monkeypatch):
+    found, loss = [], student.noisy_student_loss
+
+    def loss_watched(*args):
+        found.append(args[8])
+        return loss(*args)
+
+    monkeypatch.setattr(student, "noisy_student_loss", loss_watched)
+    flags = ["--teacher", save_model(tmp_path / "t.pt", data=str(tiny_data)), *SHORT_RUN, "--ratio", 1]
+    for temperature in (2.5, 0):
+        words = ["--epochs", 0.34, "--temperature", temperature, "--out", tmp_path / str(temperature)]
+        assert call_main("04_train_student", *flags, *words).returncode == 0
+    assert found == [2.5, 1.0]  # hard labels have no temperature

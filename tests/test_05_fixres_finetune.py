@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import ROOT, assert_mistake, checkpoint_of, load_stage, save_model
+from conftest import ROOT, assert_mistake, checkpoint_of, load_stage, patch_name, save_model
 
+import common
 from common import build_model
 
 
@@ -57,3 +58,47 @@ def test_too_many_blocks_are_a_mistake(b0, run_stage, tmp_path):
     done = run_stage(ROOT / "05_fixres_finetune.py", *flags, check=False, launcher="python")
     assert_mistake(done, "--frozen-blocks 17")
     assert not (tmp_path / "o").exists()
+
+
+def test_the_last_batch_norm_of_another_model_takes_on_the_new_statistics(tiny_data, call_main, tmp_path):
+    path = save_model(tmp_path / "r.pt", "resnet18", data=str(tiny_data))
+    flags = ["--checkpoint", path, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--lr", 1e-2]
+    means = []
+    for momentum in (0.01, 0.5):
+        out = tmp_path / str(momentum)
+        done = call_main("05_fixres_finetune", *flags, "--bn-momentum", momentum, "--out", out)
+        assert done.returncode == 0 and f"{512 * 3 + 3:,} of" in done.stdout, done
+        statistics = {f"layer4.1.bn2.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+        assert changed(path, out / "model.pt") == statistics | {"fc.weight", "fc.bias"}
+        means.append(checkpoint_of(out / "model.pt")["model"]["layer4.1.bn2.running_mean"])
+    before = checkpoint_of(path)["model"]["layer4.1.bn2.running_mean"]
+    assert (means[1] - before).norm() > 10 * (means[0] - before).norm() > 0
+
+
+def test_a_model_without_a_linear_layer_is_one_line(tiny_data, call_main, tmp_path):
+    path = save_model(tmp_path / "s.pt", "squeezenet1_1", data=str(tiny_data))
+    flags = ["--checkpoint", path, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--out", tmp_path / "t"]
+    assert_mistake(call_main("05_fixres_finetune", *flags), "--checkpoint", "no linear layer")
+    assert not (tmp_path / "t").exists()
+
+
+def test_at_its_own_size_a_checkpoint_keeps_its_own_crop(tiny_data, call_main, tmp_path, monkeypatch):
+    """torchvision's weights are tested at another crop than the official EfficientNets."""
+    stage, views = load_stage("05_fixres_finetune"), []
+    evaluate = common.evaluate
+
+    def evaluate_watched(model, images, labels, view, *args):
+        views.append(view)
+        return evaluate(model, images, labels, view, *args)
+
+    patch_name(monkeypatch, "evaluate", evaluate_watched, stage)
+    path = save_model(tmp_path / "c.pt", data=str(tiny_data), image_size=72, crop_fraction=0.9)
+    flags = ["--checkpoint", path, "--batch-size", 8, "--epochs", 0]
+    for size, fraction in ((72, 0.9), (80, 80 / 112)):
+        views.clear()
+        done = call_main("05_fixres_finetune", *flags, "--image-size", size, "--out", tmp_path / str(size))
+        assert done.returncode == 0, done
+        saved = checkpoint_of(tmp_path / str(size) / "model.pt")
+        assert saved["image_size"] == size and saved["crop_fraction"] == pytest.approx(fraction)
+        assert {72: 0.9, size: fraction}.items() <= {view.image_size: view.crop_fraction for view in views}.items()
+        assert all(view.crop_fraction == 0.9 for view in views if view.image_size == 72)

@@ -261,3 +261,20 @@ def test_unlabeled_folder_missing_or_empty(tmp_path, mistake):
     mistake(lambda: unlabeled_images(tmp_path / "nowhere"), "nowhere")
     (tmp_path / "empty").mkdir()
     mistake(lambda: unlabeled_images(tmp_path / "empty"), "empty")
+
+
+def test_files_that_are_left_out_for_their_names_are_counted(tmp_path, capsys):
+    noise_image(4, 4).save(tmp_path / "a.JFIF", "JPEG")
+    noise_image(4, 4).save(tmp_path / "noending", "JPEG")
+    for name in ("b.heic", "c.HEIC", "d.txt", ".hidden.txt"):
+        (tmp_path / name).write_text("not listed")
+    rows = list_images(tmp_path)
+    assert names_of(rows) == ["a.JFIF"] and errors_of(rows) == [None]
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}: 4 files are left out" in printed and "2 of .heic" in printed
+    assert "1 of .txt" in printed and "1 of no ending" in printed
+    (tmp_path / "noending").unlink()
+    for name in ("b.heic", "c.HEIC", "d.txt"):
+        (tmp_path / name).unlink()
+    list_images(tmp_path)
+    assert not capsys.readouterr().out

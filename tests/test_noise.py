@@ -511,3 +511,39 @@ def test_small_image_noise_shifts_uniformly_and_mirrors_half(hflip, share):
     assert chi_square(9 * (y + 4) + x + 4, 81) < 124.8  # the 0.999 quantile with 80 degrees of freedom
     for part in (x[mirrored], x[~mirrored]) if hflip else ():
         assert chi_square(part + 4, 9) < 26.1, "the shift depends on the flip"
+
+
+def share_of_empty(size, magnitude, resolution, num=400):
+    """The share of one-coloured images that are more than 95 percent grey 128 after two ops."""
+    images = torch.tensor([200, 30, 90], dtype=torch.uint8).view(1, 3, 1, 1).expand(num, 3, size, size).contiguous()
+    noised = rand_augment(images, 2, magnitude, torch.Generator().manual_seed(0), resolution=resolution)
+    return ((noised == 128).all(1).float().mean((1, 2)) > 0.95).float().mean().item()
+
+
+@pytest.mark.parametrize(("size", "magnitude", "resolution"), [(224, 27, 600), (128, 15, 380), (96, 12, 300)])
+def test_below_a_models_resolution_translation_and_cutout_shrink(size, magnitude, resolution):
+    """B7's 270 pixels are meant for 600: at 224 they would empty a quarter of the images."""
+    num = 400 if size < 200 else 150
+    assert share_of_empty(size, magnitude, None, num) > 0.15
+    assert share_of_empty(size, magnitude, resolution, num) < 0.03
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(64, 600), (32, 224), (128, 128), (128, 96)])
+def test_up_to_64_pixels_and_from_a_models_resolution_on_nothing_shrinks(size, resolution):
+    images = torch.randint(256, (64, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    one, two = (
+        rand_augment(images, 2, 27, torch.Generator().manual_seed(0), resolution=pixels)
+        for pixels in (None, resolution)
+    )
+    assert torch.equal(one, two)
+
+
+def test_in_proportion_a_translation_is_the_same_share_of_the_image(monkeypatch):
+    """Magnitude 6 at 300 of 600 pixels: 30 pixels instead of 60."""
+    op = RAND_AUGMENT_OPS["TranslateX"]
+    for name in RAND_AUGMENT_OPS:
+        monkeypatch.setitem(RAND_AUGMENT_OPS, name, op)
+    monkeypatch.setattr("common.SIZED_IN_PIXELS", tuple(RAND_AUGMENT_OPS))
+    images = torch.full((4, 3, 300, 300), 255, dtype=torch.uint8)
+    noised = rand_augment(images, 1, 6, torch.Generator().manual_seed(0), resolution=600)
+    assert ((noised == 128).all(1).any(1).sum(1) == 30).all()

@@ -2,13 +2,15 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm.optim
 import torch
 
-from common import Plan, RMSpropTF, build_model, learning_rate, make_optimizer, soft_cross_entropy, update_ema
+from common import RATES, Plan, RMSpropTF, build_model, learning_rate, make_optimizer, plan_of
+from common import soft_cross_entropy, update_ema
 
 STEPS_PER_EPOCH = 100
 
@@ -197,3 +199,38 @@ def test_soft_cross_entropy():
     log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     got = soft_cross_entropy(torch.from_numpy(logits).float(), torch.from_numpy(probs).float())
     np.testing.assert_allclose(got, -(probs * log_softmax).sum(1), rtol=1e-5)
+
+
+# what the flags leave open
+
+
+def plan(epochs=50, steps_per_epoch=10.0, decayed=1.0, **flags):
+    given = {"optimizer": "rmsprop", "lr": None, "batch_size": 256, "schedule": "cosine", "warmup_epochs": 5.0} | flags
+    return plan_of(SimpleNamespace(**given), epochs, steps_per_epoch, decayed)
+
+
+def test_the_warmup_is_at_most_a_fifth_of_the_run(capsys):
+    assert plan(epochs=25).warmup_epochs == 5 and not capsys.readouterr().out
+    short = plan(epochs=3)
+    assert short.warmup_epochs == pytest.approx(0.6)
+    assert capsys.readouterr().out == "--warmup-epochs 5 is cut to 0.6, a fifth of the run\n"
+    rates = [learning_rate(step, short) for step in range(short.total_steps)]
+    assert max(rates) == rates[6] == short.peak and rates[-1] < 0.05 * short.peak  # it has decayed at the end
+    assert plan(epochs=0).warmup_epochs == 0
+    fine_tuning = SimpleNamespace(optimizer="sgd", lr=None, batch_size=8, schedule="constant")
+    assert plan_of(fine_tuning, 1, 3).warmup_epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "peak", "weight_decay"), [("rmsprop", 0.016, 1e-5), ("sgd", 0.1, 1e-4), ("adamw", 0.00025, 0.05)]
+)
+def test_each_optimizer_has_a_rate_and_a_weight_decay_of_its_own(name, peak, weight_decay):
+    assert RATES[name] == (peak, weight_decay)
+    assert plan(optimizer=name).peak == pytest.approx(peak)
+    assert plan(optimizer=name, batch_size=2048).peak == pytest.approx(8 * peak)
+    assert plan(optimizer=name, decayed=0.25).peak == pytest.approx(peak / 4)
+    assert plan(optimizer=name, lr=0.7, decayed=0.25, batch_size=2048).peak == 0.7  # a given one is as it is
+    assert plan(optimizer=name, lr=0.0).peak == 0
+    model = build_model("resnet18", 3)
+    assert [group["weight_decay"] for group in make_optimizer(name, model, None).param_groups] == [weight_decay, 0]
+    assert [group["weight_decay"] for group in make_optimizer(name, model, 0.0).param_groups] == [0, 0]

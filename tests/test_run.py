@@ -1,19 +1,31 @@
 """The training run, which 01, 04 and 05 share: it continues where it was killed, stops when told, refuses other flags
 and other images, leaves nothing of a run that diverged; a step in parts, activations computed again, processes."""
 
+import itertools
+import json
 import shutil
 import signal
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
 
+import h5py
+import label_files
+import numpy as np
 import pytest
 import torch
 from conftest import (
     CHEAP,
+    CLASSES,
     ROOT,
     SHORT_RUN,
     assert_mistake,
     assert_same_weights,
     checkpoint_of,
+    load_stage,
     metrics_of,
+    patch_name,
     results_of,
     save_model,
 )
@@ -325,3 +337,457 @@ def test_checkpointed_activations_change_no_bit_and_may_be_added_later(tiny_data
     assert_same_weights(
         checkpoint_of(tmp_path / "kept" / "model.pt")["model"], checkpoint_of(tmp_path / "added" / "model.pt")["model"]
     )
+
+
+# images that go while it trains
+
+
+def short_run(stage, data, out, *more):
+    """A short run of 01 or 04 in this process: 6 steps, saved at every second; 04 with a teacher on the fly."""
+    flags = ["--data", data, "--out", out, *SHORT_RUN, "--arch", CHEAP, "--epochs", 2, "--save-every", 2]
+    if stage == "04_train_student":
+        flags += ["--teacher", save_model(data.parent / "teacher.pt", data=str(data)), "--ratio", 1]
+    return [stage, *flags, *more]
+
+
+def after_step(monkeypatch, step, act):
+    """Call act() when this step of a run is done and before the images of the next are read."""
+    end_step = common.Run.end_step
+
+    def end_step_and_act(run):
+        end_step(run)
+        if run.step == step:
+            act()
+
+    monkeypatch.setattr(common.Run, "end_step", end_step_and_act)
+
+
+@pytest.mark.parametrize("stage", ["01_train_teacher", "04_train_student"])
+def test_a_run_whose_labelled_images_are_gone_stops_and_keeps_what_it_has(
+    stage, tiny_data, call_main, tmp_path, monkeypatch
+):
+    data, out, kept = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "t", []
+
+    def lose():
+        kept.append((out / "last.pt").read_bytes())
+        (data / "train").rename(tmp_path / "elsewhere")
+
+    with monkeypatch.context() as patch:
+        after_step(patch, 3, lose)
+        done = call_main(*short_run(stage, data, out, "--max-bad", 100))
+    assert_mistake(done, "none of the images of step 4 is readable", out, data / "train")
+    assert (out / "last.pt").read_bytes() == kept[0] and not (out / "model.pt").exists()
+    (tmp_path / "elsewhere").rename(data / "train")
+    assert "from step 2" in call_main(*short_run(stage, data, out, "--max-bad", 100)).stdout
+    assert call_main(*short_run(stage, data, tmp_path / "whole", "--max-bad", 100)).returncode == 0
+    assert_same_weights(out / "model.pt", tmp_path / "whole" / "model.pt")
+    assert results_of(out) == results_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["01_train_teacher", "04_train_student"])
+def test_labelled_images_that_go_are_named_and_counted_and_not_forgotten(
+    stage, tiny_data, call_main, tmp_path, monkeypatch
+):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    image = data / "train" / "disc" / "3.png"
+    content = image.read_bytes()
+
+    def lose_one(out, *more, **how):
+        image.write_bytes(content)
+        with monkeypatch.context() as patch:
+            after_step(patch, 3, lambda: image.write_bytes(b"<html>"))
+            return call_main(*short_run(stage, data, out, *more), **how)
+
+    done = lose_one(tmp_path / "t", "--max-bad", 5)  # one of 24 is 4.2 percent
+    assert done.returncode == 0 and f"unreadable, left out: {image}" in done.stdout, done
+    assert "1 images were unreadable" in done.stdout
+    counts = [line.get("unreadable", 0) for line in metrics_of(tmp_path / "t") if "loss" in line]
+    assert counts[:3] == [0, 0, 0] and counts[-1] == 1 and counts == sorted(counts)
+
+    assert lose_one(tmp_path / "resumed", "--max-bad", 5, stop_after=5).returncode == 143
+    assert call_main(*short_run(stage, data, tmp_path / "resumed", "--max-bad", 5)).returncode == 0
+    assert results_of(tmp_path / "resumed") == results_of(tmp_path / "t")
+    assert checkpoint_of(tmp_path / "resumed" / "last.pt")["training"]["unreadable"]
+
+    done = lose_one(tmp_path / "strict", "--max-bad", 1)
+    assert_mistake(done, "1 of 24 labelled images", "--max-bad 1", tmp_path / "strict" / "last.pt")
+    assert checkpoint_of(tmp_path / "strict" / "last.pt")["training"]["step"] <= 4
+
+
+def test_a_resumed_run_does_not_read_all_images_again(tiny_data, call_main, tmp_path, monkeypatch):
+    """... and leaves out what was found unreadable at the start, as an uninterrupted one."""
+    data, calls, original = shutil.copytree(tiny_data, tmp_path / "data"), [], common.unreadable_images
+    (data / "train" / "disc" / "0.png").write_bytes(b"<html>")
+
+    def counted(*args):
+        calls.append(1)
+        return original(*args)
+
+    patch_name(monkeypatch, "unreadable_images", counted, load_stage("01_train_teacher"))
+    flags = short_run("01_train_teacher", data, tmp_path / "t", "--max-bad", 5)
+    assert call_main(*flags, stop_after=4).returncode == 143
+    assert calls == [1] and checkpoint_of(tmp_path / "t" / "last.pt")["training"]["bad"] == [0]
+    assert call_main(*flags).returncode == 0 and calls == [1]
+    assert call_main(*flags, "--out", tmp_path / "whole").returncode == 0 and calls == [1, 1]
+    assert_same_weights(tmp_path / "t" / "model.pt", tmp_path / "whole" / "model.pt")
+    assert results_of(tmp_path / "t") == results_of(tmp_path / "whole")
+
+
+# a last.pt that is damaged
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_last_checkpoint_is_passed_over_for_the_one_before_it(tiny_data, call_main, tmp_path):
+    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t")
+    assert call_main(*flags, "--out", tmp_path / "whole").returncode == 0
+    assert call_main(*flags, stop_after=5).returncode == 143
+    for damage in (flip_a_byte, cut_off):
+        out = shutil.copytree(tmp_path / "t", tmp_path / damage.__name__)
+        damage(out / "last.pt")
+        done = call_main(*flags, "--out", out)
+        assert done.returncode == 0 and f"{out / 'last.pt'} is damaged" in done.stdout, done
+        assert f"continuing from {out / 'last.prev.pt'}, step 4" in done.stdout and "from step 4" in done.stdout
+        assert_same_weights(out / "model.pt", tmp_path / "whole" / "model.pt")
+        assert results_of(out) == results_of(tmp_path / "whole")
+    for name in ("last.pt", "last.prev.pt"):
+        flip_a_byte(tmp_path / "t" / name)
+    before = {path: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    assert_mistake(call_main(*flags), tmp_path / "t", "remove it", "another --out")
+    assert {path: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
+
+
+# what a run was made from
+
+
+def test_a_run_is_finished_as_long_as_its_inputs_are_what_they_were(tiny_data, call_main, tmp_path):
+    data, init = shutil.copytree(tiny_data, tmp_path / "data"), save_model(tmp_path / "init.pt")
+    flags = ["01_train_teacher", "--data", data, "--out", tmp_path / "t", "--epochs", 0]
+    assert call_main(*flags, "--init", init).returncode == 0
+    before = (tmp_path / "t" / "model.pt").read_bytes()
+    other = shutil.copy(init, tmp_path / "other.pt")
+
+    def assert_finished(*words):
+        done = call_main(*flags, *words)
+        assert done.returncode == 0 and "finished" in done.stdout and not done.stderr, done
+
+    assert_finished("--init", init)
+    assert_finished("--init", other)
+    save_model(init, seed=1)
+    assert_mistake(call_main(*flags, "--init", init), init, "is not what", tmp_path / "t")
+    assert_mistake(call_main(*flags), tmp_path / "init.pt", "is not what")
+    init.unlink()
+    assert_finished("--init", init)  # cleared away since
+    shutil.copy(other, init)
+    shutil.copy(data / "val" / "disc" / "0.png", data / "train" / "disc" / "new.png")
+    assert_mistake(call_main(*flags, "--init", init), data / "train", "is not what")
+    (data / "train" / "disc" / "new.png").unlink()
+    assert_finished("--init", init)
+    assert (tmp_path / "t" / "model.pt").read_bytes() == before
+
+
+def test_a_student_is_finished_as_long_as_its_labels_are_what_they_were(tiny_data, call_main, tmp_path):
+    """Of a logits file the rows in use count, and no others."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for split in ("train", "val"):
+        for old, new in zip(CLASSES, label_files.CLASSES, strict=True):
+            (data / split / old).rename(data / split / new)
+    names = sorted(str(path.relative_to(data / "unlabeled")) for path in (data / "unlabeled").rglob("*.png"))
+    logits = np.random.default_rng(0).normal(size=(20, 3)) * 3
+    file = label_files.write_logits(tmp_path / "logits.h5", logits, root=data / "unlabeled", names=names)
+    selection = label_files.select(tmp_path / "balanced.h5", {file: [1, 4, 4, 9]})
+    flags = ["--pseudo-labels", selection, "--data", data, "--out", tmp_path / "s", "--arch", CHEAP]
+    flags = ["04_train_student", *flags, "--image-size", 32, "--batch-size", 8, "--epochs", 0]
+    assert call_main(*flags).returncode == 0
+    inputs = checkpoint_of(tmp_path / "s" / "model.pt")["inputs"]
+    assert set(inputs) == {str(path) for path in (selection, file, data / "train", data / "val")}
+
+    def change(row):
+        with h5py.File(file, "r+") as opened:
+            opened["confidence"][row] = opened["confidence"][row] / 2
+
+    change(2)
+    done = call_main(*flags)
+    assert done.returncode == 0 and "finished" in done.stdout, done
+    kept = file.read_bytes()
+    change(4)
+    assert_mistake(call_main(*flags), file, "is not what", tmp_path / "s")
+    file.write_bytes(kept)
+    assert "finished" in call_main(*flags).stdout
+    selection.unlink()
+    label_files.select(selection, {file: [1, 4, 9, 9]})
+    assert_mistake(call_main(*flags), selection, "is not what", tmp_path / "s")
+
+
+# two runs on one folder, and signals during an evaluation
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_second_run_on_a_folder_waits_and_stops(tiny_data, call_main, tmp_path, monkeypatch):
+    out, waits = tmp_path / "t", []
+    flags = short_run("01_train_teacher", tiny_data, out)
+    assert call_main(*flags, stop_after=2).returncode == 143
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with subprocess.Popen([sys.executable, "-c", HOLD, out / ".lock"], stdout=subprocess.PIPE) as holder:
+        try:
+            monkeypatch.setattr(common, "LOCKS", [])
+            monkeypatch.setattr(common.time, "sleep", waits.append)
+            assert holder.stdout.readline() == b"locked\n"
+            assert_mistake(call_main(*flags), f"another run is writing to {out}", "--out")
+            assert 20 < sum(waits) < 120  # seconds
+            assert {path: path.read_bytes() for path in before} == before
+            monkeypatch.setattr(common, "LOCKS", [])
+            monkeypatch.setattr(common.time, "sleep", lambda _: (holder.kill(), holder.wait()))
+            assert call_main(*flags).returncode == 0  # the first one has ended meanwhile
+        finally:
+            holder.kill()
+
+
+@pytest.mark.parametrize("stage", ["01_train_teacher", "04_train_student", "05_fixres_finetune"])
+def test_a_signal_during_an_evaluation_costs_nothing(stage, tiny_data, call_main, tmp_path, monkeypatch):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    flags = short_run(stage, data, tmp_path / "t", "--eval-every", 1)
+    if stage == "05_fixres_finetune":
+        path = save_model(tmp_path / "teacher.pt", data=str(data))
+        flags = [stage, "--checkpoint", path, "--image-size", 40, "--out", tmp_path / "t", "--batch-size", 8]
+    whole = tmp_path / "whole"
+    assert call_main(*flags, "--out", whole).returncode == 0
+    evaluate, in_halves, live = common.Run.evaluate, common.in_halves, []
+
+    def evaluate_watched(run, *args, **kwargs):
+        live.append(run)
+        return evaluate(run, *args, **kwargs)
+
+    def in_halves_and_signal(*args):
+        if live:
+            live[-1].stop.received = True
+        return in_halves(*args)
+
+    for _ in range(3 if stage != "05_fixres_finetune" else 1):  # the first at step 3, again at its repetition, ...
+        live.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(common.Run, "evaluate", evaluate_watched)
+            patch.setattr(common, "in_halves", in_halves_and_signal)
+            assert call_main(*flags).returncode == 143
+        assert len(live) == 1 and not (tmp_path / "t" / "model.pt").exists()
+    assert call_main(*flags).returncode == 0
+    assert_same_weights(tmp_path / "t" / "model.pt", whole / "model.pt")
+    assert results_of(tmp_path / "t") == results_of(whole)
+
+
+# random numbers: every stage and every stream has its own
+
+
+def test_teacher_and_students_of_one_seed_start_from_different_weights(tiny_data, call_main, tmp_path):
+    path = save_model(tmp_path / "label.pt", data=str(tiny_data))
+    flags = ["--image-size", 32, "--batch-size", 8, "--epochs", 0, "--arch", CHEAP]
+    runs = {"t": ["01_train_teacher", "--data", tiny_data], "s": ["04_train_student", "--teacher", path]}
+    runs |= {"again": runs["t"], "t1": [*runs["t"], "--seed", 1], "s1": [*runs["s"], "--seed", 1]}
+    weights = {}
+    for name, words in runs.items():
+        assert call_main(*words, *flags, "--out", tmp_path / name).returncode == 0
+        weights[name] = checkpoint_of(tmp_path / name / "model.pt")["model"]
+    assert_same_weights(weights["t"], weights.pop("again"))
+    layer = next(name for name in weights["t"] if name.endswith(".0.weight") and weights["t"][name].dim() == 4)
+    for one, two in itertools.combinations(weights, 2):
+        for name in (layer, list(weights["t"])[-2]):
+            assert not torch.equal(weights[one][name], weights[two][name]), (one, two, name)
+
+
+def test_streams_have_orders_crops_and_noise_of_their_own(tiny_data):
+    images, crop = common.labeled_images(tiny_data, "train")[0], common.Crop(32, 0.2, True)
+    streams = ["teacher labeled", "student labeled", "student unlabeled", "fixres labeled"]
+    orders = [common.permutation(24, 0, stream, 0).tolist() for stream in streams]
+    views = [common.ImageDataset(images, noised=crop, stream=stream)[1, 5][1][0].tobytes() for stream in streams]
+    noise = [torch.randint(2**40, (), generator=common.step_generator(0, name, 3, 0)).item() for name in streams]
+    for found in (orders, views, noise):
+        assert all(one != two for one, two in itertools.combinations(found, 2))
+    # the row of an epoch, the step of a rank: what has a number is not what has the same number elsewhere
+    assert common.seed_words(0, "a", 1, 2) != common.seed_words(0, "b", 1, 2)
+
+
+def test_a_stage_draws_from_its_own_streams(tiny_data, call_main, tmp_path, monkeypatch):
+    found, make = {}, common.step_generator
+    keys = common.train_keys
+
+    def keys_watched(num, batch_size, seed, stream, *args):
+        found[stream] = next(keys(num, batch_size, seed, stream, *args))
+        return keys(num, batch_size, seed, stream, *args)
+
+    def make_watched(seed, stream, *args):
+        found[f"{stream} noise"] = True
+        return make(seed, stream, *args)
+
+    monkeypatch.setattr(common, "train_keys", keys_watched)
+    monkeypatch.setattr(common, "step_generator", make_watched)
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for stage in ("01_train_teacher", "04_train_student"):
+        assert call_main(*short_run(stage, data, tmp_path / stage, "--epochs", 0.34)).returncode == 0
+    streams = ["teacher labeled", "student labeled", "student unlabeled"]
+    assert set(found) == {*streams, "teacher noise", "student noise"}
+    assert found[streams[0]] != found[streams[1]]
+
+
+# when it evaluates
+
+
+def steps_of_evaluations(num_steps, steps_per_epoch, **flags):
+    plan = common.Plan(num_steps / steps_per_epoch, steps_per_epoch, 0.1, "constant")
+    run = SimpleNamespace(args=SimpleNamespace(**flags), plan=plan)
+    found = []
+    for run.step in range(1, num_steps + 1):
+        if common.Run.is_time_to_evaluate(run):
+            found.append(run.step)
+    return found
+
+
+def test_by_default_it_evaluates_every_epoch_but_not_before_250_steps():
+    assert steps_of_evaluations(1000, 0.75, eval_every=None) == [250, 500, 750, 1000]
+    assert steps_of_evaluations(1000, 300, eval_every=None) == [300, 600, 900]
+    assert steps_of_evaluations(9, 3, eval_every=1) == [3, 6, 9]
+    assert steps_of_evaluations(9, 0.75, eval_every=1) == list(range(1, 10))  # as it was asked for
+    assert steps_of_evaluations(9, 3, eval_every=0) == steps_of_evaluations(9, 3) == []
+
+
+def test_a_small_set_is_evaluated_at_the_end_alone(tiny_data, call_main, tmp_path):
+    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t", "--save-every", 1000)
+    assert call_main(*flags).returncode == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "t") if "val_top1" in line] == [6]
+    assert call_main(*flags, "--eval-every", 0.7, "--out", tmp_path / "e").returncode == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "e") if "val_top1" in line] == [3, 5, 6]
+
+
+# evaluation
+
+
+class MeanColour(nn.Module):
+    """Three classes by the mean colour; no memory for more than `most` images at a time."""
+
+    def __init__(self, most=10**9):
+        super().__init__()
+        self.most, self.sizes = most, []
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, images):
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 5 * images.mean((2, 3)) * self.scale
+
+
+def test_too_small_a_memory_changes_no_number_of_an_evaluation(tiny_data):
+    images, labels, _ = common.labeled_images(tiny_data, "val")
+    view = common.View.default(32)
+    expected = common.evaluate(MeanColour(), images, labels, view, ALONE)
+    model = MeanColour(most=2)
+    assert common.evaluate(model, images, labels, view, ALONE) == pytest.approx(expected)
+    assert model.sizes == [12, 6, 3, 2, 1, 3, 2, 1, 6, 3, 2, 1, 3, 2, 1] and expected["val_top1"] > 80
+    with pytest.raises(torch.OutOfMemoryError):
+        common.evaluate(MeanColour(most=0), images, labels, view, ALONE)
+
+
+def test_an_evaluation_takes_the_batches_of_stage_02(tiny_data, monkeypatch):
+    images, labels, _ = common.labeled_images(tiny_data, "val")
+    monkeypatch.setattr(common, "rows_per_batch", lambda size, device: {32: 5, 16: 12}[size])
+    for size, sizes in ((32, [5, 5, 2]), (16, [12])):
+        model = MeanColour()
+        common.evaluate(model, images, labels, common.View.default(size), ALONE)
+        assert model.sizes == sizes
+    monkeypatch.undo()
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    sizes = (32, 224, 600, 800, 962)
+    assert [common.rows_per_batch(size, cpu) for size in sizes] == [512, 8, 1, 1, 1]
+    numbers = [common.rows_per_batch(size, gpu) for size in sizes]
+    assert numbers == sorted(numbers, reverse=True) and numbers[0] == 1024 and 0 < numbers[-1] <= 32
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_bf16_is_taken_where_the_gpu_has_it_and_does_not_emulate_it(native, expected, monkeypatch):
+    asked = []
+
+    def is_bf16_supported(including_emulation=True):
+        asked.append(including_emulation)
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    gpu = Processes(torch.device("cuda", 0), 0, 1, 0)
+    assert common.precision_of("auto", gpu) == expected and asked == [False]
+    assert common.precision_of("bf16", gpu) == "bf16" and common.precision_of("auto", ALONE) == "fp32"
+
+
+def test_a_run_goes_on_in_the_precision_it_was_begun_with(tiny_data, call_main, tmp_path, monkeypatch):
+    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t")
+    assert call_main(*flags, stop_after=3).returncode == 143
+    assert checkpoint_of(tmp_path / "t" / "last.pt")["training"]["precision"] == "fp32"
+    monkeypatch.setattr(common, "precision_of", lambda *_: "bf16")  # as if on another machine
+    assert "fp32 on 1 x cpu" in call_main(*flags).stdout
+
+
+# what a model cannot do, and what it has not
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--arch", "vit_b_16", "--image-size", 32, "--batch-size", 8], ["--image-size 32"]),
+        (["--arch", "resnet18", "--image-size", 32, "--batch-size", 1], ["--batch-size", "32 px"]),
+        (["--arch", "efficientnet_b0", "--image-size", 32, "--batch-size", 4, "--accumulate", 4], ["--batch-size"]),
+    ],
+)
+def test_what_a_model_cannot_take_is_one_line(flags, words, tiny_data, call_main, tmp_path):
+    flags = ["--data", tiny_data, "--out", tmp_path / "t", *flags, "--epochs", 1]
+    assert_mistake(call_main("01_train_teacher", *flags), *words)
+    assert not list(tmp_path.glob("t/*.pt"))
+
+
+def test_one_image_at_64_pixels_is_enough_for_a_batch_norm(tiny_data, call_main, tmp_path):
+    flags = ["--data", tiny_data, "--out", tmp_path / "t", "--arch", "resnet18", "--image-size", 64, "--batch-size", 1]
+    assert call_main("01_train_teacher", *flags, "--epochs", 0.05).returncode == 0
+    flags = ["--data", tiny_data, "--out", tmp_path / "s", "--arch", "squeezenet1_1", "--image-size", 32]
+    assert call_main("01_train_teacher", *flags, "--batch-size", 1, "--epochs", 0.05).returncode == 0  # has none
+
+
+def test_dropout_that_a_model_lacks_is_left_out_and_said(tiny_data, call_main, tmp_path):
+    flags = ["01_train_teacher", "--data", tiny_data, "--image-size", 32, "--batch-size", 8, "--epochs", 0]
+    done = call_main(*flags, "--arch", "resnet18", "--dropout", 0.3, "--drop-path", 0.1, "--out", tmp_path / "r")
+    assert done.returncode == 0 and "no model noise" in done.stdout, done
+    assert "resnet18 has no --dropout: it is left out" in done.stdout
+    assert "resnet18 has no --drop-path: it is left out" in done.stdout
+    options = checkpoint_of(tmp_path / "r" / "model.pt")["arch_options"]
+    assert options["dropout"] is None and options["drop_path"] is None
+    done = call_main(*flags, "--arch", "squeezenet1_1", "--dropout", 0.3, "--out", tmp_path / "s")
+    assert done.returncode == 0 and "dropout 0.3" in done.stdout and "left out" not in done.stdout, done
+    done = call_main(*flags, "--dropout", 0.4, "--drop-path", 0.2, "--out", tmp_path / "e")
+    assert "dropout 0.4, stochastic depth 0." in done.stdout and "left out" not in done.stdout
+
+
+def test_the_curves_of_a_run_without_training_are_drawn_without_a_warning(tmp_path):
+    lines = [{"step": 0, "epoch": 0.0, "val_loss": 1.1, "val_top1": 33.0, "val_top5": 100.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with warnings.catch_warnings(action="error"):
+        common.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_a_bad_val_image_is_left_out_and_named(tiny_data, capsys, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    (data / "val" / "disc" / "0.png").write_bytes(b"<html>")
+    images, labels, _ = common.labeled_images(data, "val")
+    common.evaluate(MeanColour(), images, labels, common.View.default(32), ALONE)
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 val images are unreadable") and str(data / "val" / "disc" / "0.png") in printed

@@ -229,3 +229,11 @@ def test_a_normalized_batch_is_what_the_model_was_made_for():
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.25, 0.3)
     expected = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(normalize(images, View(32, 1.0, "bicubic", mean, std)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_view_at_another_size_has_the_crop_of_that_size():
+    view = View(224, 0.9, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    assert view.at(224) is view
+    assert view.at(320) == view._replace(image_size=320, crop_fraction=320 / 352)
+    assert view.at(64).crop_fraction == 1.0
+    assert view.at(320).at(224).crop_fraction == 224 / 256  # it is no longer known
