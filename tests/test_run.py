@@ -23,9 +23,7 @@ from conftest import (
     assert_mistake,
     assert_same_weights,
     checkpoint_of,
-    load_stage,
     metrics_of,
-    patch_name,
     results_of,
     save_model,
 )
@@ -416,14 +414,14 @@ def test_labelled_images_that_go_are_named_and_counted_and_not_forgotten(
 
 def test_a_resumed_run_does_not_read_all_images_again(tiny_data, call_main, tmp_path, monkeypatch):
     """... and leaves out what was found unreadable at the start, as an uninterrupted one."""
-    data, calls, original = shutil.copytree(tiny_data, tmp_path / "data"), [], common.unreadable_images
+    data, calls, original = shutil.copytree(tiny_data, tmp_path / "data"), [], common.report_bad
     (data / "train" / "disc" / "0.png").write_bytes(b"<html>")
 
     def counted(*args):
         calls.append(1)
         return original(*args)
 
-    patch_name(monkeypatch, "unreadable_images", counted, load_stage("01_train_teacher"))
+    monkeypatch.setattr(common, "report_bad", counted)  # at the end of reading all of them
     flags = short_run("01_train_teacher", data, tmp_path / "t", "--max-bad", 5)
     assert call_main(*flags, stop_after=4).returncode == 143
     assert calls == [1] and checkpoint_of(tmp_path / "t" / "last.pt")["training"]["bad"] == [0]
