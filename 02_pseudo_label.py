@@ -30,7 +30,7 @@ import torch
 from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0, write_atomically  # program
 from common import StopSignal, init_processes, progress  # processes
 from common import View, normalize  # views
-from common import ImageList, digests_of_val, is_lost, unlabeled_images  # listing
+from common import ImageList, digests_of_val, is_lost, root_of, unlabeled_images  # listing
 from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
 from common import DONE, HELD_OUT, LABEL_FILE_COLUMNS, LOGITS_FORMAT, TODO, UNREADABLE  # label files
 from common import image_list, map_dataset, open_label_file, read_held_out, selected_images
@@ -238,7 +238,7 @@ def main() -> None:
         facts |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
         create_logits(args.out, listed, checkpoint["classes"], len(wanted), digests_of_val(data, folder), **facts)
     wait_until(args.out.exists, f"process {processes.rank} waits for {args.out}, which process 0 makes", stop)
-    images, status, held_out = open_output(args.out, folder, sha256, precision)
+    images, status, held_out = open_output(args.out, root_of(folder), sha256, precision)
     if not args.only:
         wanted = range(len(images))
     elif len(images) != len(listed) or not np.array_equal(images.path[wanted], listed.path[wanted]):

@@ -1365,6 +1365,13 @@ def unlabeled_images(folder: str | Path, data: str | Path | None = None) -> Imag
     return images
 
 
+def root_of(folder: str) -> str:
+    """Where the images of `unlabeled_images(folder)` lie: a held-out tenth is in train/."""
+    parent, name = os.path.split(folder)
+    train = os.path.join(parent, "train")
+    return train if name == "val" and not os.path.isdir(folder) and os.path.isdir(train) else folder
+
+
 def digests_of(images: ImageList) -> frozenset[bytes]:
     """What tells these images from others, wherever they are found again."""
     digests = set()
