@@ -139,14 +139,7 @@ def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
     data = shutil.copytree(tiny_data, tmp_path / "mine")
     for path in (*data.glob("train/*/[4-7].png"), *data.glob("val/*/[1-3].png"), *data.glob("unlabeled/*/01*.png")):
         path.unlink()
-    small = {
-        "IMAGE_SIZE": "16",
-        "WITHOUT": "matplotlib",
-        "EPOCHS": "1",
-        "ROUNDS": "1",
-        "THRESHOLD": "0",
-        "NPROC": "1",
-    }
+    small = {"IMAGE_SIZE": "16", "WITHOUT": "matplotlib", "EPOCHS": "1", "ROUNDS": "1", "THRESHOLD": "0", "NPROC": "1"}
     small |= {"FIXRES_STEPS": "4", "OUT": str(tmp_path / "out")}
     first, _ = finished(run_sh(data, **small))
     again, _ = finished(run_sh(data, **small))

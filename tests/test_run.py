@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import common
-from common import Processes, build_model, micro_batches, parallel
+from common import Processes, build_model, micro_batches, parallel, step_generator
 
 ALONE = Processes(torch.device("cpu"), 0, 0, 1)
 
@@ -104,6 +104,22 @@ def test_a_diverged_run_ends_with_3_and_saves_nothing_of_it(tiny_data, call_main
     done = call_main("01_train_teacher", *flags, "--optimizer", "sgd", "--lr", 1e30, "--warmup-epochs", 0)
     assert done.returncode == 3 and "diverged" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list((tmp_path / "t").glob("*.pt"))
+
+
+# random numbers
+
+
+def test_random_numbers_are_a_function_of_seed_step_and_rank():
+    """Of torch's own generator, for the dropout, and of that of the augmentation; what ran before does not matter."""
+
+    def drawn(*key):
+        torch.rand(7)
+        generator = step_generator(*key)
+        return tuple(torch.rand(3).tolist()), tuple(torch.rand(3, generator=generator).tolist())
+
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    first = [part for key in keys for part in drawn(*key)]
+    assert [part for key in keys for part in drawn(*key)] == first and len(set(first)) == 8
 
 
 # several processes
