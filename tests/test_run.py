@@ -73,6 +73,16 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tiny_data, run_stage, star
 
 
 @pytest.mark.xdist_group("teacher")
+@pytest.mark.parametrize("stage", ["04_train_student", "05_fixres_finetune"])
+def test_told_to_stop_it_saves_at_once(stage, tiny_data, teacher, labels, call_main, tmp_path):
+    flags = flags_of_a_run(f"{stage}.py", tmp_path / "t", tiny_data, teacher, labels)[1:]
+    flags += ["--save-every", 1000, *(["--eval-every", 0] if stage.startswith("04") else [])]
+    assert call_main(stage, *flags, stop_after=3).returncode == 143
+    assert checkpoint_of(tmp_path / "t" / "last.pt")["training"]["step"] == 3
+    assert metrics_of(tmp_path / "t")[-1]["step"] == 3 and not (tmp_path / "t" / "model.pt").exists()
+
+
+@pytest.mark.xdist_group("teacher")
 def test_a_finished_run_says_so_and_touches_nothing(teacher, call_main):
     out, args, _ = teacher
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
