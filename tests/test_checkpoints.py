@@ -92,3 +92,14 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_one_line(arch, tmp_path, mista
     del checkpoint["model"][missing]
     torch.save(checkpoint, path)
     mistake(lambda: load_model(path), path, f"missing: {missing}")
+
+
+def test_what_is_not_finite_is_not_written_and_what_was_there_stays(tmp_path):
+    path = save_model(tmp_path / "model.pt", "efficientnet_b0")
+    before, model = path.read_bytes(), other_model()
+    with torch.no_grad():
+        model.classifier[1].bias[1] = torch.nan
+    with pytest.raises(SystemExit) as stop:
+        save_model(path, "efficientnet_b0", model=model)
+    assert stop.value.code == 3 and path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]

@@ -32,7 +32,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import common
-from common import Processes, build_model, micro_batches, parallel
+from common import Processes, build_model, micro_batches, parallel, step_generator
 
 ALONE = Processes(torch.device("cpu"), 0, 1, 0)
 
@@ -94,6 +94,16 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tiny_data, run_stage, star
 
 
 @pytest.mark.xdist_group("teacher")
+@pytest.mark.parametrize("stage", ["04_train_student", "05_fixres_finetune"])
+def test_told_to_stop_it_saves_at_once(stage, tiny_data, teacher, labels, call_main, tmp_path):
+    flags = flags_of_a_run(f"{stage}.py", tmp_path / "t", tiny_data, teacher, labels)[1:]
+    flags += ["--save-every", 1000, *(["--eval-every", 0] if stage.startswith("04") else [])]
+    assert call_main(stage, *flags, stop_after=3).returncode == 143
+    assert checkpoint_of(tmp_path / "t" / "last.pt")["training"]["step"] == 3
+    assert metrics_of(tmp_path / "t")[-1]["step"] == 3 and not (tmp_path / "t" / "model.pt").exists()
+
+
+@pytest.mark.xdist_group("teacher")
 def test_a_finished_run_says_so_and_touches_nothing(teacher, call_main):
     out, args, _ = teacher
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -125,6 +135,22 @@ def test_a_diverged_run_ends_with_3_and_saves_nothing_of_it(tiny_data, call_main
     done = call_main("01_train_teacher", *flags, "--optimizer", "sgd", "--lr", 1e30, "--warmup-epochs", 0)
     assert done.returncode == 3 and "diverged" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list((tmp_path / "t").glob("*.pt"))
+
+
+# random numbers
+
+
+def test_random_numbers_are_a_function_of_seed_step_and_rank():
+    """Of torch's own generator, for the dropout, and of that of the augmentation; what ran before does not matter."""
+
+    def drawn(*key):
+        torch.rand(7)
+        generator = step_generator(*key)
+        return tuple(torch.rand(3).tolist()), tuple(torch.rand(3, generator=generator).tolist())
+
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    first = [part for key in keys for part in drawn(*key)]
+    assert [part for key in keys for part in drawn(*key)] == first and len(set(first)) == 8
 
 
 # several processes
