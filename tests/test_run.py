@@ -140,17 +140,23 @@ def test_a_diverged_run_ends_with_3_and_saves_nothing_of_it(tiny_data, call_main
 # random numbers
 
 
-def test_random_numbers_are_a_function_of_seed_step_and_rank():
-    """Of torch's own generator, for the dropout, and of that of the augmentation; what ran before does not matter."""
+def test_random_numbers_are_a_function_of_seed_stage_step_and_rank():
+    """Of torch's own generator, for the dropout, and of that of the augmentation. What ran before does not matter."""
 
     def drawn(*key):
         torch.rand(7)
         generator = step_generator(*key)
         return tuple(torch.rand(3).tolist()), tuple(torch.rand(3, generator=generator).tolist())
 
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    keys = [
+        (0, "teacher", 0, 0),
+        (1, "teacher", 0, 0),
+        (0, "student", 0, 0),
+        (0, "teacher", 1, 0),
+        (0, "teacher", 0, 1),
+    ]
     first = [part for key in keys for part in drawn(*key)]
-    assert [part for key in keys for part in drawn(*key)] == first and len(set(first)) == 8
+    assert [part for key in keys for part in drawn(*key)] == first and len(set(first)) == 10
 
 
 # several processes
