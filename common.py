@@ -1981,7 +1981,10 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             diverged(path.parent)
     with write_atomically(path) as temporary:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # the end of torch's writer hides what stopped it: a full disk
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         if path.name == "last.pt" and path.exists():
             previous, link = path.with_name("last.prev.pt"), temporary.with_name(f"{temporary.name}.prev")
             try:
