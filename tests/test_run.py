@@ -3,7 +3,6 @@ and other images, leaves nothing of a run that diverged; a step in parts, activa
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
