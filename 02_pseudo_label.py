@@ -241,6 +241,11 @@ def main() -> None:
     images, status, held_out = open_output(args.out, root_of(folder), sha256, precision)
     if not args.only:
         wanted = range(len(images))
+        # Without val/ both of these names stand for a part of train/.
+        if os.path.basename(folder) in ("train", "val") and not np.array_equal(
+            images.path, unlabeled_images(folder).path
+        ):
+            fail(f"{args.out} has other images than {folder}: choose another --out")
     elif len(images) != len(listed) or not np.array_equal(images.path[wanted], listed.path[wanted]):
         fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")
 

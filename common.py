@@ -1184,10 +1184,11 @@ class ImageList:
         with self.open(row) as file:
             return load_image(file, enough)
 
-    def digest(self, row: int) -> bytes:
-        """What tells the bytes of an image file from those of another: blake2b, 16 bytes."""
-        with self.open(row) as file:
-            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
+
+def digest_of_bytes(data: bytes) -> bytes:
+    """What tells the bytes of an image file from those of another: blake2b, 16 bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
@@ -1376,8 +1377,8 @@ def digests_of(images: ImageList) -> frozenset[bytes]:
     """What tells these images from others, wherever they are found again."""
     digests = set()
     for row in range(len(images)):
-        with contextlib.suppress(OSError):  # unreadable: the evaluation counts it
-            digests.add(images.digest(row))
+        with contextlib.suppress(OSError), images.open(row) as file:  # unreadable: the evaluation counts it
+            digests.add(digest_of_bytes(file.read()))
     return frozenset(digests)
 
 
@@ -1429,11 +1430,16 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, row = key if isinstance(key, tuple) else (0, key)
         try:
-            if self.held_out and self.images.digest(row) in self.held_out:
-                return row, None, None
             # Twice what the view needs leaves its resize enough to average. A random crop may need every pixel.
             enough = 0 if self.noised else math.ceil(2 * self.clean.image_size / self.clean.crop_fraction)
-            image = self.images.load(row, enough)
+            if self.held_out:
+                with self.images.open(row) as file:
+                    data = file.read()  # once, for the comparison and for the decoder
+                if digest_of_bytes(data) in self.held_out:
+                    return row, None, None
+                image = load_image(io.BytesIO(data), enough)
+            else:
+                image = self.images.load(row, enough)
             views = [eval_view(image, self.clean)] if self.clean else []
             if self.noised:
                 rng = np.random.default_rng(seed_words(self.seed, f"{self.stream} crop", epoch, row))

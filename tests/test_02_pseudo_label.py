@@ -648,6 +648,8 @@ def test_the_held_out_tenth_is_labelled_as_val(with_copies, label, tmp_path):
         assert done.returncode == 0, done
     rows, expected = read_logits(tmp_path / "l.h5"), common.labeled_images(data, "val")[0]
     assert rows["path"].tolist() == expected.path.tolist() and (rows["status"] == common.DONE).all()
+    words[3] = data / "train"  # the other nine tenths: their root is the same
+    assert_mistake(label(*words), tmp_path / "l.h5", data / "train", "--out")
 
 
 def test_labelled_images_among_the_unlabelled_are_refused(with_copies, label, call_main, tmp_path):
