@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,13 +29,19 @@ import numpy as np
 import torch
 
 from common import argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
-from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO  # label files
+from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO, UNREADABLE  # label files
 from common import image_list, open_label_file, read_classes
 from common import CAPTION, SHEET, SHEET_LEFT, SIDE, draw_sheet, pyplot, save_figure  # pictures
 
 
-def auto_or_number(text: str) -> str | int:
-    return text if text == "auto" else at_least(1, int)(text)
+def word_or_number(text: str) -> str | int:
+    return text if text in ("auto", "all") else at_least(1, int)(text)
+
+
+def share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, and at most 1")
+    return float(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,10 +51,12 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="the selection, balanced.h5; .json and .png are written beside it")
     add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p: the billion-scale one")
     add("--threshold", type=at_least(0), default=0.3, help="keep confidence above it; the paper's, for 1,000 classes")
-    add("--per-class", type=auto_or_number, default="auto", help="examples a class; auto: lower median, <= 130,000")
+    add("--per-class", type=word_or_number, default="auto", help="K; auto: lower median, <= 130,000; all: no balance")
+    add("--max-confidence", type=share, default=1.0, help="keep confidence up to it, for studies of unsure images")
+    add("--fraction", type=share, default=1.0, help="share of the images, by the hash of path and seed: 0.1 is in 0.2")
     add("--top-p", type=at_least(1, int), default=10, help="classes an image may count for, with --method top-p")
     add("--truth", type=Path, help="CSV `name,class` of the unlabelled images; an empty class is none of the classes")
-    add("--seed", type=at_least(0, int), default=0, help="of which images get the extra copy")
+    add("--seed", type=at_least(0, int), default=0, help="of the extra copies and of --fraction")
     return parser.parse_args()
 
 
@@ -91,7 +100,23 @@ def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File], l
     return paths, files, classes
 
 
-def count(paths: list, label: list, confidence: list, status: list, num_classes: int, threshold: float):
+def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
+    """(confidence, status) of each file as if the images that are not drawn could not be read."""
+    confidence, status, word = [], [], zlib.crc32(b"fraction %d" % seed)
+    for file in files:
+        hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][:].tolist()), np.int64)
+        drawn = hashes < fraction * 2**32
+        confidence.append(np.where(drawn, file["confidence"][:], np.float32("nan")))
+        status.append(np.where(drawn, file["status"][:], UNREADABLE))
+    return confidence, status
+
+
+def is_between(confidence: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Above `low` and up to `high`, in float32; the NaN of an unreadable image is not."""
+    return (confidence > np.float32(low)) & (confidence <= np.float32(high))
+
+
+def count(paths: list, label: list, confidence: list, status: list, num_classes: int, limits: tuple[float, float]):
     """({what: images of each class}, histogram of the confidences, the highest); a damaged file ends the program."""
     candidates, above, histogram = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64), np.zeros(50, int)
     best, starts = 0.0, np.cumsum([0, *map(len, label)])
@@ -103,7 +128,7 @@ def count(paths: list, label: list, confidence: list, status: list, num_classes:
             path = paths[np.searchsorted(starts, first, side="right") - 1]
             fail(f"{path} is damaged: labels, confidences and status do not fit together; run 02 again to a new file")
         candidates += np.bincount(labels, minlength=num_classes)
-        above += np.bincount(labels[readable > np.float32(threshold)], minlength=num_classes)
+        above += np.bincount(labels[is_between(readable, *limits)], minlength=num_classes)
         histogram += np.histogram(readable, len(histogram), (0, 1))[0]
         best = max(best, readable.max(initial=0))
     return {"candidates": candidates, "above_threshold": above}, histogram, best
@@ -167,27 +192,36 @@ def auto_per_class(sizes: np.ndarray) -> int:
     return int(min(present[(len(present) - 1) // 2], 130_000)) if len(present) else 0
 
 
-def select_noisy_student(label: list, confidence: list, num_classes: int, threshold: float, per_class: int, seed: int):
-    """The paper's rule: (index, label, confidence) of each example, from the files' columns of these names."""
-    best = BestOfClasses(num_classes, per_class)
+def select_noisy_student(
+    label: list, confidence: list, num_classes: int, threshold: float, per_class: int, seed: int, max_confidence=1.0
+):
+    """The paper's rule: (index, label, confidence) of each example, from the files' columns of these names.
+
+    `per_class` 0: no balance, each image above the threshold once.
+    """
+    best = BestOfClasses(num_classes, per_class or sum(map(len, label)))
     for first, labels, scores in in_chunks(label, confidence, num_rows=1 << 20):
-        rows = np.flatnonzero(scores > np.float32(threshold))  # the NaN of unreadable images is not
+        rows = np.flatnonzero(is_between(scores, threshold, max_confidence))
         rows = rows[scores[rows] > best.cutoff[labels[rows]]]
         best.add(labels[rows], scores[rows], first + rows)
     labels, scores, index = best.best()
+    if not per_class:
+        return index, labels, scores
     sizes = np.bincount(labels, minlength=num_classes)
     copies = [repeat_evenly(sizes[c], per_class, np.random.default_rng([seed, c])) for c in np.flatnonzero(sizes)]
     copies = np.concatenate([np.zeros(0, np.int64), *copies])
     return np.repeat(index, copies), np.repeat(labels, copies), np.repeat(scores, copies)
 
 
-def select_top_p(logits: list, num_classes: int, top_p: int, per_class: int):
+def select_top_p(logits: list, status: list, num_classes: int, top_p: int, per_class: int):
     """Yalniz et al.'s rule: (index, label, probability) of each example, from the files' logits."""
     best, top_p = BestOfClasses(num_classes, per_class), min(top_p, num_classes)
-    for first, chunk in in_chunks(logits, num_rows=max(1, (1 << 19) // num_classes)):  # 2 MB in float32: a cache's size
+    num_rows = max(1, (1 << 19) // num_classes)  # 2 MB in float32: a cache's size
+    for first, chunk, statuses in in_chunks(logits, status, num_rows=num_rows):
         probs = torch.from_numpy(chunk).softmax(1, dtype=torch.float32)
-        # Soon few rows still reach the cutoff of a class. Those of unreadable images, NaN, never do.
-        rows = ((probs - torch.from_numpy(best.cutoff)).amax(1) > 0).nonzero()[:, 0]
+        # Soon few rows still reach the cutoff of a class.
+        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0
+        rows = (reaches & torch.from_numpy(statuses == DONE)).nonzero()[:, 0]
         probs = probs[rows]
         if num_classes < 64 * top_p:  # above that, torch is faster
             least = np.partition(probs.numpy(), num_classes - top_p, 1)[:, num_classes - top_p]
@@ -225,7 +259,8 @@ def describe(args: argparse.Namespace, per_class: int, classes: list[str], sizes
     columns = sizes | {"kept": kept, "copies": used - kept, "examples": used}
     columns = {what: nums.tolist() for what, nums in columns.items()}
     columns["lowest_confidence"] = [float(low) if num else None for low, num in zip(lowest, kept, strict=True)]
-    report = {"method": args.method, "threshold": args.threshold, "per_class": per_class}
+    report = {"method": args.method, "threshold": args.threshold, "per_class": per_class or "all"}
+    report |= {"max_confidence": args.max_confidence, "fraction": args.fraction}
     report |= {"images": int(sizes["candidates"].sum()), "above_threshold": int(sizes["above_threshold"].sum())}
     report |= {"examples": len(label), "unique_images": 1 + int((np.diff(examples.index) != 0).sum())}
     report["empty_classes"] = [name for name, num in zip(classes, kept, strict=True) if not num]
@@ -329,20 +364,27 @@ def main() -> None:
     args = parse_args()
     if not is_rank0():  # under torchrun one process does it
         return
-    if args.method == "top-p" and args.per_class == "auto":
-        fail("--method top-p needs --per-class (the paper's is 16,000 of 100 million images)")
+    if args.method == "top-p" and args.per_class in ("auto", "all"):
+        fail("--method top-p needs a number --per-class (the paper's is 16,000 of 100 million images)")
+    if args.method == "top-p" and args.max_confidence < 1:
+        fail("--max-confidence is for --method noisy-student: top-p does not look at the confidence")
     paths, files, classes = open_inputs(args)
     label, confidence, status = ([file[name] for file in files] for name in ("label", "confidence", "status"))
-    sizes, histogram, highest_confidence = count(paths, label, confidence, status, len(classes), args.threshold)
+    if args.fraction < 1:
+        confidence, status = draw_fraction(files, args.fraction, args.seed)
+    limits = args.threshold, args.max_confidence
+    sizes, histogram, highest_confidence = count(paths, label, confidence, status, len(classes), limits)
     true = read_truth(args.truth, files, classes) if args.truth else None
 
-    per_class = auto_per_class(sizes["above_threshold"]) if args.per_class == "auto" else args.per_class
+    words = {"auto": auto_per_class(sizes["above_threshold"]), "all": 0}
+    per_class = words.get(args.per_class, args.per_class)
     if args.method == "noisy-student":
-        if not per_class:
+        if not sizes["above_threshold"].sum():
             fail(f"--threshold {args.threshold:g} leaves no image: the highest confidence is {highest_confidence:.3f}")
-        chosen = select_noisy_student(label, confidence, len(classes), args.threshold, per_class, args.seed)
+        columns = label, confidence, len(classes)
+        chosen = select_noisy_student(*columns, args.threshold, per_class, args.seed, args.max_confidence)
     else:
-        chosen = select_top_p([file["logits"] for file in files], len(classes), args.top_p, per_class)
+        chosen = select_top_p([file["logits"] for file in files], status, len(classes), args.top_p, per_class)
     if not len(chosen[0]):
         fail(f"no image of {', '.join(paths)} is readable: there is nothing to select")
     examples = sorted_examples(*chosen, [len(part) for part in label])
@@ -351,7 +393,8 @@ def main() -> None:
         out["label"], out["confidence"] = examples.label, examples.confidence
         out.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
         out.attrs.update(format=SELECTION_FORMAT, files=json.dumps(paths), method=args.method, threshold=args.threshold)
-        out.attrs.update(per_class=per_class, top_p=args.top_p, seed=args.seed)
+        out.attrs.update(per_class=per_class or "all", top_p=args.top_p, seed=args.seed)
+        out.attrs.update(max_confidence=args.max_confidence, fraction=args.fraction)
 
     report = describe(args, per_class, classes, sizes, examples)
     if args.truth:

@@ -1190,7 +1190,6 @@ def digest_of_bytes(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
     """The members of a plain .tar file. Of one that is cut off, those before the end, and a line is printed."""
     last = None

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, assert_mistake, load_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_files import CLASSES, logits_of, read_selection, write_logits, write_truth
+from label_files import CLASSES, logits_of, read_logits, read_selection, write_logits, write_truth
 
 import common
 
@@ -165,7 +165,8 @@ def test_top_p_is_yalniz_rule(files, top_p, per_class, chunk):
             position += len(part)
         logits[unreadable] = np.nan
     with pieces(chunk):
-        index, label, score = balance.select_top_p(parts, num_classes, top_p, per_class)
+        done = [np.full(len(part), common.DONE) for part in parts]
+        index, label, score = balance.select_top_p(parts, done, num_classes, top_p, per_class)
     got = {(int(i), int(c)) for i, c in zip(index, label, strict=True)}
     assert len(got) == len(index), "an example is repeated"
     probs = np.exp(logits - logits.max(1, keepdims=True)) if len(logits) else logits
@@ -189,7 +190,7 @@ def test_a_uniform_teacher_takes_no_more_memory_than_another(tmp_path):
 
     logits = np.zeros((600, 1000), np.float16)
     tracemalloc.start()
-    index, label, _ = balance.select_top_p([logits], 1000, 10, 50)
+    index, label, _ = balance.select_top_p([logits], [np.full(600, common.DONE)], 1000, 10, 50)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sorted(zip(label.tolist(), index.tolist(), strict=True)) == [(c, i) for c in range(10) for i in range(50)]
@@ -283,6 +284,56 @@ def test_an_output_over_the_input_is_refused(two_files, tmp_path, run):
 
 def test_top_p_needs_per_class(two_files, tmp_path, run):
     assert_mistake(run(*two_files, "--out", tmp_path / "o.h5", "--method", "top-p"), "--per-class")
+
+
+def test_without_balance_each_image_above_the_threshold_counts_once(two_files, tmp_path, run):
+    out = tmp_path / "balanced.h5"
+    done = run(*two_files, "--out", out, "--threshold", 0.4, "--per-class", "all")
+    columns, attrs, _ = read_selection(out)
+    rows = list(zip(columns["file"].tolist(), columns["row"].tolist(), columns["label"].tolist(), strict=True))
+    assert rows == [(0, 0, 0), (0, 1, 1), (0, 2, 0), (0, 4, 0), (1, 0, 0), (1, 1, 1), (1, 2, 0)]
+    assert attrs["per_class"] == "all" == json.loads(out.with_suffix(".json").read_text())["per_class"]
+    assert "2 to 5 a class" in done.stdout
+    words = [*two_files, "--out", out, "--method", "top-p", "--per-class", "all"]
+    assert_mistake(run(*words), "--per-class")
+
+
+def test_max_confidence_is_inclusive(two_files, tmp_path, run):
+    out = tmp_path / "balanced.h5"
+    flags = [*two_files, "--out", out, "--threshold", 0.4, "--per-class", "all", "--max-confidence"]
+    assert run(*flags, 0.8).returncode == 0
+    columns, attrs, _ = read_selection(out)
+    above = read_logits(two_files[0])["confidence"], read_logits(two_files[1])["confidence"]
+    confidence = np.concatenate(above)
+    assert len(columns["row"]) == ((confidence > np.float32(0.4)) & (confidence <= np.float32(0.8))).sum() == 4
+    assert attrs["max_confidence"] == 0.8
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["above_threshold"] == 4 and report["classes"]["ant"]["above_threshold"] == 3
+    assert_mistake(run(*flags, 1.5), "--max-confidence")
+    top_p = ["--out", out, "--method", "top-p", "--per-class", 2, "--max-confidence", 0.8]
+    assert_mistake(run(*two_files, *top_p), "--max-confidence")
+
+
+@pytest.mark.parametrize("method", [(), ("--method", "top-p", "--top-p", 1)])
+def test_a_fraction_of_the_images_is_drawn_by_their_paths(method, tmp_path, run):
+    logits = logits_of(*[(i % 3, 0.9) for i in range(300)])
+    files = [write_logits(tmp_path / "a.h5", logits), write_logits(tmp_path / "b.h5", logits)]
+    flags = ["--threshold", 0.4, "--per-class", 1000 if method else "all", *method]
+
+    def drawn(fraction, seed=0, files=files):
+        out = tmp_path / "o.h5"
+        assert run(*files, "--out", out, *flags, "--fraction", fraction, "--seed", seed).returncode == 0
+        columns, attrs, _ = read_selection(out)
+        assert attrs["fraction"] == fraction
+        return set(zip(columns["file"].tolist(), columns["row"].tolist(), strict=True))
+
+    assert len(drawn(1.0)) == 600
+    half, quarter = drawn(0.5), drawn(0.25)
+    assert quarter < half and abs(len(half) - 300) < 60 and abs(len(quarter) - 150) < 50
+    assert drawn(0.5, seed=1) != half == drawn(0.5)
+    assert {row for number, row in half if number == 0} == {row for _, row in drawn(0.5, files=files[:1])}
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["images"] == len(half) / 2, "the images that are not drawn are not counted"
 
 
 def data_of(path):
