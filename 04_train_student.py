@@ -8,7 +8,11 @@ soft labels y~. Both kinds go through one forward pass, so batch norm sees both 
 (w as in the official code, main.py:547-550: every image counts the same; the paper's algorithm 1 has w = 1.)
 The labels come from a selection (02, 03), or, with --teacher alone, from the teacher on the fly: no filter, no balance.
 
-reads   DATA/train, DATA/val; balanced.h5 and the logits.h5 and images it names, or the teacher and DATA/unlabeled
+--consistency kl --ratio 0 is consistency training with supervision (Keras example, Paul 2021): the labelled images are
+the unlabelled ones too, and their two losses, the second tempered, are averaged.
+
+reads   DATA/train, DATA/val; balanced.h5 and the logits.h5 and images it names, or the teacher and DATA/unlabeled;
+        --init: weights to start from, of this toolkit, torchvision or timm
 writes  OUT/model.pt (hand-off: the next teacher), OUT/last.pt (resume), OUT/metrics.jsonl, OUT/curves.png
 
     python 04_train_student.py --teacher runs/teacher/model.pt --pseudo-labels runs/balanced.h5 --out runs/student
@@ -17,7 +21,7 @@ writes  OUT/model.pt (hand-off: the next teacher), OUT/last.pt (resume), OUT/met
 
 import argparse
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +30,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common import add_device_flags, add_model_flags, add_noise_flags, add_optimization_flags, add_run_flags
-from common import argument_parser, at_least, fail, file_sha256, print0  # the program
+from common import add_device_flags, add_init_flag, add_model_flags, add_noise_flags, add_optimization_flags
+from common import add_run_flags, argument_parser, at_least, fail, file_sha256, print0  # the program
 from common import Processes, from_rank0, init_processes  # processes
-from common import recipe_of, resolution_of  # models
-from common import add_noise  # noise
-from common import Crop, View, normalize  # views
+from common import View, normalize  # views
 from common import ImageList, digests_of, is_lost, labeled_images, unlabeled_images  # listing
 from common import Batch, unreadable_images  # batches
 from common import DONE, LOGITS_FORMAT, TODO, image_list, map_dataset, open_label_file  # label files
@@ -39,7 +41,7 @@ from common import options_of, read_classes, read_selection
 from common import plan_of, soft_cross_entropy  # optimization
 from common import data_inputs, data_of, input_digests, load_model, previous_run, read_checkpoint  # checkpoints
 from common import resume_or_exit
-from common import autocast, check_parts, model_noise, model_of, precision_of  # training
+from common import autocast, check_parts, model_noise, model_of, precision_of, start_of  # training
 from common import Run  # the training run
 
 
@@ -56,18 +58,34 @@ def parse_args() -> argparse.Namespace:
     add("--unlabeled-weight", type=at_least(0), help="w of the loss; None: the ratio (official), 1 if unlabelled only")
     add("--temperature", type=at_least(0), help="T of softmax(logits / T), teacher's and student's; 0: hard labels")
     add("--unlabeled-only", action="store_true", help="pre-train on the selection alone, as the billion-scale recipe")
+    add("--clean-unlabeled", action="store_true", help="unlabelled images without crop, mirroring and RandAugment")
+    add("--consistency", choices=["kl"], help="(CE + KL(teacher || student at T 10)) / 2; --ratio 0: of one image")
+    add_init_flag(add)
     add_model_flags(parser)
     add_noise_flags(parser)
     add_optimization_flags(parser)
     add_run_flags(parser)
     add_device_flags(parser)
+    parser.set_defaults(label_smoothing=None)
     args = parser.parse_args()
+    if args.temperature is None and args.consistency:
+        args.temperature = 10.0
+    if args.label_smoothing is None:
+        args.label_smoothing = 0.0 if args.consistency else 0.1
     if not args.teacher and not args.pseudo_labels:
         fail("--teacher or --pseudo-labels: one of them must say what the unlabelled images show")
     if args.unlabeled_only and not args.pseudo_labels:
         fail("--unlabeled-only needs --pseudo-labels: an epoch is a pass over the selected images")
     if args.logits and not args.pseudo_labels:
         fail("--logits needs --pseudo-labels: they replace the labels of a selection")
+    if args.consistency and not args.temperature:
+        fail("--consistency kl compares probabilities: --temperature 0, hard labels, leaves none")
+    if args.consistency and (args.unlabeled_only or args.unlabeled_weight is not None):
+        fail("--consistency kl is the mean of two losses: without --unlabeled-only and --unlabeled-weight")
+    if args.consistency and args.ratio == 0 and args.pseudo_labels:
+        fail("--consistency kl --ratio 0: the teacher labels the labelled images on the fly, without --pseudo-labels")
+    if args.consistency and args.ratio != 0:
+        print0("--consistency kl of other images than the labelled ones: a deviation from its source, see --ratio 0")
     return args
 
 
@@ -92,6 +110,17 @@ def noisy_student_loss(
     labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
     unlabeled = soft_cross_entropy(pseudo_logits / temperature, pseudo_targets).sum() / (num_pseudo or 1)
     return labeled + unlabeled_weight * unlabeled, labeled, unlabeled
+
+
+def consistency_loss(logits, targets, student_logits, probs, num_labeled, num_pseudo, label_smoothing, temperature):
+    """(mean of the two, CE(y, s), KL(p || softmax(s / T))) of one process's share, as `noisy_student_loss` has them.
+
+    probs: the teacher's softmax(t / T). No T squared, as in the Keras example. Its gradient is a tenth of T = 1's.
+    """
+    labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
+    entropy = -torch.xlogy(probs, probs).sum(1)
+    divergence = (soft_cross_entropy(student_logits / temperature, probs) - entropy).sum() / (num_pseudo or 1)
+    return (labeled + divergence) / 2, labeled, divergence
 
 
 def pseudo_targets(logits: Tensor, labels: Tensor, temperature: float, label_smoothing: float) -> Tensor:
@@ -243,13 +272,8 @@ def main() -> None:
     # otherwise: the data, the architecture, the image size.
     labels_of = StoredLabels(args) if args.pseudo_labels else TeachersLabels(args, processes)
     source = read_checkpoint(args.teacher) if args.teacher else labels_of.source
-    arch = args.arch or source["arch"]
-    small_images = args.small_images
-    if small_images is None:
-        small_images = source.get("arch_options", {}).get("small_images")
-    view = View.default(args.image_size or source["image_size"])
-    crop = Crop(view.image_size, None if small_images else args.min_crop_area, args.hflip)
-    recipe, resolution = recipe_of(arch, args), resolution_of(arch)
+    start = start_of(args, source)
+    view, recipe = start.view, start.recipe
 
     # A step takes n labelled images and m = ratio x n unlabelled ones.
     num_labeled, num_unlabeled = args.batch_size, round(recipe.ratio * args.batch_size)
@@ -257,6 +281,7 @@ def main() -> None:
     if args.unlabeled_only:
         num_labeled, num_unlabeled = 0, args.batch_size
         unlabeled_weight = 1 if args.unlabeled_weight is None else args.unlabeled_weight
+    same_images = args.consistency and not num_unlabeled  # the labelled images carry both losses
     check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
     check_parts(num_unlabeled, f"--ratio {recipe.ratio:g}: {num_unlabeled} unlabelled images a step", args, processes)
 
@@ -264,6 +289,8 @@ def main() -> None:
     data = data_of(args, source)
     train_images, labels, classes = labeled_images(data, "train")
     val_images, val_labels, _ = labeled_images(data, "val", classes)
+    if same_images:
+        labels_of.images = train_images
     pseudo_images = labels_of.images
     if pseudo_images.is_lost:
         fail(f"--unlabeled: say where the images are, they are not where they were ({pseudo_images.name(0)})")
@@ -271,8 +298,9 @@ def main() -> None:
         known = " ".join(labels_of.classes[:5])
         fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {known}")
     columns = [labels_of.classes.index(name) for name in classes]
-    inputs = {args.teacher: args.teacher, **labels_of.inputs, **data_inputs(data, train_images, val_images)}
-    inputs = input_digests(inputs, processes)
+    init_file = None if args.init == "published" else args.init
+    inputs = {args.teacher: args.teacher, init_file: init_file, **labels_of.inputs}
+    inputs = input_digests(inputs | data_inputs(data, train_images, val_images), processes)
     resume_or_exit(args, begun, inputs)
     bad = unreadable_images(train_images, view, args, processes, begun)
     train_images, labels = train_images.without(bad), np.delete(labels, bad)
@@ -280,47 +308,53 @@ def main() -> None:
 
     # The model, and the books of its training. An epoch is a pass over the labelled images, or over the selected ones.
     stage = "student"
-    model, arch_options = model_of(stage, arch, len(classes), args, small_images)
+    model, arch_options, origin = model_of(stage, start, classes, args)
     steps_per_epoch = len(train_images) / num_labeled if num_labeled else len(pseudo_images) / num_unlabeled
     plan = plan_of(args, recipe.epochs, steps_per_epoch)
-    header = {"stage": stage, "arch": arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
+    header = {"stage": stage, "arch": start.arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
     header |= {"data": os.path.abspath(data), "inputs": inputs}  # data: the next student's default
     num_images = num_labeled + num_unlabeled
-    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_images, bad, begun)
+    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_images, bad, begun, start.noise)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",
         f"{len(pseudo_images)} unlabelled images",
         f"{num_labeled} + {num_unlabeled} a step",
         f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}, {model_noise(model)}",
+        origin,
     )
 
     # Train. An unlabelled image is seen twice where a teacher labels on the fly: whole by the teacher, cropped by the
     # student. There the images of val are left out too; of the stored labels stage 02 has left them out.
     held_out = from_rank0(digests_of(val_images) if labels_of.view and processes.is_main else (), processes)
-    views = {"clean": labels_of.view, "noised": crop}  # a view that is None is not made
-    labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=crop)
-    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **views, held_out=held_out)
+    clean, noised = labels_of.view, view if args.clean_unlabeled else start.crop  # None: no such view is made
+    labeled_views = {"clean": clean if same_images else None, "noised": start.crop}
+    labeled_batches = run.batches(train_images, num_labeled, "labeled", **labeled_views)
+    views = {"clean": clean, "noised": noised, "held_out": held_out}
+    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **views)
+    loss_of = consistency_loss if args.consistency else partial(noisy_student_loss, unlabeled_weight=unlabeled_weight)
+    loss_of = partial(loss_of, label_smoothing=args.label_smoothing, temperature=labels_of.temperature or 1.0)
     for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):
         # Both kinds of images get the same noise, as one uint8 batch (n + m, 3, H, W); the labelled ones come first.
         images = torch.cat([batch.views[-1], pseudo.views[-1]]).to(processes.device, non_blocking=True)
-        images = add_noise(images, run.generator, recipe, resolution, small_images, args.hflip)
+        num_noised = len(batch.rows) if args.clean_unlabeled else len(images)
+        images = torch.cat([start.noise(images[:num_noised], run.generator), images[num_noised:]])
         # y of the readable images, int64 (n,); an unreadable image has no place in the batch.
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         # The teacher was not noised: y~, probabilities (m, C) with the columns in the order of the student's classes.
-        probs = labels_of(pseudo)[:, columns].to(processes.device, non_blocking=True)
+        probs = labels_of(batch if same_images else pseudo)[:, columns].to(processes.device, non_blocking=True)
         tensors = target, images[: len(target)], images[len(target) :], probs
         # Gradient accumulation: both kinds are cut into --accumulate parts, which need less memory.
         for part_target, part_labeled, part_unlabeled, part_probs in run.parts(*tensors):
             # One forward pass for both kinds, so that batch norm sees both.
             with run.amp:
                 logits = run.ddp_model(normalize(torch.cat([part_labeled, part_unlabeled]), view)).float()
-            logits, pseudo_logits = logits.tensor_split([len(part_target)])
-            # run.counts: n and m of a part, in the mean over the processes, for DDP averages their gradients. The
-            # teacher's outputs were tempered in `labels_of`, the student's are in the loss.
-            weights = unlabeled_weight, args.label_smoothing, labels_of.temperature or 1.0
-            loss, labeled_loss, unlabeled_loss = noisy_student_loss(
-                logits, part_target, pseudo_logits, part_probs, *run.counts, *weights
-            )
+            labeled_logits = logits[: len(part_target)]
+            pseudo_logits = logits if same_images else logits[len(part_target) :]
+            # n and m of a part, in the mean over the processes, for DDP averages their gradients. The teacher's outputs
+            # were tempered in `labels_of`, the student's are in the loss.
+            counts = run.counts[0], run.counts[0 if same_images else 1]
+            both = labeled_logits, part_target, pseudo_logits, part_probs
+            loss, labeled_loss, unlabeled_loss = loss_of(*both, *counts)
             run.backward(loss, loss_labeled=labeled_loss, loss_unlabeled=unlabeled_loss)  # adds to the gradients
         run.end_step()  # the optimizer's step and the average of the weights; logs, evaluates, saves where it is time
     run.finish()  # evaluates, draws curves.png, writes model.pt

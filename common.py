@@ -166,19 +166,31 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=at_least(1, int), default=256, help="labelled images a step, all processes (paper: 2048)")
     add("--accumulate", type=at_least(1, int), default=1, help="parts a step: less memory; batch norm sees one part")
-    add("--epochs", type=at_least(0), help="passes over the labelled images; None: 700 to B4, 350 above (official)")
+    add("--epochs", type=at_least(0), help="passes over the labels; None: 700 to B4, 350 above (official), --init 30")
     add("--optimizer", choices=["rmsprop", "sgd", "adamw"], default="rmsprop", help="rmsprop: TensorFlow's (paper)")
-    add(
-        "--lr",
-        type=at_least(0),
-        help="peak rate; None: rmsprop 0.016, sgd 0.1, adamw 0.00025 for each 256 of the batch",
-    )
-    add("--schedule", choices=["staircase", "cosine", "constant"], default="staircase", help="staircase: 145 x 0.97")
+    add("--lr", type=at_least(0), help="peak rate; None: as the start line says, for each 256 of the batch")
+    schedules = ["staircase", "cosine", "constant", *(["plateau"] if from_scratch else [])]
+    add("--schedule", choices=schedules, help="of the rate; None: staircase (paper); with --init: cosine")
+    decays = {"nargs": 2, "type": at_least(0), "metavar": ("N", "FACTOR"), "default": (145, 0.97)}
+    add("--decays", **decays, help="of the staircase; billion-scale: 13 0.5 to pre-train, 3 0.1 to fine-tune")
     if from_scratch:
         add("--warmup-epochs", type=at_least(0), default=5.0, help="linear warm-up from 0; at most a fifth of the run")
-        add("--ema-decay", type=at_least(0), default=0.9999, help="of the averaged weights, the ones that are kept")
+        add("--average", type=decay_or_swa, default=0.9999, help="decay of the averaged weights, or swa: equal mean")
     add("--weight-decay", type=at_least(0), help="not of batch norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
-    add("--label-smoothing", type=at_least(0), default=0.1, help="of the hard labels")
+    add("--label-smoothing", type=at_least(0), default=0.1, help="of hard labels; 04 --consistency: 0")
+
+
+def add_init_flag(add: Callable) -> None:
+    help_line = "weights to start from: a file, or `published` ones of --arch; other classes: a new classifier"
+    add("--init", type=path_or_published, help=help_line)
+
+
+def path_or_published(text: str) -> str | Path:
+    return text if text == "published" else Path(text)
+
+
+def decay_or_swa(text: str) -> str | float:
+    return text if text == "swa" else at_least(0)(text)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> None:
@@ -186,6 +198,7 @@ def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> No
     add = parser.add_argument_group("run").add_argument
     if evaluates:
         add("--eval-every", type=at_least(0), help="epochs between evaluations, which also save; None: 1, or 250 steps")
+        add("--patience", type=at_least(1, int), help="end after so many evaluations that are no better; None: never")
     add("--save-every", type=at_least(1, int), default=1000, help="steps between saving last.pt: what a crash can cost")
     add("--max-bad", type=at_least(0), default=1.0, help="percent of labelled images that may be unreadable")
     add("--seed", type=at_least(0, int), default=0, help="of weights, order, crops and noise")
@@ -412,12 +425,15 @@ RECIPES = {
     "efficientnet_l2": Recipe(350, 2, 27, 14),  # the ratio is the paper's; in its last round 28
 }
 OTHER_RECIPE = Recipe(350, 2, 9, 3)  # any other model: RandAugment's own setting for ResNet-50 (1909.13719)
+EPOCHS_FROM_WEIGHTS = 30  # ours
 
 
 def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
     """The recipe of a model, with the flags that were given in place of its values."""
     given = {name: getattr(args, name, None) for name in Recipe._fields}
     recipe = RECIPES.get(arch.removeprefix("tf_"), OTHER_RECIPE)
+    if getattr(args, "init", None):
+        recipe = recipe._replace(epochs=EPOCHS_FROM_WEIGHTS)
     if not recipe.num_ops and not given["num_ops"] is given["magnitude"] is None:
         # B0 and B1 have no RandAugment. One flag takes the other's value from those that have it: magnitude 0 would be
         # violent (5 is what does nothing), and with 0 ops a magnitude would change nothing.
@@ -427,6 +443,8 @@ def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
 
 def resolution_of(arch: str) -> int:
     """The training resolution in pixels that a model is meant for."""
+    if arch.startswith("timm/"):
+        return view_of(arch).image_size
     return EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
 
 
@@ -594,10 +612,13 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
     """Build a model by name, with fresh weights.
 
     `efficientnet_b0` ... `_b7`, `_l0` ... `_l2`: torchvision's numbers; the same names behind `tf_`: TensorFlow's SAME
-    padding and batch-norm eps; any other name is torchvision's `get_model`. arch_options: `small_images`, `dropout`,
-    `drop_path`, `zero_init_residual`; None means the model's own. Raises ValueError for an unknown name or option.
+    padding and batch-norm eps; `timm/NAME`: timm's model; `resnext101_32xNd`: for any N; any other name is
+    torchvision's `get_model`. arch_options: `small_images`, `dropout`, `drop_path`, `zero_init_residual`, for timm's
+    `img_size`; None means the model's own. Raises ValueError for an unknown name or option.
     """
     options = {name: value for name, value in arch_options.items() if value is not None}
+    if arch.startswith("timm/"):
+        return build_timm_model(arch, num_classes, options)
     if arch.removeprefix("tf_") in EFFICIENTNETS:
         width, depth, _, dropout = EFFICIENTNETS[arch.removeprefix("tf_")]
         # torchvision's B0 to B4 have torch's own eps; TensorFlow's, and torchvision's B5 to B7, 1e-3.
@@ -606,26 +627,67 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         return EfficientNet(width, depth, num_classes=num_classes, eps=eps, tf=arch.startswith("tf_"), **options)
     from torchvision import models
 
-    if arch not in models.list_models(module=models):
-        raise ValueError(
-            f"cannot build {arch!r}: it is none of {', '.join(EFFICIENTNETS)}, nor of torchvision's models"
-        )
+    if width := re.fullmatch(r"resnext101_32x(\d+)d", arch):  # the teacher of 1905.00546 is 32x48d
+        options |= {"groups": 32, "width_per_group": int(width[1])}
+    elif arch not in models.list_models(module=models):
+        names = f"it is none of {', '.join(EFFICIENTNETS)}, nor of torchvision's models"
+        raise ValueError(f"cannot build {arch!r}: {names}; timm's are called timm/NAME")
     if "drop_path" in options:
         options["stochastic_depth_prob"] = options.pop("drop_path")
     if arch in ("googlenet", "inception_v3"):  # without the second classifiers; images as their published weights want
         options |= {"aux_logits": False, "init_weights": True, "transform_input": True}
     try:
+        if width:
+            bottleneck = models.resnet.Bottleneck
+            return models.ResNet(bottleneck, [3, 4, 23, 3], num_classes=num_classes, **options)
         return models.get_model(arch, weights=None, num_classes=num_classes, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"cannot build {arch!r} with {arch_options}: {error}") from error
 
 
+def import_timm():
+    try:
+        import timm
+    except ImportError:
+        fail("--arch timm/... and timm's published weights need a package: pip install timm")
+    return timm
+
+
+def build_timm_model(arch: str, num_classes: int, options: dict, **more) -> nn.Module:
+    """timm's model of the name behind `timm/`, with our options by its names. ValueError as `build_model`."""
+    names = {"dropout": "drop_rate", "drop_path": "drop_path_rate", "zero_init_residual": "zero_init_last"}
+    options = {names.get(name, name): value for name, value in options.items()}
+    try:
+        return import_timm().create_model(arch.removeprefix("timm/"), num_classes=num_classes, **options, **more)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each model checks in its own way
+        raise ValueError(f"cannot build {arch!r} with {options}: {error}") from error
+
+
+def is_of_timm(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("timm.") for module in model.modules())
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The names of the layers that give the logits: timm's models say, elsewhere it is the last one."""
+    if not hasattr(model, "get_classifier"):
+        return [list(model.state_dict())[-1].rpartition(".")[0]]
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    return [name for name, module in model.named_modules() if any(module is head for head in heads)]
+
+
 def fuse_batch_norms(model: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it, in place: the same function in eval mode, and faster."""
+    """Fold each batch norm into the convolution before it, in place: the same function in eval mode, and faster.
+
+    In timm's models the one before it need not be its own, unless the names say so (conv1, bn1); and a BatchNormAct2d,
+    which has its activation inside, stays.
+    """
     model.eval()
+    of_timm = is_of_timm(model)
     for module in list(model.modules()):
         for (name, conv), (next_name, norm) in pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            is_own = not of_timm or isinstance(module, nn.Sequential) or next_name == name.replace("conv", "bn")
+            if is_own and isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, next_name, nn.Identity())
 
@@ -657,10 +719,11 @@ def timm_to_own(name: str) -> str:
     return f"{TIMM_TOP.get(layer, layer)}.{tensor}"
 
 
-def own_names(weights: dict) -> dict[str, Tensor]:
+def own_names(weights: dict, like: Iterable[str] = ()) -> dict[str, Tensor]:
     """A state_dict by our names: out of its containers, without the prefixes of wrappers, timm's names translated.
 
-    Where there are both the last and the averaged weights, they are the averaged ones.
+    Where there are both the last and the averaged weights, they are the averaged ones. `like`: the names that the model
+    has; timm's own model keeps timm's.
     """
     containers = ("model_ema", "state_dict_ema", "state_dict", "model")
     while isinstance(weights, dict) and (inside := [key for key in containers if isinstance(weights.get(key), dict)]):
@@ -674,7 +737,7 @@ def own_names(weights: dict) -> dict[str, Tensor]:
     own = {
         re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", name): tensor for name, tensor in own.items()
     }  # older files
-    if "conv_stem.weight" in own:
+    if "conv_stem.weight" in own and "conv_stem.weight" not in like:
         own = {timm_to_own(name): tensor for name, tensor in own.items()}
     if len(own) < len(weights):
         raise ValueError("the same weights are there twice, with and without a prefix")
@@ -687,10 +750,10 @@ def load_weights(model: nn.Module, weights: dict | str | Path, new_head: bool = 
     ValueError names what is missing, extra or of another shape, and then nothing was loaded. `new_head`: the last layer
     keeps the weights it has. A model on the meta device gets its memory here.
     """
-    given = own_names(read_file(weights) if isinstance(weights, (str, Path)) else weights)
     own = model.state_dict()
-    head = list(own)[-1].rpartition(".")[0] + "."
+    given = own_names(read_file(weights) if isinstance(weights, (str, Path)) else weights, own)
     if new_head:
+        head = tuple(f"{name}." for name in head_names(model))
         given = {name: t for name, t in given.items() if not name.startswith(head)}
         given |= {name: t for name, t in own.items() if name.startswith(head)}
     for name in own.keys() - given.keys():
@@ -712,6 +775,107 @@ def load_weights(model: nn.Module, weights: dict | str | Path, new_head: bool = 
     if on_meta:  # copied, for a mapped file may change
         given = {name: tensor.to(own[name].dtype, copy=True) for name, tensor in given.items()}
     model.load_state_dict(given, strict=True, assign=on_meta)
+
+
+# How images must look for published TensorFlow weights: a pattern of "arch path/file", of which the first that fits
+# counts; resolution in pixels (None: the model's own), mean, std. The crop is size / (size + 32), bicubic (official
+# preprocessing.py:104-134). For torchvision's and timm's own weights these have a record.
+PUBLISHED = (
+    (r"^tf_efficientnet_l2 .*ns(_jft_in1k)?_475", 475, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    (r"^tf_efficientnet_l2 ", 800, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # trained at 475, tuned for 800
+    (r"^tf_.*[._]ap[-._]", None, (0.5,) * 3, (0.5,) * 3),  # AdvProp, timm's ap_in1k
+    (r"^tf_|^efficientnet_l", None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # Noisy Student (ns_jft_in1k), in1k
+)
+
+
+def published_weights(arch: str, num_pixels: int | None) -> dict:
+    """The published weights of a model, by torchvision's or timm's own download, as `initial_weights` gives them."""
+    from torchvision import models
+
+    try:
+        if arch.startswith(("timm/", "tf_")):
+            config = timm_config(arch)
+            view = timm_view(config) if config else fail(f"--arch {arch}: timm has no such model")
+            view = view.at(num_pixels or view.image_size)
+            size = img_size_option(arch, view.image_size)  # the positions of a ViT are resized
+            model = import_timm().create_model(arch.removeprefix("timm/"), pretrained=True, **size)
+            return {"arch": arch, "model": model.state_dict(), **view._asdict()}
+        if arch not in models.list_models(module=models):
+            fail(f"--init published: --arch {arch} has no published weights that torchvision or timm can download")
+        weights = models.get_model_weights(arch).DEFAULT
+        return {"arch": arch, "model": weights.get_state_dict(), **torchvision_view(weights)._asdict()}
+    except (OSError, RuntimeError, ValueError) as error:  # no network, and what each makes of it
+        fail(f"--init published: the weights of {arch} cannot be downloaded ({str(error)[:150]})")
+
+
+def torchvision_view(weights) -> "View":
+    record = weights.transforms()
+    size, fraction = record.crop_size[0], record.crop_size[0] / record.resize_size[0]
+    return View(size, fraction, record.interpolation.value, tuple(record.mean), tuple(record.std))
+
+
+def img_size_option(arch: str, image_size: int) -> dict[str, int]:
+    """The option of a model of timm that is made for one size of images, as a ViT is; of others none."""
+    config = timm_config(arch) if arch.startswith("timm/") else None
+    return {"img_size": image_size} if config and config.fixed_input_size else {}
+
+
+def timm_view(config) -> "View":
+    """How images must look for a model of timm."""
+    return View(config.input_size[-1], config.crop_pct, config.interpolation, tuple(config.mean), tuple(config.std))
+
+
+def timm_config(arch: str):
+    """timm's record of a model's published weights, None where it has none or no such model."""
+    return import_timm().get_pretrained_cfg(arch.removeprefix("timm/"))
+
+
+def initial_weights(init: str | Path, arch: str | None, num_pixels: int | None) -> dict:
+    """--init, as a checkpoint or a dict like one: arch, model (the weights), and how images must look to it.
+
+    A file of torchvision is known by its name. Another is taken for the first that torchvision published of that model,
+    which is right for the semi-supervised ResNets (1905.00546: 224 pixels of 256, bilinear).
+    """
+    if init == "published":
+        if not arch:
+            fail("--init published: --arch must say of which model")
+        return published_weights(arch, num_pixels)
+    source = read_file(init)
+    if isinstance(source, dict) and source.get("format") == CHECKPOINT_FORMAT:
+        return source
+    if not arch:
+        fail(f"--init {init} is not of this toolkit: --arch must say of which model its weights are")
+    # The Hugging Face cache has the name three folders up.
+    name = f"{arch} {'/'.join(Path(init).absolute().parts[-4:])}"
+    if found := next((row for pattern, *row in PUBLISHED if re.search(pattern, name)), None):
+        size, mean, std = found
+        size = size or resolution_of(arch)
+        view = View(size, default_crop_fraction(size), "bicubic", mean, std)
+    elif arch.startswith("timm/"):
+        view = view_of(arch)
+    else:
+        from torchvision import models
+
+        if arch not in models.list_models(module=models):
+            fail(f"--arch {arch}: neither an EfficientNet nor one of torchvision's classification models")
+        published = list(models.get_model_weights(arch))
+        view = torchvision_view(next((one for one in published if Path(one.url).name == Path(init).name), published[0]))
+    return {"arch": arch, "model": source, **view._asdict()}
+
+
+def load_initial_weights(model: nn.Module, source: dict, args: argparse.Namespace, classes: list[str]) -> str:
+    """Start from --init. Returns what to say of it: its classifier comes along only with the same classes in order."""
+    try:
+        weights = own_names(source, model.state_dict())
+        known = source.get("classes")  # of a foreign file only the number is known, from the last layer
+        number = len(known or weights.get(f"{head_names(model)[0]}.weight", classes))
+        same_classes = known == classes if known else number == len(classes)
+        if not same_classes and args.epochs == 0:
+            fail(f"--init {args.init} has {number} other classes than --data ({len(classes)}): --epochs 0 trains none")
+        load_weights(model, weights, new_head=not same_classes)
+    except ValueError as error:
+        fail(f"--init {args.init} does not fit --arch {args.arch or source['arch']}: {error}")
+    return f"from {args.init}" + ("" if same_classes else " with a new classifier, for it had other classes")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1070,6 +1234,14 @@ class View(NamedTuple):
         return self._replace(image_size=image_size, crop_fraction=default_crop_fraction(image_size))
 
 
+def view_of(arch: str) -> View:
+    """The clean view of a model that starts from scratch. timm's models have a record of their own."""
+    if not arch.startswith("timm/"):
+        return View.default(resolution_of(arch))
+    config = timm_config(arch)
+    return timm_view(config) if config else View.default(224)
+
+
 class Crop(NamedTuple):
     """How a model sees an image in training: a random part of it, perhaps mirrored."""
 
@@ -1405,17 +1577,17 @@ class Batch(NamedTuple):
 class ImageDataset(torch.utils.data.Dataset):
     """Views of images as uint8. An item is (row, views, error): a list of (H, W, 3) arrays, or why there are none.
 
-    `clean` and `noised`: each that is given makes one view, in this order. The key of an item is `row`, or
-    `(epoch, row)`: the random view is a function of (seed, stream, epoch, row) alone, so workers, processes and
-    interruptions do not change it. A bad image is an error of its own row: it never stops a run, and no other takes its
-    place. `held_out`: the digests of val, whose images are left out.
+    `clean` and `noised`: each that is given makes one view, in this order; `noised` may be a View, without noise. The
+    key of an item is `row`, or `(epoch, row)`: the random view is a function of (seed, stream, epoch, row) alone, so
+    workers, processes and interruptions do not change it. A bad image is an error of its own row: it never stops a run,
+    and no other takes its place. `held_out`: the digests of val, whose images are left out.
     """
 
     def __init__(
         self,
         images: ImageList,
         clean: View | None = None,
-        noised: Crop | None = None,
+        noised: Crop | View | None = None,
         seed: int = 0,
         stream: str = "",
         held_out: frozenset[bytes] = frozenset(),
@@ -1442,7 +1614,8 @@ class ImageDataset(torch.utils.data.Dataset):
             views = [eval_view(image, self.clean)] if self.clean else []
             if self.noised:
                 rng = np.random.default_rng(seed_words(self.seed, f"{self.stream} crop", epoch, row))
-                views.append(random_view(image, self.noised, rng))
+                is_crop = isinstance(self.noised, Crop)
+                views.append(random_view(image, self.noised, rng) if is_crop else eval_view(image, self.noised))
         except Exception as error:  # decoders raise anything
             return row, None, f"{self.images.name(row)}: {type(error).__name__}: {error}"
         return row, views, None
@@ -1679,43 +1852,66 @@ class Plan(NamedTuple):
     peak: float  # learning rate
     schedule: str
     warmup_epochs: float = 0
+    decays: tuple[float, float] = (145, 0.97)  # of the staircase: how many, and by what factor
 
     @property
     def total_steps(self) -> int:
         return round(self.epochs * self.steps_per_epoch)
 
 
-# optimizer: (peak rate for each 256 labelled images of a batch, weight decay)
+# --schedule plateau: the factor of the rate in the Keras example, by stage. Its teacher watches the loss on val, its
+# student the accuracy.
+PLATEAU = {"teacher": 0.1, "student": 0.5}
+
+# optimizer: (peak rate for each 256 labelled images of a batch from scratch, the same from weights, weight decay)
 RATES = {
-    "rmsprop": (0.016, 1e-5),  # the paper's: 0.128 at 2048; official main.py:173-182
-    "sgd": (0.1, 1e-4),  # ResNets: Goyal et al., 1706.02677
-    "adamw": (0.00025, 0.05),  # DeiT: 0.0005 at 512; Touvron et al., 2012.12877
-}
+    "rmsprop": (0.016, 0.0016, 1e-5),  # the paper's: 0.128 at 2048; official main.py:173-182
+    "sgd": (0.1, 0.01, 1e-4),  # ResNets: Goyal et al., 1706.02677
+    "adamw": (0.00025, 1e-4, 0.05),  # DeiT: 0.0005 at 512; Touvron et al., 2012.12877
+}  # from weights: ours, a tenth where the weights must stay near to what they were
 
 
 def plan_of(args: argparse.Namespace, epochs: float, steps_per_epoch: float, decayed: float = 1) -> Plan:
     """The plan of a run. The default of --lr is RATES' times `decayed`; the warm-up is at most a fifth of the run."""
-    peak = args.lr if args.lr is not None else RATES[args.optimizer][0] * decayed * args.batch_size / 256
+    init = getattr(args, "init", None)
+    peak = args.lr if args.lr is not None else RATES[args.optimizer][bool(init)] * decayed * args.batch_size / 256
     warmup_epochs = getattr(args, "warmup_epochs", 0)
     if warmup_epochs > epochs / 5:
         print0(f"--warmup-epochs {warmup_epochs:g} is cut to {epochs / 5:g}, a fifth of the run")
-    return Plan(epochs, steps_per_epoch, peak, args.schedule, min(warmup_epochs, epochs / 5))
+    schedule = args.schedule or ("cosine" if init else "staircase")
+    return Plan(epochs, steps_per_epoch, peak, schedule, min(warmup_epochs, epochs / 5), args.decays)
 
 
 def learning_rate(step: int, plan: Plan) -> float:
     """The learning rate of a step: linear warm-up from 0, then `staircase`, `cosine` or `constant`.
 
     staircase: x 0.97 every 2.4 epochs of 350, every 4.8 of 700: one rule, 2.4 / 350 of the run. Its clock starts at
-    step 0, not after the warm-up (official utils.py:39-74, main.py:569-584).
+    step 0, not after the warm-up (official utils.py:39-74, main.py:569-584). Other numbers of decays divide the run
+    evenly. `plateau` is constant here: what it takes off depends on the evaluations (`plateau_factor`).
     """
     total_steps, warmup_steps = plan.total_steps, plan.warmup_epochs * plan.steps_per_epoch
     if step < warmup_steps:
         return plan.peak * step / warmup_steps
     if plan.schedule == "staircase":
-        return plan.peak * 0.97 ** math.floor(step / (total_steps * 2.4 / 350))
+        num, factor = plan.decays
+        every = total_steps * (2.4 / 350 if num == 145 else 1 / (num + 1))
+        return plan.peak * factor ** math.floor(step / every)
     if plan.schedule == "cosine":
         return plan.peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
     return plan.peak
+
+
+def plateau_factor(values: list[float], factor: float, patience: int = 3, min_delta: float = 1e-4) -> float:
+    """What Keras' ReduceLROnPlateau makes of the rate after evaluations with these values, of which low ones are good.
+
+    After `patience` evaluations in a row that are not better by more than `min_delta` it is multiplied by `factor`.
+    """
+    best, waited, product = math.inf, 0, 1.0
+    for value in values:
+        best, waited = (value, 0) if value < best - min_delta else (best, waited + 1)
+        if waited == patience:
+            product, waited = product * factor, 0
+    return product
 
 
 class RMSpropTF(torch.optim.Optimizer):
@@ -1759,7 +1955,7 @@ def make_optimizer(name: str, model: nn.Module, weight_decay: float | None) -> t
     Weight decay (None: that of RATES) spares the batch norms and nothing else, as the official code (main.py:552-555);
     AdamW's is decoupled.
     """
-    weight_decay = RATES[name][1] if weight_decay is None else weight_decay
+    weight_decay = RATES[name][2] if weight_decay is None else weight_decay
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
     params = [p for p in model.parameters() if p.requires_grad]
@@ -1784,6 +1980,12 @@ def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) 
     ema = [t for t in (*ema_model.parameters(), *ema_model.buffers()) if t.is_floating_point()]
     now = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     torch._foreach_lerp_(ema, now, rate)
+
+
+@torch.no_grad()
+def update_swa(swa_model: nn.Module, model: nn.Module, num: int) -> None:
+    """Make the mean of `num` - 1 weights that of `num`: parameters alone, for batch norms are recomputed."""
+    torch._foreach_lerp_(list(swa_model.parameters()), list(model.parameters()), 1 / num)
 
 
 def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
@@ -1941,7 +2143,8 @@ def previous_run(args: argparse.Namespace) -> dict | None:
     differ = [
         f"--{name.replace('_', '-')} {then.get(name)} (now {now.get(name)})"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and name not in MAY_DIFFER
+        if then.get(name) != now.get(name)
+        and (name not in MAY_DIFFER or "published" in (then.get(name), now.get(name)))  # --init has no file then
     ]
     if differ:
         fail(f"{args.out} was begun with {', '.join(differ)}: use the same flags to continue, or another --out")
@@ -1971,9 +2174,9 @@ def exit_finished(out: Path, checkpoint: dict) -> NoReturn:
     raise SystemExit(0)
 
 
-def versions() -> dict[str, str]:
-    names = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "pillow")}
-    return {"python": platform.python_version()} | names
+def versions(arch: str) -> dict[str, str]:
+    packages = ("torch", "torchvision", "pillow", *(["timm"] if arch.startswith("timm/") else []))
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -2019,23 +2222,43 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
 
 
-def cut_metrics(out: Path, step: int) -> None:
-    """Drop the lines after `step`, the one that is resumed."""
-    kept = [json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= step]
-    with write_atomically(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(kept))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # training: a model as the flags want it, precision, DDP, the parts of a batch, evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def model_of(
-    stage: str, arch: str, num_classes: int, args: argparse.Namespace, small_images: bool | None
-) -> tuple[nn.Module, dict]:
-    """(a model with fresh weights as the flags want it, its arch_options)."""
-    options = {"small_images": small_images, "dropout": args.dropout, "drop_path": args.drop_path}
+class Start(NamedTuple):
+    """What the flags, the weights to start from and the teacher say about a model and its images."""
+
+    arch: str
+    small_images: bool | None
+    view: View
+    crop: Crop
+    recipe: Recipe
+    noise: Callable[[Tensor, torch.Generator], Tensor]  # of a whole batch, uint8 (n, 3, H, W), on the device
+    initial: dict  # --init, as `initial_weights` gives it
+
+
+def start_of(args: argparse.Namespace, teacher: dict) -> Start:
+    """A flag comes first, then --init, then the teacher (of a teacher itself {}), then what is usual for the model."""
+    initial = initial_weights(args.init, args.arch or teacher.get("arch"), args.image_size) if args.init else {}
+    source = initial or teacher
+    arch = args.arch or source.get("arch", "efficientnet_b0")
+    small_images = args.small_images
+    if small_images is None:
+        small_images = source.get("arch_options", {}).get("small_images")
+    view = View.of(initial) if initial else view_of(arch)
+    view = view.at(args.image_size or source.get("image_size", view.image_size))
+    crop = Crop(view.image_size, None if small_images else args.min_crop_area, args.hflip)
+    recipe = recipe_of(arch, args)
+    words = {"recipe": recipe, "resolution": resolution_of(arch), "small_images": small_images, "hflip": args.hflip}
+    return Start(arch, small_images, view, crop, recipe, partial(add_noise, **words), initial)
+
+
+def model_of(stage: str, start: Start, classes: list[str], args: argparse.Namespace) -> tuple[nn.Module, dict, str]:
+    """(a model as the flags want it, its arch_options, where its weights come from in words)."""
+    arch, num_classes = start.arch, len(classes)
+    options = {"small_images": start.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     options |= {"zero_init_residual": args.zero_init_residual or None}
     for name in ("dropout", "drop_path") if arch.removeprefix("tf_") not in EFFICIENTNETS else ():
         if options[name] is not None:  # ResNets, for example, have neither
@@ -2044,6 +2267,7 @@ def model_of(
             except ValueError:
                 print0(f"{arch} has no --{name.replace('_', '-')}: it is left out")
                 options[name] = None
+    options |= img_size_option(arch, start.view.image_size)
     # Teacher, student and the rounds of one --seed must not start from the same weights.
     words = np.random.SeedSequence(seed_words(args.seed, f"{stage} weights"))
     torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
@@ -2052,7 +2276,8 @@ def model_of(
     except ValueError as error:
         fail(f"--arch: {error}")
     set_bn_momentum(model, args.bn_momentum)
-    return model, options
+    origin = load_initial_weights(model, start.initial, args, classes) if start.initial else "from scratch"
+    return model, options, origin
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
@@ -2071,6 +2296,10 @@ def model_noise(model: nn.Module) -> str:
             drop_path.append(module.p)
         elif isinstance(module, MBConv):
             drop_path.append(module.drop_path)
+        elif type(module).__name__ == "DropPath":  # timm's
+            drop_path.append(module.drop_prob or 0.0)
+        elif isinstance(rate := getattr(module, "drop_rate", None), float):  # timm's, of F.dropout
+            dropout.append(rate)
     rates = {"dropout": max(dropout), "stochastic depth": max(drop_path)}
     return ", ".join(f"{name} {rate:.2g}" for name, rate in rates.items() if rate) or "no model noise"
 
@@ -2114,9 +2343,34 @@ def parallel(model: nn.Module, processes: Processes, compile_it: bool, recompute
     if processes.world_size == 1:
         return model
     if processes.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: it replaces the children
+        synchronize_norms(model)
     devices = [processes.device] if processes.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def synchronize_norms(model: nn.Module) -> None:
+    """Batch norm over all processes, in place."""
+    if is_of_timm(model):
+        from timm.layers import convert_sync_batchnorm  # torch's would lose the activation of a BatchNormAct2d
+
+        convert_sync_batchnorm(model)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@torch.no_grad()
+def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Running statistics of the batch norms: the mean of those of the batches, as torch's swa_utils.update_bn."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def micro_batches(ddp_model: nn.Module, number: int, *tensors: Tensor):
@@ -2245,7 +2499,7 @@ class Run:
         run.finish()                                # evaluates, draws curves.png, writes model.pt
 
     model      the plain module that trains; ddp_model is for the forward pass of the training alone
-    averaged   the running average of its weights: what is evaluated and kept; without --ema-decay the model itself
+    averaged   the running average of its weights: what is evaluated and kept; without --average the model itself
     step       steps done; generator: for the noise of the step in the works, on the CPU
     counts     the readable images of a part, in the mean over parts and processes, for each stream of batches: a sum of
                losses divided by it has the gradient of the mean over all readable images of the step
@@ -2264,13 +2518,16 @@ class Run:
         num_images: int,
         bad: list[int],
         begun: dict | None,
+        noise: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ):
+        self.noise, self.streams = noise, []
         self.args, self.processes, self.plan, self.val, self.bad = args, processes, plan, val, bad
-        self.header = header | {"format": CHECKPOINT_FORMAT, "args": flags_of(args), "versions": versions()}
+        self.header = header | {"format": CHECKPOINT_FORMAT, "args": flags_of(args)}
+        self.header |= {"versions": versions(header["arch"])}
         self.view = View.of(header)
         self.model = model.to(processes.device, memory_format=torch.channels_last)
         check_input(model, self.view, num_images // (processes.world_size * args.accumulate), processes.device)
-        self.averaged = copy.deepcopy(model) if hasattr(args, "ema_decay") else model
+        self.averaged = copy.deepcopy(model) if hasattr(args, "average") else model
         self.optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
         training = begun["training"] if begun else {}
         # On another machine --precision auto might choose otherwise: what the run began with counts.
@@ -2287,6 +2544,7 @@ class Run:
         self.unreadable = {tuple(one) for one in training.get("unreadable", [])}  # (stream, row), of all processes
         self.held_out = set()  # rows of the unlabelled images that are images of val
         self.line = training.get("line")  # of the log, whose evaluation a signal cut short
+        self.evaluations, self.best = training.get("evaluations", []), training.get("best")
         # The sums of the losses since the last line of the log: rank 0 holds what was saved, of all processes.
         self.logged, self.names, self.sums = self.step, training.get("names", []), 0
         if self.names:
@@ -2306,11 +2564,14 @@ class Run:
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         num_trained, num = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
         copies = {"sgd": 1}.get(self.args.optimizer, 2) * num_trained + num * (1 + (self.averaged is not self.model))
+        copies += num * bool(self.patience)
+        given, start = self.args.lr is not None, "weights" if getattr(self.args, "init", None) else "scratch"
+        why = "--lr" if given else f"the default from {start}" if "init" in self.args else "the end of the schedule"
         print0(
             f"{self.header['arch']} at {self.view.image_size} px, {num_trained:,} of {num:,} parameters train",
             *facts,
             f"{self.plan.total_steps} steps, {self.plan.steps_per_epoch:.1f} an epoch, from step {self.step}",
-            f"peak lr {self.plan.peak:g}",
+            f"{self.args.optimizer}, {self.plan.schedule}, peak lr {self.plan.peak:g} ({why})",
             f"{self.precision} on {self.processes.world_size} x {self.processes.device.type}",
             f"last.pt and last.prev.pt take {8 * copies / 1e9:.2f} GB",
             sep="; ",
@@ -2322,6 +2583,7 @@ class Run:
         `views`: clean, noised and held_out of ImageDataset.
         """
         stream, seed = f"{self.header['stage']} {stream}", self.args.seed
+        self.streams.append((ImageDataset(images, seed=seed, stream=f"{stream} norms", **views), num))
         keys = train_keys(len(images), num, seed, stream, range(self.step, self.plan.total_steps), self.processes)
         return load_batches(ImageDataset(images, seed=seed, stream=stream, **views), keys, self.processes)
 
@@ -2333,13 +2595,13 @@ class Run:
         name, total = self.args.out.name, self.plan.total_steps
         batches = progress(zip(*loaders, strict=True), total, name, self.processes, self.step)
         self.begin_clock()
-        while True:
+        while not self.ended_early:
             asked = time.monotonic()
             if (parts := next(batches, None)) is None:
                 return
             self.waited += time.monotonic() - asked
             self.count_images(loaders, parts)
-            self.lr = learning_rate(self.step, self.plan)
+            self.lr = learning_rate(self.step, self.plan) * self.plateau_factor()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
             # A function of (seed, stage, step, rank): a resumed run draws what an uninterrupted one does.
@@ -2388,14 +2650,74 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        if self.averaged is not self.model:
-            update_ema(self.averaged, self.model, self.step, self.args.ema_decay)
+        if self.num_averaged:
+            if (self.step - self.plan.total_steps // 2) % 10 == 0:
+                update_swa(self.averaged, self.model, self.num_averaged)
+        elif self.averaged is not self.model and self.args.average != "swa":
+            update_ema(self.averaged, self.model, self.step, self.args.average)
         is_last = self.step == self.plan.total_steps
         evaluates = not is_last and self.is_time_to_evaluate()
         if evaluates or is_last or self.step % self.log_every == 0:
             self.log(self.log_line(), evaluates)
         elif self.step % self.args.save_every == 0:
             self.save("last.pt")
+
+    @property
+    def num_averaged(self) -> int:
+        """How many weights --average swa is the mean of: those of every 10 steps of the second half."""
+        is_swa = getattr(self.args, "average", None) == "swa"
+        return max(0, self.step - self.plan.total_steps // 2) // 10 if is_swa else 0
+
+    def prepare_average(self) -> None:
+        """Make --average swa fit to be evaluated: the batch norms of a mean of weights are those of none of them."""
+        if not self.num_averaged:
+            if getattr(self.args, "average", None) == "swa":
+                self.averaged.load_state_dict(self.model.state_dict())
+            return
+        num = min(100, self.plan.total_steps)
+        loaders = []
+        for dataset, num_images in self.streams:
+            keys = train_keys(len(dataset), num_images, self.args.seed, dataset.stream, range(num), self.processes)
+            loaders.append(load_batches(dataset, keys, self.processes))
+
+        def noised_batches() -> Iterator[Tensor]:
+            for index, batches in enumerate(zip(*loaders, strict=True)):
+                stream, rank = f"{self.header['stage']} norms", self.processes.rank
+                if self.stop.received:  # the evaluation ends at once, and all this is done again
+                    return
+                generator = step_generator(self.args.seed, stream, index, rank)
+                images = [batch.views[-1].to(self.processes.device) for batch in batches]
+                images = [
+                    self.noise(part, generator) if isinstance(dataset.noised, Crop) else part
+                    for part, (dataset, _) in zip(images, self.streams, strict=True)
+                ]
+                yield normalize(torch.cat(images), self.view)
+
+        with self.amp:
+            recompute_norms(self.averaged, noised_batches())
+
+    def judge(self, metrics: dict) -> None:
+        """Remember an evaluation, of which low values are good; with --patience the state of the best one too."""
+        is_teacher = self.header["stage"] == "teacher"
+        self.evaluations.append(metrics["val_loss"] if is_teacher else -metrics["val_top1"] / 100)
+        if self.patience and self.evaluations[-1] < min(self.evaluations[:-1], default=math.inf):
+            weights = {name: tensor.cpu().clone() for name, tensor in self.averaged.state_dict().items()}
+            self.best = {"model": weights, "metrics": metrics}
+
+    @property
+    def patience(self) -> int | None:
+        return getattr(self.args, "patience", None)
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the last --patience evaluations were no better than the best before them (Keras' EarlyStopping)."""
+        if not self.patience or not self.evaluations:
+            return False
+        return len(self.evaluations) - 1 - self.evaluations.index(min(self.evaluations)) >= self.patience
+
+    def plateau_factor(self) -> float:
+        is_plateau = self.plan.schedule == "plateau"
+        return plateau_factor(self.evaluations, PLATEAU[self.header["stage"]]) if is_plateau else 1
 
     def is_time_to_evaluate(self) -> bool:
         every, steps_per_epoch = getattr(self.args, "eval_every", 0), self.plan.steps_per_epoch
@@ -2430,8 +2752,10 @@ class Run:
         """Write a line of metrics.jsonl, with an evaluation if it is time for one; then last.pt is saved as well."""
         if evaluates:
             self.line = line  # kept in last.pt, if a signal comes during the evaluation
+            self.prepare_average()
             line = line | self.evaluate()
             self.line, self.metrics = None, line
+            self.judge(line)
             print0(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
         if self.processes.is_main:
             append_metrics(self.args.out, **line)
@@ -2466,6 +2790,7 @@ class Run:
             training = {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
             training |= {"precision": self.precision, "bad": self.bad, "unreadable": sorted(self.unreadable)}
             training |= {"line": self.line} if self.line else {}
+            training |= {"evaluations": self.evaluations, "best": self.best}
             if self.names:
                 training |= {"names": self.names, "logged": self.logged, "sums": self.sums.cpu()}
             if self.averaged is not self.model:
@@ -2475,9 +2800,18 @@ class Run:
 
     def finish(self) -> dict:
         """Evaluate, draw the curves, and write model.pt, which says that the run is finished; returns the metrics."""
-        self.metrics, out = self.evaluate(), self.args.out
+        out = self.args.out
+        if not self.ended_early:  # otherwise this state was just evaluated
+            self.prepare_average()
+            self.metrics = self.evaluate()
+            if self.processes.is_main:
+                append_metrics(out, step=self.plan.total_steps, epoch=self.plan.epochs, **self.metrics)
+            self.judge({"step": self.step} | self.metrics)
+        if self.best:
+            self.averaged.load_state_dict(self.best["model"])
+            self.metrics = self.best["metrics"]
+            print0(f"the best of {len(self.evaluations)} evaluations was that of step {self.metrics['step']}")
         if self.processes.is_main:
-            append_metrics(out, step=self.plan.total_steps, epoch=self.plan.epochs, **self.metrics)
             draw_curves(out)
         self.save("model.pt")
         self.save("last.pt")

@@ -53,7 +53,7 @@ OUT=$(absolute "${OUT:-runs/$(basename "$data")}")
 noise="--num-ops 2 --magnitude 5 --min-crop-area 0.7"     # a figure of 20 pixels does not survive the paper's 27 and 0.08
 steps="--optimizer adamw --lr 4e-3 --weight-decay 0.02 --schedule cosine" # too few steps for RMSprop and its staircase
 start="--zero-init-residual"                              # hundreds of steps earlier out of the plateau at the beginning
-average="--ema-decay 0.99 --bn-momentum 0.1"              # 0.9999 and 0.01 would still remember the first weights
+average="--average 0.99 --bn-momentum 0.1"                # 0.9999 and 0.01 would still remember the first weights
 BATCH=16 RATIO=3 # labelled images a step, unlabelled ones for each; the teacher and the control get as many in all
 
 # ---------------------------------------------------------------------------------------------------- the loop

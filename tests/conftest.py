@@ -422,7 +422,7 @@ def assert_same_weights(a: Path | dict, b: Path | dict) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 SHORT_RUN = ["--image-size", 32, "--batch-size", 8, "--optimizer", "adamw", "--lr", 4e-3, "--warmup-epochs", 1]
-SHORT_RUN += ["--schedule", "cosine", "--num-ops", 1, "--magnitude", 3, "--min-crop-area", 0.7, "--ema-decay", 0.9]
+SHORT_RUN += ["--schedule", "cosine", "--num-ops", 1, "--magnitude", 3, "--min-crop-area", 0.7, "--average", 0.9]
 SHORT_RUN += ["--bn-momentum", 0.1]
 
 

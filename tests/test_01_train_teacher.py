@@ -10,16 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import (
-    NO_OPTIONS,
-    ROOT,
-    assert_mistake,
-    assert_same_weights,
-    checkpoint_of,
-    load_stage,
-    metrics_of,
-    save_model,
-)
+from conftest import NO_OPTIONS, ROOT, assert_mistake, assert_same_weights, checkpoint_of, metrics_of, save_model
 from conftest import tell_images_apart
 from PIL import Image
 from timm.models.efficientnet import default_cfgs
@@ -29,6 +20,7 @@ from common import (
     IMAGENET_STD,
     build_model,
     default_crop_fraction,
+    initial_weights,
     labeled_images,
     load_model,
     own_names,
@@ -36,7 +28,7 @@ from common import (
 
 
 def read_initial(path, arch):
-    return load_stage("01_train_teacher").read_initial(path, arch)
+    return initial_weights(path, arch, None)
 
 
 def timms_b0(num_classes=3):

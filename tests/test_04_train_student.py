@@ -459,9 +459,9 @@ def test_the_student_is_tempered_as_its_teacher(temperature):
 def test_the_temperature_reaches_the_loss(tiny_data, call_main, tmp_path, monkeypatch):
     found, loss = [], student.noisy_student_loss
 
-    def loss_watched(*args):
-        found.append(args[8])
-        return loss(*args)
+    def loss_watched(*args, **kwargs):
+        found.append(kwargs["temperature"])
+        return loss(*args, **kwargs)
 
     monkeypatch.setattr(student, "noisy_student_loss", loss_watched)
     flags = ["--teacher", save_model(tmp_path / "t.pt", data=str(tiny_data)), *SHORT_RUN, "--ratio", 1]
@@ -469,3 +469,130 @@ def test_the_temperature_reaches_the_loss(tiny_data, call_main, tmp_path, monkey
         words = ["--epochs", 0.34, "--temperature", temperature, "--out", tmp_path / str(temperature)]
         assert call_main("04_train_student", *flags, *words).returncode == 0
     assert found == [2.5, 1.0]  # hard labels have no temperature
+
+
+# weights to start from, and unlabelled images without noise
+
+
+def start_from(init, teacher, data, call_main, out, *more):
+    flags = ["--teacher", teacher, "--init", init, "--data", data, "--epochs", 0, "--out", out, *more]
+    done = call_main("04_train_student", *flags)
+    return done, (checkpoint_of(out / "model.pt") if done.returncode == 0 else None)
+
+
+def test_a_student_that_starts_from_its_teacher_is_its_teacher(tiny_data, call_main, tmp_path):
+    """With the teacher's own view, which is not the usual one; the same labels in another order: a new classifier."""
+    view = {"crop_fraction": 0.8, "interpolation": "bilinear", "mean": (0.5,) * 3, "image_size": 40}
+    teacher = save_model(tmp_path / "t.pt", data=str(tiny_data), classes=SHAPES, **view)
+    done, started = start_from(teacher, teacher, tiny_data, call_main, tmp_path / "s")
+    assert done.returncode == 0 and f"from {teacher}" in done.stdout, done
+    assert {name: started[name] for name in view} == view and started["arch"] == CHEAP
+    images = torch.randn(4, 3, 40, 40)
+    models = [common.load_model(path)[0] for path in (teacher, tmp_path / "s" / "model.pt")]
+    assert torch.equal(*(model(images) for model in models)) and models[0](images).std() > 0.1
+    assert started["inputs"][str(teacher)] == common.file_sha256(teacher)
+
+    other = save_model(tmp_path / "o.pt", data=str(tiny_data), classes=SHAPES[::-1])
+    done, _ = start_from(other, teacher, tiny_data, call_main, tmp_path / "o")
+    assert_mistake(done, "--init", other)
+    done, started = start_from(other, teacher, tiny_data, call_main, tmp_path / "o", "--epochs", 0.3, "--lr", 0)
+    assert done.returncode == 0 and "a new classifier" in done.stdout, done
+    weights = checkpoint_of(other)["model"]
+    same = {name for name in weights if torch.equal(weights[name], started["model"][name])}
+    assert {name for name, _ in common.build_model(CHEAP, 3).named_parameters()} - same == {"fc.weight", "fc.bias"}
+
+
+def test_what_the_weights_bring_along_comes_before_what_the_teacher_has(tiny_data, call_main, tmp_path):
+    teacher = save_model(tmp_path / "t.pt", data=str(tiny_data), classes=SHAPES)
+    small = {"small_images": True, "dropout": None, "drop_path": None, "zero_init_residual": None}
+    init = save_model(tmp_path / "i.pt", "efficientnet_b0", classes=SHAPES, arch_options=small, image_size=48)
+    _, started = start_from(init, teacher, tiny_data, call_main, tmp_path / "s")
+    facts = started["arch"], started["image_size"], started["arch_options"]["small_images"]
+    assert facts == ("efficientnet_b0", 48, True)
+    assert_mistake(start_from(init, teacher, tiny_data, call_main, tmp_path / "x", "--arch", "resnet18")[0], "--arch")
+
+
+def test_unlabelled_images_may_be_clean(tiny_data, call_main, tmp_path, monkeypatch):
+    """As they are labelled: no crop, no mirroring, no RandAugment; the labelled ones keep theirs."""
+    teacher = save_model(tmp_path / "t.pt", data=str(tiny_data), classes=SHAPES)
+    seen = []
+    monkeypatch.setattr(
+        student, "normalize", lambda images, view: seen.append(images) or common.normalize(images, view)
+    )
+    flags = ["--teacher", teacher, *SHORT_RUN, "--ratio", 1, "--epochs", 0.34]
+    for more in ([], ["--clean-unlabeled"]):
+        seen.clear()
+        words = ["--out", tmp_path / str(len(more)), *more]
+        assert call_main("04_train_student", *flags, *words).returncode == 0
+        images = common.unlabeled_images(tiny_data / "unlabeled", tiny_data)
+        labeled = common.labeled_images(tiny_data, "train")[0]
+        clean = [{view.tobytes() for view in views_of(rows)} for rows in (labeled, images)]
+        given = [image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in seen[-1]]
+        are_clean = [
+            sum(image in of_kind for image in part) for of_kind, part in zip(clean, (given[:8], given[8:]), strict=True)
+        ]
+        assert len(given) == 16 and are_clean == [0, 8 if more else 0]
+
+
+def views_of(images):
+    return [common.eval_view(images.load(row), common.View.default(32)) for row in range(len(images))]
+
+
+# consistency training with supervision
+
+
+def test_the_consistency_loss_is_the_keras_examples():
+    """(CE + KL(softmax(t / T) || softmax(s / T))) / 2, the KL as Keras' KLDivergence and torch's kl_div compute it."""
+    generator = torch.Generator().manual_seed(0)
+    s, t = (3 * torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    y, T = torch.tensor([0, 1, 2, 3, 3, 0]), 10.0
+    loss, labeled, divergence = student.consistency_loss(s, y, s, (t / T).softmax(1), 6, 6, 0.0, T)
+    p, q = (t / T).softmax(1).numpy(), (s / T).softmax(1).numpy()
+    expected = (p * np.log(p / q)).sum(1).mean()
+    ce = -np.log(s.softmax(1).numpy()[np.arange(6), y]).mean()
+    assert float(divergence) == pytest.approx(expected, rel=1e-6) and float(labeled) == pytest.approx(ce, rel=1e-6)
+    assert float(loss) == pytest.approx((ce + expected) / 2, rel=1e-6)
+    one_hot = torch.eye(4)[:3]
+    assert torch.isfinite(student.consistency_loss(s, y, s[:3].float(), one_hot, 6, 3, 0.0, T)[2])
+
+
+def test_both_losses_of_consistency_are_of_one_noised_image(tiny_data, call_main, tmp_path, monkeypatch):
+    """--ratio 0: the labelled images are seen once by the student and once, clean, by the teacher."""
+    teacher = save_model(tmp_path / "t.pt", data=str(tiny_data), classes=SHAPES[::-1])
+    found, loss = [], student.consistency_loss
+
+    def watched(*args, **kwargs):
+        found.append((args, kwargs))
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(student, "consistency_loss", watched)
+    out = tmp_path / "s"
+    flags = ["--teacher", teacher, "--data", tiny_data, *SHORT_RUN, "--consistency", "kl"]
+    done = call_main("04_train_student", *flags, "--ratio", 0, "--epochs", 2, "--out", out)
+    assert done.returncode == 0 and "deviation" not in done.stdout, done
+    assert len(found) == 6
+    model = common.load_model(teacher)[0]
+    images, labels, _ = common.labeled_images(tiny_data, "train")
+    views = torch.from_numpy(np.stack(views_of(images))).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        logits = model(common.normalize(views, common.View.default(32))).flip(1)  # the classes in the data's order
+    probs = (logits / 10).softmax(1)
+    for args, kwargs in found:
+        given, target, student_logits, targets = args[:4]
+        assert given is not None and torch.equal(given, student_logits) and len(target) == 8 and args[4:] == (8, 8)
+        assert kwargs == {"label_smoothing": 0.0, "temperature": 10.0}
+        distance = torch.cdist(targets, probs).min(1)
+        assert distance.values.max() < 1e-5 and torch.equal(torch.from_numpy(labels)[distance.indices], target)
+    for line in metrics_of(out):
+        if "loss" in line:
+            assert line["loss"] == pytest.approx((line["loss_labeled"] + line["loss_unlabeled"]) / 2, rel=1e-5)
+    done = call_main("04_train_student", *flags, "--ratio", 1, "--epochs", 0.34, "--out", tmp_path / "other")
+    assert done.returncode == 0 and "a deviation" in done.stdout, done
+
+
+def test_consistency_needs_probabilities_and_the_teacher(small_selection, call_main, tmp_path):
+    flags, _, _ = small_selection
+    words = ["--consistency", "kl", "--out", tmp_path / "s"]
+    assert_mistake(call_main(*flags, *words, "--temperature", 0), "--temperature 0")
+    assert_mistake(call_main(*flags, *words, "--unlabeled-weight", 1), "--unlabeled-weight")
+    assert_mistake(call_main(*flags, *words, "--ratio", 0), "--ratio 0", "--pseudo-labels")

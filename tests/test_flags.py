@@ -17,19 +17,20 @@ from common import EFFICIENTNETS, load_image, rand_augment, small_image_noise
 
 
 BASE = {"--image-size": 32, "--batch-size": 8, "--epochs": 2 / 3, "--lr": 0.01, "--warmup-epochs": 0, "--num-ops": 1}
-BASE |= {"--magnitude": 5, "--ema-decay": 0.5, "--bn-momentum": 0.1, "--eval-every": 0, "--optimizer": "sgd"}
+BASE |= {"--magnitude": 5, "--average": 0.5, "--bn-momentum": 0.1, "--eval-every": 0, "--optimizer": "sgd"}
 
 
 TRAINING = {  # flag: a value that must change the result; None: the flag alone
     "--small-images": None, "--dropout": 0.9, "--drop-path": 0.9, "--bn-momentum": 0.5, "--zero-init-residual": None,
     "--image-size": 40, "--batch-size": 12, "--accumulate": 2, "--epochs": 1, "--optimizer": "adamw", "--lr": 0.02,
-    "--schedule": "cosine", "--warmup-epochs": 1, "--weight-decay": 0.5, "--label-smoothing": 0.5, "--ema-decay": 0.1,
+    "--schedule": "cosine", "--warmup-epochs": 1, "--weight-decay": 0.5, "--label-smoothing": 0.5, "--average": 0.1,
     "--num-ops": 2, "--magnitude": 9, "--min-crop-area": 0.9, "--no-hflip": None, "--seed": 1, "--precision": "bf16",
-    "--arch": CHEAP,
+    "--arch": CHEAP, "--decays": (1, 0.1),
 }  # fmt: skip
 
 
-STUDENT = TRAINING | {"--ratio": 2, "--unlabeled-weight": 3, "--temperature": 3}
+STUDENT = TRAINING | {"--ratio": 2, "--unlabeled-weight": 3, "--temperature": 3, "--clean-unlabeled": None}
+STUDENT |= {"--consistency": "kl"}
 
 
 FIXRES = {
@@ -61,7 +62,8 @@ def weights_of(tiny_data, tmp_path_factory):
             given |= {"--image-size": 40} if name == "05_fixres_finetune" else {}
             if flag:
                 given[flag] = value
-            words = [word for item in given.items() for word in item if word is not None]
+            words = [[k, *(v if isinstance(v, tuple) else (v,))] for k, v in given.items()]
+            words = [word for words_of_one in words for word in words_of_one if word is not None]
             ended = call_main_of(load_stage(name), patch, None, ["--out", out, *words])
             assert ended.returncode == 0, (name, flag)
             done[name, flag] = checkpoint_of(out / "model.pt")["model"]
@@ -112,8 +114,8 @@ def test_the_loss_is_the_weighted_sum(weights_of):
 def test_no_flag_is_forgotten_here(name, capsys, monkeypatch):
     """What --help lists is either in the tables above or tested where it belongs."""
     elsewhere = {"--help", "--data", "--out", "--init", "--teacher", "--checkpoint", "--pseudo-labels", "--logits",
-                 "--unlabeled", "--unlabeled-only", "--eval-every", "--compile", "--hflip"}  # fmt: skip
-    elsewhere |= {"--no-small-images"}
+                 "--unlabeled", "--unlabeled-only", "--eval-every", "--compile", "--hflip", "--patience"}  # fmt: skip
+    elsewhere |= {"--no-small-images"} | ({"--decays"} if name == "05_fixres_finetune" else set())
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit):
         load_stage(name).parse_args()

@@ -1,7 +1,9 @@
 """The learning rate, TensorFlow's RMSprop, the averaged weights and what weight decay spares, against other sources."""
 
 import copy
+import itertools
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +11,12 @@ import pytest
 import timm.optim
 import torch
 
-from common import RATES, Plan, RMSpropTF, build_model, learning_rate, make_optimizer, plan_of
-from common import soft_cross_entropy, update_ema
+import common
+from common import RATES, RECIPES, Plan, RMSpropTF, build_model, learning_rate, make_optimizer, plan_of
+from common import recipe_of, soft_cross_entropy, update_ema
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+import keras
 
 STEPS_PER_EPOCH = 100
 
@@ -205,7 +211,8 @@ def test_soft_cross_entropy():
 
 
 def plan(epochs=50, steps_per_epoch=10.0, decayed=1.0, **flags):
-    given = {"optimizer": "rmsprop", "lr": None, "batch_size": 256, "schedule": "cosine", "warmup_epochs": 5.0} | flags
+    given = {"optimizer": "rmsprop", "lr": None, "batch_size": 256, "schedule": "cosine", "warmup_epochs": 5.0}
+    given |= {"decays": (145, 0.97)} | flags
     return plan_of(SimpleNamespace(**given), epochs, steps_per_epoch, decayed)
 
 
@@ -217,15 +224,18 @@ def test_the_warmup_is_at_most_a_fifth_of_the_run(capsys):
     rates = [learning_rate(step, short) for step in range(short.total_steps)]
     assert max(rates) == rates[6] == short.peak and rates[-1] < 0.05 * short.peak  # it has decayed at the end
     assert plan(epochs=0).warmup_epochs == 0
-    fine_tuning = SimpleNamespace(optimizer="sgd", lr=None, batch_size=8, schedule="constant")
+    fine_tuning = SimpleNamespace(optimizer="sgd", lr=None, batch_size=8, schedule="constant", decays=(145, 0.97))
     assert plan_of(fine_tuning, 1, 3).warmup_epochs == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "peak", "weight_decay"), [("rmsprop", 0.016, 1e-5), ("sgd", 0.1, 1e-4), ("adamw", 0.00025, 0.05)]
+    ("name", "peak", "weight_decay"),
+    [("rmsprop", (0.016, 0.0016), 1e-5), ("sgd", (0.1, 0.01), 1e-4), ("adamw", (0.00025, 1e-4), 0.05)],
 )
 def test_each_optimizer_has_a_rate_and_a_weight_decay_of_its_own(name, peak, weight_decay):
-    assert RATES[name] == (peak, weight_decay)
+    assert RATES[name] == (*peak, weight_decay)
+    assert plan(optimizer=name, init="weights.pt").peak == pytest.approx(peak[1])
+    peak = peak[0]
     assert plan(optimizer=name).peak == pytest.approx(peak)
     assert plan(optimizer=name, batch_size=2048).peak == pytest.approx(8 * peak)
     assert plan(optimizer=name, decayed=0.25).peak == pytest.approx(peak / 4)
@@ -234,3 +244,100 @@ def test_each_optimizer_has_a_rate_and_a_weight_decay_of_its_own(name, peak, wei
     model = build_model("resnet18", 3)
     assert [group["weight_decay"] for group in make_optimizer(name, model, None).param_groups] == [weight_decay, 0]
     assert [group["weight_decay"] for group in make_optimizer(name, model, 0.0).param_groups] == [0, 0]
+
+
+def test_from_weights_a_run_is_short_and_its_schedule_is_cosine():
+    flags = SimpleNamespace(init="weights.pt", epochs=None, num_ops=None, magnitude=None)
+    assert recipe_of("efficientnet_b7", flags) == RECIPES["efficientnet_b7"]._replace(epochs=30)
+    flags.epochs = 7
+    assert recipe_of("efficientnet_b7", flags).epochs == 7
+    assert plan(schedule=None, init="weights.pt").schedule == "cosine"
+    assert plan(schedule=None).schedule == plan(schedule=None, init=None).schedule == "staircase"
+    assert plan(schedule="constant", init="weights.pt").schedule == "constant"
+
+
+@pytest.mark.parametrize(("num", "factor"), [(13, 0.5), (3, 0.1), (1, 0.2), (0, 0.5)])
+def test_decays_divide_the_run_evenly(num, factor):
+    """1905.00546: halved 13 times at regular intervals; its fine-tuning three times a tenth."""
+    chosen = plan(epochs=56, schedule="staircase", warmup_epochs=0.0, decays=(num, factor))
+    rates = [learning_rate(step, chosen) for step in range(chosen.total_steps)]
+    lengths = [len(list(same)) for _, same in itertools.groupby(rates)]
+    assert sorted(set(rates), reverse=True) == pytest.approx([0.016 * factor**k for k in range(num + 1)])
+    assert len(lengths) == num + 1 and max(lengths) - min(lengths) <= 1
+
+
+def test_the_papers_decays_are_every_2_4_of_350_epochs():
+    chosen = plan(epochs=350, schedule="staircase", warmup_epochs=0.0)
+    for epoch in (0, 2.3, 2.4, 100.9, 349.9):
+        expected = 0.016 * 0.97 ** math.floor(epoch / 2.4 + 1e-9)
+        assert learning_rate(round(10 * epoch), chosen) == pytest.approx(expected, rel=1e-9), epoch
+
+
+def values_of_val(seed):
+    """A made-up series of evaluations that rises and falls, with ties and steps near Keras' least improvement."""
+    rng = np.random.default_rng(seed)
+    steps = rng.choice([0, 5e-5, 1.5e-4, -5e-5, -1.5e-4, -0.02, 0.02], size=60, p=[0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2])
+    return (1 + np.cumsum(steps)).tolist()
+
+
+class Optimizer:
+    learning_rate = 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("factor", "monitor", "mode"), [(0.1, "val_loss", "min"), (0.5, "val_accuracy", "max")])
+def test_a_plateau_is_keras(seed, factor, monitor, mode):
+    values = values_of_val(seed)
+    callback = keras.callbacks.ReduceLROnPlateau(patience=3, factor=factor, monitor=monitor, mode=mode)
+    callback.set_model(SimpleNamespace(optimizer=Optimizer()))
+    callback.on_train_begin()
+    signed = values if mode == "min" else [-value for value in values]
+    seen = set()
+    for epoch, value in enumerate(values):
+        callback.on_epoch_end(epoch, {monitor: value})
+        mine = common.plateau_factor(signed[: epoch + 1], factor)
+        assert mine == pytest.approx(callback.model.optimizer.learning_rate), epoch
+        seen.add(mine)
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("patience", [1, 4, 10])
+def test_patience_is_keras(seed, patience):
+    values = values_of_val(seed)
+    callback = keras.callbacks.EarlyStopping(patience=patience, restore_best_weights=True, monitor="loss", mode="min")
+    weights = []
+    callback.set_model(SimpleNamespace(stop_training=False, get_weights=lambda: weights[-1], set_weights=lambda _: 0))
+    callback.on_train_begin()
+    run = SimpleNamespace(patience=patience, evaluations=[])
+    for epoch, value in enumerate(values):
+        weights.append(epoch)
+        run.evaluations.append(value)
+        callback.on_epoch_end(epoch, {"loss": value})
+        assert common.Run.ended_early.fget(run) == callback.model.stop_training, epoch
+        assert run.evaluations.index(min(run.evaluations)) == callback.best_epoch
+        if callback.model.stop_training:
+            break
+    else:
+        assert patience == 10
+
+
+def test_swa_is_torchs_average_and_its_batch_norms_are_torchs():
+    torch.manual_seed(0)
+    model = build_model("shufflenet_v2_x0_5", 3).double()
+    mine, theirs = copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model)
+    for num in range(1, 5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        common.update_swa(mine, model, num)
+        theirs.update_parameters(model)
+    for one, other in zip(mine.parameters(), theirs.module.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    batches = [torch.randn(8, 3, 32, 32, dtype=torch.float64) for _ in range(3)]
+    common.recompute_norms(mine, batches)
+    torch.optim.swa_utils.update_bn(batches, theirs.module)
+    for (name, one), other in zip(mine.state_dict().items(), theirs.module.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    momenta = {m.momentum for m in mine.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert momenta == {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}

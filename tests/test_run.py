@@ -1,6 +1,7 @@
 """The training run, which 01, 04 and 05 share: it continues where it was killed, stops when told, refuses other flags
 and other images, leaves nothing of a run that diverged; a step in parts, activations computed again, processes."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -244,7 +245,7 @@ def assert_close_runs(start, one, two, names):
 
 
 SQUEEZED = ["--arch", "squeezenet1_1", "--dropout", 0, "--image-size", 32, "--batch-size", 8, "--epochs", 2]
-SQUEEZED += ["--warmup-epochs", 0, "--lr", 0.01, "--optimizer", "sgd", "--ema-decay", 0.5, "--num-ops", 1]
+SQUEEZED += ["--warmup-epochs", 0, "--lr", 0.01, "--optimizer", "sgd", "--average", 0.5, "--num-ops", 1]
 SQUEEZED += ["--magnitude", 5]
 
 
@@ -350,7 +351,7 @@ def test_checkpointed_activations_change_no_bit_and_may_be_added_later(tiny_data
 
     monkeypatch.setattr(common, "checkpoint_activations", counted)
     flags = ["--data", tiny_data, "--image-size", 32, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0]
-    flags += ["--lr", 0.01, "--bn-momentum", 0.1, "--ema-decay", 0.5, "--drop-path", 0.5]
+    flags += ["--lr", 0.01, "--bn-momentum", 0.1, "--average", 0.5, "--drop-path", 0.5]
     assert call_main("01_train_teacher", *flags, "--out", tmp_path / "kept").returncode == 0 and not calls
     assert (
         call_main("01_train_teacher", *flags, "--out", tmp_path / "computed", "--checkpoint-activations").returncode
@@ -840,3 +841,87 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tiny_data, run_st
     assert call_main(*flags).returncode == 0
     assert call_main(*flags, "--out", tmp_path / "whole").returncode == 0
     assert_same_weights(tmp_path / "t" / "model.pt", tmp_path / "whole" / "model.pt")
+
+
+# averages, plateaus and patience
+
+
+def test_swa_keeps_the_mean_of_the_second_half_with_its_own_batch_norms(tiny_data, call_main, tmp_path, monkeypatch):
+    """Every 10 steps of the second half of 63: those after 41, 51 and 61. Until then the model itself is evaluated."""
+    after, models = {}, []
+    end_step = common.Run.end_step
+
+    def end_step_watched(run):
+        end_step(run)
+        after[run.step] = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+    evaluate = common.evaluate
+    monkeypatch.setattr(
+        common, "evaluate", lambda model, *rest: models.append(copy.deepcopy(model)) or evaluate(model, *rest)
+    )
+    monkeypatch.setattr(common.Run, "end_step", end_step_watched)
+    flags = ["--data", tiny_data, *SHORT_RUN, "--arch", CHEAP, "--average", "swa", "--epochs", 21, "--eval-every", 8]
+    assert call_main("01_train_teacher", *flags, "--out", tmp_path / "t").returncode == 0
+    saved = checkpoint_of(tmp_path / "t" / "model.pt")["model"]
+    for name in after[61]:
+        expected = torch.stack([after[step][name] for step in (41, 51, 61)]).mean(0)
+        torch.testing.assert_close(saved[name], expected, rtol=1e-5, atol=1e-6)
+    assert len(models) == 3 and all(torch.equal(p, after[24][name]) for name, p in models[0].named_parameters())
+    counters = [int(tensor) for name, tensor in saved.items() if name.endswith("num_batches_tracked")]
+    assert set(counters) == {63}, "batch norms of one batch for each planned step, at most 100"
+    first, last = (dict(model.named_buffers()) for model in models[::2])
+    name = next(name for name in first if name.endswith("running_var"))
+    assert torch.equal(last[name], saved[name])
+    # the same weights seen through the model's own running statistics are another function
+    assert not torch.allclose(first[name], last[name], rtol=1e-3)
+
+
+PLATEAU = ["--schedule", "plateau", "--patience", 4, "--average", "swa", "--eval-every", 1, "--epochs", 20]
+
+
+@pytest.mark.parametrize("stage", ["01_train_teacher", "04_train_student"])
+def test_plateau_and_patience_of_a_run_that_is_stopped(stage, tiny_data, call_main, tmp_path, monkeypatch):
+    """The rate falls after 3 evaluations without improvement, the run ends after 4, and model.pt is the best state:
+    bitwise so where it was interrupted at any moment. 01 watches the loss, 04 the accuracy."""
+    losses = [1.5, 1.2, 1.3, 1.3, 1.3, 1.1, 1.4, 1.4, 1.4, 1.4, 1.4, 1.4]
+    evaluate = common.evaluate
+
+    def evaluate_as_told(model, images, labels, view, processes, precision="fp32", stop=None):
+        if (metrics := evaluate(model, images, labels, view, processes, precision, stop)) is None:
+            return None
+        step = runs[-1].step
+        loss = losses[step // 3 - 1]
+        return metrics | {"val_loss": loss, "val_top1": 100 * (2 - loss)} | {"val_top5": float(step)}
+
+    runs, init = [], common.Run.__init__
+    monkeypatch.setattr(common, "evaluate", evaluate_as_told)
+    monkeypatch.setattr(common.Run, "__init__", lambda run, *args: runs.append(run) or init(run, *args))
+    kept = {}
+    judge = common.Run.judge
+
+    def judge_watched(run, metrics):
+        judge(run, metrics)
+        kept[run.step] = {name: tensor.clone() for name, tensor in run.averaged.state_dict().items()}
+
+    monkeypatch.setattr(common.Run, "judge", judge_watched)
+    whole = short_run(stage, tiny_data, tmp_path / "whole", *PLATEAU, "--lr", 0.001, "--warmup-epochs", 0)
+    done = call_main(*whole)
+    assert done.returncode == 0 and "of step 18" in done.stdout, done
+    lines = metrics_of(tmp_path / "whole")
+    assert [line["step"] for line in lines if "val_loss" in line] == list(range(3, 31, 3))  # 6 is best, 10 the end
+    factor = 0.1 if stage == "01_train_teacher" else 0.5
+    rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
+    assert rates[15] == pytest.approx(0.001) and rates[18] == pytest.approx(0.001 * factor)
+    assert rates[30] == pytest.approx(0.001 * factor**2)
+    saved = checkpoint_of(tmp_path / "whole" / "model.pt")
+    assert saved["metrics"]["step"] == 18 and saved["metrics"]["val_loss"] == 1.1
+    assert_same_weights(saved["model"], kept[18])
+
+    words = short_run(stage, tiny_data, tmp_path / "cut", *PLATEAU, "--lr", 0.001, "--warmup-epochs", 0)
+    for step in (14, 16, 29):
+        assert call_main(*words, stop_after=step).returncode == 143
+    done = call_main(*words)
+    assert done.returncode == 0 and "from step 29" in done.stdout, done
+    assert_same_weights(tmp_path / "cut" / "model.pt", tmp_path / "whole" / "model.pt")
+    assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
+    assert "is finished" in call_main(*words).stdout
