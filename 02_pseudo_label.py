@@ -16,6 +16,7 @@ writes  logits.h5: one row an image, in path order. The same command continues i
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -29,13 +30,15 @@ import torch
 
 from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0, write_atomically  # program
 from common import StopSignal, init_processes, progress  # processes
+from common import recipe_of, resolution_of  # models
+from common import rand_augment  # noise
 from common import View, normalize  # views
 from common import ImageList, digests_of_val, is_lost, root_of, unlabeled_images  # listing
 from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
 from common import DONE, HELD_OUT, LABEL_FILE_COLUMNS, LOGITS_FORMAT, TODO, UNREADABLE  # label files
 from common import image_list, map_dataset, open_label_file, read_held_out, selected_images
 from common import load_model  # checkpoints
-from common import autocast, precision_of  # training
+from common import autocast, precision_of, step_generator  # training
 
 SYNC_SECONDS = 5  # a row counts as done after a sync, so a `kill -9` costs about as much work as this
 
@@ -47,6 +50,8 @@ def parse_args() -> argparse.Namespace:
     add("--unlabeled", type=os.path.abspath, help="images and .tar shards; None: unlabeled/ of the teacher's data")
     add("--only", type=Path, help="balanced.h5: label its images alone, at their old rows; for 04 --logits")
     add("--out", type=Path, required=True, help="the logits file; one that exists is continued")
+    noised = "a noised teacher, for comparison: dropout, and 2 ops of magnitude M; without M the recipe's, else 9"
+    add("--noised", nargs="?", metavar="M", type=at_least(0), const=math.nan, help=noised)
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")
     add_device_flags(parser)
     return parser.parse_args()
@@ -83,15 +88,19 @@ def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int,
         file.attrs.update(format=LOGITS_FORMAT, root=images.root, **attributes)
 
 
-def open_output(path: Path, folder: str, teacher_sha256: str, precision: str):
-    """(images, status, digests of val) of a logits file, which must be of this folder, teacher and precision."""
+def open_output(path: Path, folder: str, teacher_sha256: str, how: dict):
+    """(images, status, digests of val) of a logits file, which must be of this folder and teacher, and made like this.
+
+    `how`: the attributes `precision` and `noised`.
+    """
     with open_label_file(path, LOGITS_FORMAT) as file:
         if file.attrs["teacher_sha256"] != teacher_sha256:
             fail(f"{path} was made by another teacher ({file.attrs['teacher']}): choose another --out")
         if file.attrs["root"] != folder:
             fail(f"{path} is of --unlabeled {file.attrs['root']}, not {folder}: choose another --out")
-        if file.attrs.get("precision", precision) != precision:  # older files do not say
-            fail(f"{path} was begun with --precision {file.attrs['precision']}, not {precision}: choose another --out")
+        for name, now in how.items():  # older files do not say; none of them is noised
+            if (then := file.attrs.get(name, "no" if name == "noised" else now)) != now:
+                fail(f"{path} was begun with --{name} {then}, not {now}: choose another --out")
         return image_list(file), map_dataset(file, "status"), read_held_out(file)
 
 
@@ -169,6 +178,14 @@ class RowWriter:
         self.sync()
 
 
+def noise_model(model: torch.nn.Module) -> None:
+    """Dropout and stochastic depth as in training; batch norms as they are when the model labels."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
     with open_label_file(path, LOGITS_FORMAT) as file:  # network file systems look for changes when a file is opened
         status = map_dataset(file, "status")
@@ -216,7 +233,11 @@ def main() -> None:
     processes = init_processes(args.device, args.workers, connect=False)  # no collectives, so no time limits
     model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
     view, sha256, precision = View.of(checkpoint), file_sha256(args.teacher), precision_of(args.precision, processes)
-    data = checkpoint.get("data")
+    data, arch, magnitude = checkpoint.get("data"), checkpoint["arch"], args.noised
+    if args.noised is not None:
+        noise_model(model)
+        magnitude = recipe_of(arch, args).magnitude or 9.0 if math.isnan(args.noised) else args.noised
+    how = {"precision": precision, "noised": "no" if magnitude is None else f"{magnitude:g}"}
 
     # List the images. This can take hours and has nothing to save, so until `stop` is there a signal ends the process.
     creates = processes.is_main and not args.out.exists()
@@ -233,12 +254,12 @@ def main() -> None:
 
     # Process 0 creates the output. All processes, and all later runs, take the list of the images from it.
     if creates and not args.out.exists():
-        facts = {"arch": checkpoint["arch"], "arch_options": json.dumps(checkpoint["arch_options"])}
-        facts |= {"image_size": view.image_size, "precision": precision}
+        facts = {"arch": arch, "arch_options": json.dumps(checkpoint["arch_options"])}
+        facts |= {"image_size": view.image_size, **how}
         facts |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
         create_logits(args.out, listed, checkpoint["classes"], len(wanted), digests_of_val(data, folder), **facts)
     wait_until(args.out.exists, f"process {processes.rank} waits for {args.out}, which process 0 makes", stop)
-    images, status, held_out = open_output(args.out, root_of(folder), sha256, precision)
+    images, status, held_out = open_output(args.out, root_of(folder), sha256, how)
     if not args.only:
         wanted = range(len(images))
         # Without val/ both of these names stand for a part of train/.
@@ -279,6 +300,9 @@ def main() -> None:
         pixels = torch.zeros(size if args.compile else len(rows), *batch.views[0].shape[1:], dtype=torch.uint8)
         pixels[: len(rows)][torch.from_numpy(good)] = batch.views[0]
         pixels = pixels.to(processes.device, non_blocking=True)
+        if magnitude is not None:  # drawn by the number of the batch: kills and processes change nothing
+            generator = step_generator(0, "noised labels", int(k), 0)
+            pixels = rand_augment(pixels, 2, magnitude, generator, resolution=resolution_of(arch))
         with amp:
             logits = model(normalize(pixels, view))  # (n, C)
         lost = bool(batch.errors) and is_lost(images.root)  # an unmounted disk is not millions of bad images

@@ -684,3 +684,58 @@ def test_a_system_without_fdatasync(random_teacher, label, tmp_path, monkeypatch
     folder = write_files(tmp_path / "images", pictures(3))
     assert label("--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5").returncode == 0
     assert (read_logits(tmp_path / "l.h5")["status"] == common.DONE).all()
+
+
+# a noised teacher
+
+
+def test_a_noised_teacher_is_noised_by_the_batch_of_the_grid(tiny_data, run_stage, tmp_path):
+    """RandAugment on the clean views, dropout and stochastic depth on; batch norms as they are. By hand, and the same
+    for two processes and for a file whose rows are in part done."""
+    options = {"small_images": None, "dropout": 0.5, "drop_path": 0.5, "zero_init_residual": None}
+    teacher = save_model(tmp_path / "t.pt", "efficientnet_b0", CLASSES, arch_options=options)
+    files = {f"{i:03}.png": encoded(noise_image(8, 8, i), "PNG") for i in range(600)}
+    folder = write_files(tmp_path / "many", files)
+    words = ["--teacher", teacher, "--unlabeled", folder, "--noised", 7, "--out"]
+    run_stage(STAGE, *words, tmp_path / "1.h5")
+    run_stage(STAGE, *words, tmp_path / "2.h5", nproc=2)
+    assert_same_labels(tmp_path / "1.h5", tmp_path / "2.h5")
+    undo(tmp_path / "2.h5", slice(3, 590))
+    run_stage(STAGE, *words, tmp_path / "2.h5")
+    assert_same_labels(tmp_path / "1.h5", tmp_path / "2.h5")
+
+    model, _ = common.load_model(teacher, fuse=True)
+    model.train()
+    images, size = common.unlabeled_images(folder), common.rows_per_batch(32, torch.device("cpu"))
+    expected = []
+    for k, begin in enumerate(range(0, 600, size)):
+        rows = range(begin, min(begin + size, 600))
+        views = np.stack([common.eval_view(images.load(row), common.View.default(32)) for row in rows])
+        generator = common.step_generator(0, "noised labels", k, 0)
+        views = common.rand_augment(torch.from_numpy(views).permute(0, 3, 1, 2), 2, 7, generator, resolution=224)
+        with torch.no_grad():
+            expected.append(model(common.normalize(views, common.View.default(32))))
+    expected = torch.cat(expected)
+    got = torch.from_numpy(read_logits(tmp_path / "1.h5")["logits"]).float()
+    torch.testing.assert_close(got, expected - expected.amax(1, True), rtol=2e-3, atol=5e-3)
+    with h5py.File(tmp_path / "1.h5") as file:
+        assert file.attrs["noised"] == "7"
+
+
+def test_a_noised_teacher_keeps_its_running_statistics_and_its_file(random_teacher, label, tmp_path):
+    folder = write_files(tmp_path / "images", pictures(3))
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5"]
+    assert label(*words).returncode == 0
+    clean = read_logits(tmp_path / "l.h5")["logits"]
+    assert_mistake(label(*words, "--noised"), tmp_path / "l.h5", "--noised no, not 9")
+    with h5py.File(tmp_path / "l.h5", "r+") as file:
+        assert file.attrs["noised"] == "no"
+        del file.attrs["noised"]  # older files do not say: no teacher was noised
+    assert_mistake(label(*words, "--noised"), tmp_path / "l.h5", "--noised no, not 9")
+    words[-1] = tmp_path / "n.h5"
+    assert label(*words, "--noised").returncode == 0, "without M the recipe's, and of other models 9"
+    assert not np.array_equal(read_logits(words[-1])["logits"], clean)
+    model = common.load_model(random_teacher)[0]
+    stage.noise_model(model)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert model.training and norms and not any(norm.training for norm in norms)
