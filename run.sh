@@ -6,11 +6,12 @@
 #   ./run.sh test         the tests
 #
 # Without torch a .venv is made first. Interrupted and started again, it continues; a finished stage is not run twice.
-# What changes often is a variable:  EPOCHS=100 ARCHS="efficientnet_b0 efficientnet_b1" ./run.sh DATA_DIR
+# What changes often is a variable:  STEPS=5000 ARCHS="efficientnet_b0 efficientnet_b1" ./run.sh DATA_DIR
 set -euo pipefail
 data=${1:-}
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; } # macOS has no realpath -m
 [ -z "$data" ] || [ "$data" = test ] || data=$(absolute "$data")
+[ -z "${INIT:-}" ] || [ "$INIT" = published ] || INIT=$(absolute "$INIT")
 cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------------------------------------------- python
@@ -37,11 +38,19 @@ if [ "$data" = test ]; then exec python3 -m pytest -q -n 2 --dist loadgroup test
 # ---------------------------------------------------------------------------------------------------- settings
 SEED=${SEED:-0}
 ROUNDS=${ROUNDS:-2}                 # self-training rounds
-ARCHS=${ARCHS:-efficientnet_b0}     # the teacher, then one student a round; the last one repeats
+# Lists: the teacher, then one student a round; the last one repeats.
+ARCHS=${ARCHS:-efficientnet_b0}
 IMAGE_SIZE=${IMAGE_SIZE:-32}        # pixels; the fine-tuning at the end adds a quarter
+RATIO=${RATIO:-3}                   # unlabelled images for each labelled one; the teacher gets as many labelled ones in all
+STEPS=${STEPS:-1012}                # of a student; the teacher and the control get as many (54 passes over the demo's labels)
+EPOCHS=${EPOCHS:-}                  # passes over the labelled images, in place of STEPS
+BATCH=${BATCH:-16}                  # labelled images a step
+INIT=${INIT:-}                      # weights that every model starts from: a file, or published (of ARCHS)
+RECIPE=${RECIPE:-recipes/$([ -z "$INIT" ] && echo small || echo finetune).txt} # the flags of 01 and 04
+NOISE=${NOISE:-}                    # flags after those, such as "--num-ops 2 --magnitude 9"
 THRESHOLD=${THRESHOLD:-0.5}         # of the confidence; the paper's 0.3 is for 1,000 classes
-EPOCHS=${EPOCHS:-54}                # of a student, in passes over the labelled images
-FIXRES_STEPS=${FIXRES_STEPS:-200}   # of the fine-tuning, for a set as small as the demo
+RELABEL=${RELABEL:-0}               # 1: each student relabels what the first teacher selected, as in the paper
+FIXRES_STEPS=${FIXRES_STEPS:-200}   # of the fine-tuning, for a set as small as the demo; 0: none (a ViT has one size alone)
 CONTROL=${CONTROL:-1}               # 0 leaves out the fair comparison: the same training on the labelled images alone
 gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))} # processes; on 2 CPU cores one of two threads is faster than two: 27 s against 30
@@ -49,12 +58,9 @@ if [ -z "$data" ]; then demo=demo && [ "$SEED" = 0 ] || demo=demo-seed$SEED; fi
 data=${data:-data/$demo}
 OUT=$(absolute "${OUT:-runs/$(basename "$data")}")
 
-# Small data in minutes is not ImageNet in days. The stages' defaults are the paper's; these work here, and why:
-noise="--num-ops 2 --magnitude 5 --min-crop-area 0.7"     # a figure of 20 pixels does not survive the paper's 27 and 0.08
-steps="--optimizer adamw --lr 4e-3 --weight-decay 0.02 --schedule cosine" # too few steps for RMSprop and its staircase
-start="--zero-init-residual"                              # hundreds of steps earlier out of the plateau at the beginning
-average="--average 0.99 --bn-momentum 0.1"                # 0.9999 and 0.01 would still remember the first weights
-BATCH=16 RATIO=3 # labelled images a step, unlabelled ones for each; the teacher and the control get as many in all
+# Small data in minutes is not ImageNet in days. The stages' defaults are the paper's; the recipe says what works here.
+# Its flags stand in the commands, so that another recipe is another command.
+recipe=$(sed 's/#.*//' "$RECIPE" | xargs)
 
 # ---------------------------------------------------------------------------------------------------- the loop
 stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the very same command
@@ -72,40 +78,60 @@ stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the 
     mkdir -p "$OUT/.done"
     echo "$command" >"$done.new" && mv "$done.new" "$done"
 }
-archs=($ARCHS)
-arch_of() { echo "${archs[$(($1 < ${#archs[@]} ? $1 : ${#archs[@]} - 1))]}"; } # arch_of ROUND; 0 is the teacher
+of_round() { # of_round ROUND LIST...: the entry of a round, of which 0 is the teacher's
+    local list=("${@:2}")
+    echo "${list[$(($1 < ${#list[@]} ? $1 : ${#list[@]} - 1))]}"
+}
 
 [ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --out "$data" --seed "$SEED"
-all=$((BATCH * (1 + RATIO)))
 images=$(find -L "$data/train" -type f | wc -l)
-warmup() { echo $((50 * $1 / images + 1)); } # 50 steps, in epochs
-train="--image-size $IMAGE_SIZE $noise $steps $start $average"
+calc() { awk "BEGIN { printf \"%.12g\", $1 }"; }
+epochs() { # epochs ROUND: of a student
+    echo "${EPOCHS:-$(calc "$(of_round "$1" $STEPS) * $BATCH / $images")}"
+}
+train() { # train ROUND BATCH EPOCHS: the flags that all trainings share
+    echo "$recipe $NOISE --arch $(of_round "$1" $ARCHS) --image-size $(of_round "$1" $IMAGE_SIZE) --batch-size $2"
+    echo "--epochs $3 --eval-every $(calc "int($3 / 5) + 1") ${INIT:+--init $INIT}"
+    # 50 steps of warm-up in short runs, if the recipe does not say
+    [[ $recipe == *--warmup-epochs* ]] || echo "--warmup-epochs $((50 * $2 / images + 1))"
+}
+supervised() { # supervised ROUND: as many images in as many steps, with the same noise, as a student of that round
+    local parts=$((1 + $(of_round "$1" $RATIO)))
+    train "$1" $((BATCH * parts)) "$(calc "$(epochs "$1") * $parts")"
+}
 truth=""
 [ ! -e "$data/unlabeled_truth.csv" ] || truth="--truth $data/unlabeled_truth.csv"
 
-# The teacher and the control see as many images in as many steps, with the same noise, as a student: a fair comparison.
-supervised="--data $data --batch-size $all --epochs $((EPOCHS * (1 + RATIO))) --warmup-epochs $(warmup $all) \
-    --eval-every $((EPOCHS * (1 + RATIO) / 5 + 1)) $train"
-stage teacher 01_train_teacher.py $supervised --arch "$(arch_of 0)" --seed "$SEED" --out "$OUT/teacher"
+stage teacher 01_train_teacher.py --data "$data" $(supervised 0) --seed "$SEED" --out "$OUT/teacher"
 models="$OUT/teacher/model.pt"
 if [ "$CONTROL" != 0 ]; then # the last student's architecture, and other random numbers than the teacher's
-    stage control 01_train_teacher.py $supervised --arch "$(arch_of "$ROUNDS")" --seed $((SEED + 1000)) --out "$OUT/control"
+    stage control 01_train_teacher.py --data "$data" $(supervised "$ROUNDS") --seed $((SEED + 1000)) --out "$OUT/control"
     models="$models $OUT/control/model.pt"
 fi
 teacher=$OUT/teacher
 for round in $(seq "$ROUNDS"); do
-    student=$OUT/student$round
-    stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --unlabeled "$data/unlabeled" --out "$OUT/logits$round.h5"
-    stage "balance$round" 03_balance.py "$OUT/logits$round.h5" --threshold "$THRESHOLD" $truth --out "$OUT/balanced$round.h5"
-    stage "student$round" 04_train_student.py --teacher "$teacher/model.pt" --pseudo-labels "$OUT/balanced$round.h5" \
-        --data "$data" --arch "$(arch_of "$round")" --batch-size $BATCH --ratio $RATIO --epochs "$EPOCHS" \
-        --warmup-epochs "$(warmup $BATCH)" --eval-every $((EPOCHS / 5 + 1)) $train --seed $((SEED + 100 * round)) --out "$student"
+    student=$OUT/student$round selection=$OUT/balanced$round.h5 newer=""
+    if [ "$RELABEL" = 0 ] || [ "$round" = 1 ]; then
+        stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --unlabeled "$data/unlabeled" --out "$OUT/logits$round.h5"
+        stage "balance$round" 03_balance.py "$OUT/logits$round.h5" --threshold "$THRESHOLD" $truth --out "$selection"
+    else
+        selection=$OUT/balanced1.h5 newer="--logits $OUT/logits$round.h5"
+        stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --only "$selection" --out "$OUT/logits$round.h5"
+    fi
+    stage "student$round" 04_train_student.py --teacher "$teacher/model.pt" --pseudo-labels "$selection" $newer \
+        --data "$data" --ratio "$(of_round "$round" $RATIO)" $(train "$round" "$BATCH" "$(epochs "$round")") \
+        --seed $((SEED + 100 * round)) --out "$student"
     teacher=$student models="$models $student/model.pt"
 done
 # At 32 pixels the last feature map is a single one, at 40 it is 2 x 2: more than the head must adapt.
-stage fixres 05_fixres_finetune.py --checkpoint "$teacher/model.pt" --image-size $((IMAGE_SIZE * 5 / 4)) --data "$data" \
-    --batch-size $all --epochs $((FIXRES_STEPS * all / images + 1)) --frozen-blocks 5 --optimizer adamw --lr 1e-3 --schedule cosine \
-    --seed "$SEED" --out "$OUT/fixres"
+size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$((BATCH * (1 + $(of_round "$ROUNDS" $RATIO)))) frozen=""
+case $(of_round "$ROUNDS" $ARCHS) in efficientnet_* | tf_efficientnet_*) frozen="--frozen-blocks 5" ;; esac
+if [ "$FIXRES_STEPS" != 0 ]; then
+    stage fixres 05_fixres_finetune.py --checkpoint "$teacher/model.pt" --image-size $((size * 5 / 4)) --data "$data" \
+        --batch-size $all --epochs $((FIXRES_STEPS * all / images + 1)) $frozen --optimizer adamw --lr 1e-3 --schedule cosine \
+        --seed "$SEED" --out "$OUT/fixres"
+    models="$models $OUT/fixres/model.pt"
+fi
 # It keeps what it measured: again, it prints the table in seconds.
-python3 06_eval_robustness.py $models "$OUT/fixres/model.pt" --data "$data" --corrupt --fgsm 2 --num-images 500 \
+python3 06_eval_robustness.py $models --data "$data" --corrupt --fgsm 2 --num-images 500 \
     --out "$OUT/robustness"

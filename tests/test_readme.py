@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import CHEAP, ROOT, checkpoint_of, save_model
 
 # ----------------------------------------------------------------------------------------------------------------------
 # README
@@ -111,6 +111,7 @@ def run_sh(start_stage, tmp_path):
     loop.mkdir()
     for path in (*ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "requirements.txt"):
         shutil.copy(path, loop)
+    shutil.copytree(ROOT / "recipes", loop / "recipes")
 
     def start(data, **settings):
         env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | settings
@@ -166,3 +167,37 @@ def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
     stdout, _ = finished(run_sh(data, **small | {"OUT": str(tmp_path / "two"), "NPROC": "2", "CONTROL": "0"}))
     assert "2 x cpu" in stdout
     assert [line.split()[1] for line in table_of(stdout)[2:]] == ["teacher", "student1", "fixres"]
+
+
+def test_the_papers_own_loop_relabels_what_was_selected_once(tiny_data, run_sh, tmp_path):
+    """RELABEL=1, and lists with one entry for the teacher and for each student; run.sh's settings are a recipe's."""
+    out = tmp_path / "out"
+    (tmp_path / "recipe.txt").write_text("# any\n--optimizer sgd --lr 0.01  # and why\n--warmup-epochs 0.5\n")
+    settings = {"RELABEL": "1", "ROUNDS": "3", "STEPS": "2 3", "BATCH": "4", "CONTROL": "0", "FIXRES_STEPS": "0"}
+    settings |= {"ARCHS": "squeezenet1_1 squeezenet1_0", "IMAGE_SIZE": "32 40", "RATIO": "0 1 2", "THRESHOLD": "0"}
+    settings |= {"RECIPE": str(tmp_path / "recipe.txt"), "NOISE": "--num-ops 1", "OUT": str(out), "NPROC": "1"}
+    stdout, _ = finished(run_sh(tiny_data, WITHOUT="matplotlib", **settings))
+    commands = {line.split()[1].strip(":"): line for line in stdout.splitlines() if line.startswith("== ")}
+    assert [name for name in commands if name.startswith("balance")] == ["balance1"]
+    for number in (2, 3):
+        assert f"--only {out}/balanced1.h5" in commands[f"label{number}"]
+        assert f"--pseudo-labels {out}/balanced1.h5 --logits {out}/logits{number}.h5" in commands[f"student{number}"]
+    archs = ["squeezenet1_1", "squeezenet1_0", "squeezenet1_0", "squeezenet1_0"]
+    for name, arch, ratio, size in zip(("teacher", "student1", "student2", "student3"), archs, (0, 1, 2, 2),
+                                       (32, 40, 40, 40), strict=True):  # fmt: skip
+        checkpoint = checkpoint_of(out / name / "model.pt")
+        args = checkpoint["args"]
+        assert (checkpoint["arch"], checkpoint["image_size"], args.get("ratio", 0)) == (arch, size, ratio)
+        assert (args["optimizer"], args["lr"], args["num_ops"], args["warmup_epochs"]) == ("sgd", 0.01, 1, 0.5)
+        steps = json.loads((out / name / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        assert steps == (2 if name == "teacher" else 3) and args["batch_size"] == 4
+
+
+def test_every_model_starts_from_the_weights_of_init(tiny_data, run_sh, tmp_path):
+    weights, out = save_model(tmp_path / "w.pt", CHEAP), tmp_path / "out"
+    settings = {"INIT": str(weights), "STEPS": "1", "BATCH": "4", "RATIO": "1", "ROUNDS": "1", "THRESHOLD": "0"}
+    settings |= {"ARCHS": CHEAP, "OUT": str(out), "NPROC": "1", "FIXRES_STEPS": "1", "WITHOUT": "matplotlib"}
+    finished(run_sh(tiny_data, **settings))
+    for name in ("teacher", "control", "student1"):
+        checkpoint = checkpoint_of(out / name / "model.pt")
+        assert checkpoint["inputs"][str(weights)] and checkpoint["args"]["average"] == 0.999  # recipes/finetune.txt
