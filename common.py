@@ -40,6 +40,7 @@ import stat
 import sys
 import tarfile
 import time
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -60,6 +61,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw, ImageOps, features
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
@@ -294,9 +296,33 @@ def init_processes(device: str = "auto", workers: int | None = None, connect: bo
         workers = min(16, os.cpu_count() // local_world_size) if on_gpu else 0
     if world_size > 1 and connect:
         # gloo beside nccl carries the stop flag without waiting for the GPU. A rank may list files for a long time.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+        timeout = timedelta(hours=2)
+        place = {"store": store_of_this_attempt(rank, world_size, timeout), "rank": rank, "world_size": world_size}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **place)
         atexit.register(dist.destroy_process_group)
     return Processes(torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), rank, world_size, workers)
+
+
+def store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The store through which the processes find each other, without what those of an earlier attempt left in it.
+
+    torchrun keeps one store over its restarts (pytorch issue 135712), where a process may find the address of one that
+    was killed. So rank 0 names the attempt with a new word, the others answer with theirs, and each goes on when the
+    list of the answers has its own.
+    """
+    store = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    word = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", word)
+        answers = [store.get(f"{word} {other}").decode() for other in range(1, world_size)]  # waits for each
+        store.set(f"{word} answers", " ".join(answers))
+        return dist.PrefixStore(word, store)
+    while True:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt} {rank}", word)
+        if store.check([f"{attempt} answers"]) and word in store.get(f"{attempt} answers").decode():
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.02)
 
 
 def reduce_sum(tensor: Tensor, processes: Processes) -> Tensor:

@@ -80,6 +80,7 @@ class Stage:
             self.pids = [process.pid for process in self.processes]
         else:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+            torchrun += env.get("TORCHRUN", "").split()
             with open(self.outputs[0], "a") as out, open(self.outputs[1], "a") as err:
                 command = [sys.executable, *(torchrun if launcher == "torchrun" else []), script, *self.words[1:]]
                 process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=err, start_new_session=True)

@@ -4,6 +4,7 @@ and other images, leaves nothing of a run that diverged; a step in parts, activa
 import copy
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from conftest import (
     SHORT_RUN,
     assert_mistake,
     assert_same_weights,
+    descendants,
     checkpoint_of,
     metrics_of,
     results_of,
@@ -824,7 +826,7 @@ def test_a_bad_val_image_is_left_out_and_named(tiny_data, capsys, tmp_path):
     assert printed.startswith("1 val images are unreadable") and str(data / "val" / "disc" / "0.png") in printed
 
 
-# a disk that fills up
+# a disk that fills up, and a process that is lost
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tiny_data, run_stage, call_main, tmp_path, monkeypatch):
@@ -925,3 +927,16 @@ def test_plateau_and_patience_of_a_run_that_is_stopped(stage, tiny_data, call_ma
     assert_same_weights(tmp_path / "cut" / "model.pt", tmp_path / "whole" / "model.pt")
     assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
     assert "is finished" in call_main(*words).stdout
+def test_a_lost_process_is_restarted_by_torchrun(tiny_data, run_stage, start_stage, tmp_path):
+    """`torchrun --max-restarts 2`: all processes start again from last.pt, and the end is as if nothing had been."""
+    flags = [*flags_of_a_run("01_train_teacher.py", tmp_path / "t", tiny_data), "--epochs", 10]
+    run_stage(*flags, "--out", tmp_path / "whole", nproc=2)
+    process = start_stage(ROOT / flags[0], *flags[1:], nproc=2, launcher="torchrun", TORCHRUN="--max-restarts=2")
+    out = tmp_path / "t"
+    process.wait_until(lambda: (out / "last.pt").exists() and metrics_of(out)[-1]["step"] > 2)
+    workers = [pid for pid in descendants(process.pids[0]) if pid != process.pids[0]]
+    os.kill(workers[-1], signal.SIGKILL)
+    assert process.wait(120) == 0, process
+    assert "from step 0" in process.stdout and process.stdout.count("from step") == 2, process
+    assert_same_weights(out / "model.pt", tmp_path / "whole" / "model.pt")
+    assert results_of(out) == results_of(tmp_path / "whole")
