@@ -11,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import CHEAP, ROOT, checkpoint_of, save_model
+from torchvision import models
 
 # ----------------------------------------------------------------------------------------------------------------------
 # README
@@ -34,7 +37,8 @@ stage.main()
 """
 
 
-def test_one_round_by_hand_as_the_readme_has_it(run_stage, tmp_path):
+def test_every_command_of_the_readme(run_stage, tiny_data, tmp_path):
+    """One round by hand, a better teacher for its selection, and photographs with published weights."""
     text = (ROOT / "README.md").read_text()
     commands = [line for block in text.split("```")[1::2] for line in block.splitlines() if line.startswith("python ")]
     stages = [shlex.split(command)[1] for command in commands]
@@ -42,13 +46,23 @@ def test_one_round_by_hand_as_the_readme_has_it(run_stage, tmp_path):
     assert first_round == sorted(path.name for path in ROOT.glob("0*.py")), "one command for each stage, in order"
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "photos").symlink_to(tiny_data)
     (tmp_path / "small_demo.py").write_text(SMALL_DEMO)
+    file = tmp_path / "cache" / "hub" / "checkpoints" / Path(models.get_model_weights(CHEAP).DEFAULT.url).name
+    file.parent.mkdir(parents=True)
+    torch.save(models.get_model(CHEAP).state_dict(), file)  # where a download would lie
     for command, stage in zip(commands, stages, strict=True):
         words = [*shlex.split(command)[2:], *SMALLER.get(stage, "").split()]
+        words += ["--arch", CHEAP, "--image-size", "32"] if "published" in words else []
         script = "small_demo.py" if stage == "00_prepare_data.py" else stage
-        run_stage(tmp_path / script, *words, cwd=tmp_path)
+        run_stage(tmp_path / script, *words, cwd=tmp_path, TORCH_HOME=tmp_path / "cache")
     for name in ("teacher/model.pt", "logits.h5", "balanced.png", "student/model.pt", "fixres/resolution.png"):
         assert (tmp_path / "runs" / name).exists(), name
+    taught, student = (
+        checkpoint_of(tmp_path / "runs" / "photos" / name / "model.pt") for name in ("teacher", "student")
+    )
+    assert taught["args"]["init"] == student["args"]["init"] == "published"
     assert "| student" in (tmp_path / "runs" / "robustness" / "robustness.md").read_text()
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from conftest import (
     results_of,
     save_model,
 )
+from PIL import Image
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -94,6 +96,85 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tiny_data, run_stage, star
     run_stage(*flags, "--out", tmp_path / "whole", WITHOUT="matplotlib")
     assert_same_weights(tmp_path / "t" / "model.pt", tmp_path / "whole" / "model.pt")
     assert results_of(tmp_path / "t") == results_of(tmp_path / "whole")
+
+
+def test_sigterm_during_an_evaluation_is_heard_at_once(tiny_data, run_stage, start_stage, tmp_path):
+    """The evaluation at the end of a run, on val images that take 5 seconds to read; it is done again, whole."""
+    data, out = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "t"
+    for i in range(100):
+        Image.new("RGB", (1600, 1600), (i, 40, 200)).save(data / "val" / "disc" / f"large{i}.png")
+    flags = ["01_train_teacher.py", "--data", data, "--arch", CHEAP, *SHORT_RUN, "--image-size", 224, "--epochs", 1]
+    process = start_stage(*flags, "--out", out, "--eval-every", 0)
+    process.wait_until(lambda: (out / "metrics.jsonl").exists() and any(line["step"] == 3 for line in metrics_of(out)))
+    time.sleep(1)
+    began = time.monotonic()
+    process.kill(signal.SIGTERM)
+    assert process.returncode == 143 and time.monotonic() - began < 4 and not (out / "model.pt").exists(), process
+    assert checkpoint_of(out / "last.pt")["training"]["step"] == 3
+    assert "from step 3" in run_stage(*flags, "--out", out, "--eval-every", 0, WITHOUT="matplotlib").stdout
+    run_stage(*flags, "--out", tmp_path / "whole", "--eval-every", 0, WITHOUT="matplotlib")
+    assert_same_weights(out / "model.pt", tmp_path / "whole" / "model.pt")
+    assert results_of(out) == results_of(tmp_path / "whole")
+
+
+def test_a_signal_during_a_save_ends_the_run_after_it(tiny_data, call_main, tmp_path, monkeypatch):
+    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t")
+    save, runs, init = common.save_checkpoint, [], common.Run.__init__
+
+    def save_and_hear(path, checkpoint):
+        if path.name == "last.pt" and len(saved) == 1:
+            runs[-1].stop.receive(signal.SIGTERM, None)  # what the handler does
+        saved.append(path.name)
+        save(path, checkpoint)
+
+    saved = []
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", save_and_hear)
+        patch.setattr(common.Run, "__init__", lambda run, *args: runs.append(run) or init(run, *args))
+        assert call_main(*flags).returncode == 143
+    step = checkpoint_of(tmp_path / "t" / "last.pt")["training"]["step"]
+    assert saved == ["last.pt"] * 3 and step == 4, "it was saved once more, at the step it had reached"
+    assert call_main(*flags).returncode == 0
+    assert call_main(*short_run("01_train_teacher", tiny_data, tmp_path / "whole")).returncode == 0
+    assert_same_weights(tmp_path / "t" / "model.pt", tmp_path / "whole" / "model.pt")
+    assert results_of(tmp_path / "t") == results_of(tmp_path / "whole")
+
+
+@pytest.mark.xdist_group("teacher")
+@pytest.mark.parametrize("stage", ["05_fixres_finetune.py", "06_eval_robustness.py"])
+def test_killed_at_ten_random_moments_it_ends_as_if_nothing_had_been(
+    stage, tiny_data, teacher, run_stage, start_stage, tmp_path
+):
+    """Early enough that it needs several starts; what it had done counts, so it ends before or after the tenth."""
+
+    def words(out):
+        if stage[1] == "5":
+            return [*flags_of_a_run(stage, out, tiny_data, teacher), "--epochs", 30]
+        return [stage, teacher[0] / "model.pt", "--data", tiny_data, "--out", out, "--corrupt", "--pgd", 4]
+
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    run_stage(*words(whole), WITHOUT="matplotlib")
+    seconds, rng = time.monotonic() - began, np.random.default_rng(0)
+    killed = 0
+    for _ in range(10):
+        process = start_stage(*words(out), WITHOUT="matplotlib")
+        end = time.monotonic() + rng.uniform(0.2, 0.5) * seconds
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        if process.returncode == 0:
+            break
+    run_stage(*words(out), WITHOUT="matplotlib")
+    assert killed >= 4
+    if stage[1] == "5":
+        assert_same_weights(out / "model.pt", whole / "model.pt")
+        assert results_of(out) == results_of(whole)
+    else:
+        both = [json.loads((folder / "robustness.json").read_text()) for folder in (out, whole)]
+        assert both[0] == both[1]
 
 
 @pytest.mark.xdist_group("teacher")
@@ -927,6 +1008,8 @@ def test_plateau_and_patience_of_a_run_that_is_stopped(stage, tiny_data, call_ma
     assert_same_weights(tmp_path / "cut" / "model.pt", tmp_path / "whole" / "model.pt")
     assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
     assert "is finished" in call_main(*words).stdout
+
+
 def test_a_lost_process_is_restarted_by_torchrun(tiny_data, run_stage, start_stage, tmp_path):
     """`torchrun --max-restarts 2`: all processes start again from last.pt, and the end is as if nothing had been."""
     flags = [*flags_of_a_run("01_train_teacher.py", tmp_path / "t", tiny_data), "--epochs", 10]
