@@ -5,13 +5,14 @@ The rooms, in the order of the file. Each can be lifted out alone, and a stage's
 the program       the command line, all flags that stages share, mistakes of the user (status 2), files written whole
 processes         this process's place among those of torchrun, sums over all of them, signals, random seeds, progress
 models            EfficientNet, the tables of sizes and of official recipes, torchvision's models, folded batch norms
-weights           loading weights by name: of this toolkit, of torchvision, of timm
+weights           loading weights by name, of this toolkit, torchvision and timm; weights to start from, published ones
+models of timm    built by timm's names, and what it says of how images must look
 noise             RandAugment on whole uint8 batches, by tables and by moving pixels; the noise for small images
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
 listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
 batches           views as a dataset, the order of the images, loaders, counting the unreadable images
 label files       opening logits.h5 and balanced.h5, which may be a stranger's; mapping their columns
-optimization      the plan of a run and its learning rate, TensorFlow's RMSprop, averaged weights, soft cross-entropy
+optimization      the plan of a run and its learning rate, plateaus, RMSprop, averaged weights, soft cross-entropy
 checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed, their inputs compared; metrics
 training          a model as the flags want it, precision, DDP, the parts of a batch, evaluation
 the training run  Run, which keeps the books of a run: rate, random numbers, logs, evaluation, saving, stopping
@@ -47,10 +48,10 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -671,37 +672,6 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         raise ValueError(f"cannot build {arch!r} with {arch_options}: {error}") from error
 
 
-def import_timm():
-    try:
-        import timm
-    except ImportError:
-        fail("--arch timm/... and timm's published weights need a package: pip install timm")
-    return timm
-
-
-def build_timm_model(arch: str, num_classes: int, options: dict, **more) -> nn.Module:
-    """timm's model of the name behind `timm/`, with our options by its names. ValueError as `build_model`."""
-    names = {"dropout": "drop_rate", "drop_path": "drop_path_rate", "zero_init_residual": "zero_init_last"}
-    options = {names.get(name, name): value for name, value in options.items()}
-    try:
-        return import_timm().create_model(arch.removeprefix("timm/"), num_classes=num_classes, **options, **more)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each model checks in its own way
-        raise ValueError(f"cannot build {arch!r} with {options}: {error}") from error
-
-
-def is_of_timm(model: nn.Module) -> bool:
-    return any(type(module).__module__.startswith("timm.") for module in model.modules())
-
-
-def head_names(model: nn.Module) -> list[str]:
-    """The names of the layers that give the logits: timm's models say, elsewhere it is the last one."""
-    if not hasattr(model, "get_classifier"):
-        return [list(model.state_dict())[-1].rpartition(".")[0]]
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    return [name for name, module in model.named_modules() if any(module is head for head in heads)]
-
-
 def fuse_batch_norms(model: nn.Module) -> None:
     """Fold each batch norm into the convolution before it, in place: the same function in eval mode, and faster.
 
@@ -768,6 +738,15 @@ def own_names(weights: dict, like: Iterable[str] = ()) -> dict[str, Tensor]:
     if len(own) < len(weights):
         raise ValueError("the same weights are there twice, with and without a prefix")
     return own
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The names of the layers that give the logits: timm's models say, elsewhere it is the last one."""
+    if not hasattr(model, "get_classifier"):
+        return [list(model.state_dict())[-1].rpartition(".")[0]]
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    return [name for name, module in model.named_modules() if any(module is head for head in heads)]
 
 
 def load_weights(model: nn.Module, weights: dict | str | Path, new_head: bool = False) -> None:
@@ -840,22 +819,6 @@ def torchvision_view(weights) -> "View":
     return View(size, fraction, record.interpolation.value, tuple(record.mean), tuple(record.std))
 
 
-def img_size_option(arch: str, image_size: int) -> dict[str, int]:
-    """The option of a model of timm that is made for one size of images, as a ViT is; of others none."""
-    config = timm_config(arch) if arch.startswith("timm/") else None
-    return {"img_size": image_size} if config and config.fixed_input_size else {}
-
-
-def timm_view(config) -> "View":
-    """How images must look for a model of timm."""
-    return View(config.input_size[-1], config.crop_pct, config.interpolation, tuple(config.mean), tuple(config.std))
-
-
-def timm_config(arch: str):
-    """timm's record of a model's published weights, None where it has none or no such model."""
-    return import_timm().get_pretrained_cfg(arch.removeprefix("timm/"))
-
-
 def initial_weights(init: str | Path, arch: str | None, num_pixels: int | None) -> dict:
     """--init, as a checkpoint or a dict like one: arch, model (the weights), and how images must look to it.
 
@@ -902,6 +865,49 @@ def load_initial_weights(model: nn.Module, source: dict, args: argparse.Namespac
     except ValueError as error:
         fail(f"--init {args.init} does not fit --arch {args.arch or source['arch']}: {error}")
     return f"from {args.init}" + ("" if same_classes else " with a new classifier, for it had other classes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models of timm, built by its names, and what it says of how images must look
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def import_timm():
+    try:
+        import timm
+    except ImportError:
+        fail("--arch timm/... and timm's published weights need a package: pip install timm")
+    return timm
+
+
+def build_timm_model(arch: str, num_classes: int, options: dict) -> nn.Module:
+    """timm's model of the name behind `timm/`, with our options by its names. ValueError as `build_model`."""
+    names = {"dropout": "drop_rate", "drop_path": "drop_path_rate", "zero_init_residual": "zero_init_last"}
+    options = {names.get(name, name): value for name, value in options.items()}
+    try:
+        return import_timm().create_model(arch.removeprefix("timm/"), num_classes=num_classes, **options)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each model checks in its own way
+        raise ValueError(f"cannot build {arch!r} with {options}: {error}") from error
+
+
+def is_of_timm(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("timm.") for module in model.modules())
+
+
+def timm_config(arch: str):
+    """timm's record of a model's published weights, None where it has none or no such model."""
+    return import_timm().get_pretrained_cfg(arch.removeprefix("timm/"))
+
+
+def img_size_option(arch: str, image_size: int) -> dict[str, int]:
+    """The option of a model of timm that is made for one size of images, as a ViT is; of others none."""
+    config = timm_config(arch) if arch.startswith("timm/") else None
+    return {"img_size": image_size} if config and config.fixed_input_size else {}
+
+
+def timm_view(config) -> "View":
+    """How images must look for a model of timm."""
+    return View(config.input_size[-1], config.crop_pct, config.interpolation, tuple(config.mean), tuple(config.std))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1884,6 +1890,11 @@ class Plan(NamedTuple):
     def total_steps(self) -> int:
         return round(self.epochs * self.steps_per_epoch)
 
+    def ends_a_period(self, step: int, every: float | None) -> bool:
+        """Whether so many epochs end with this step. None: one, or 250 steps, for an epoch may be a few steps."""
+        every = max(1, 250 / self.steps_per_epoch) if every is None else every
+        return bool(every) and step / self.steps_per_epoch // every > (step - 1) / self.steps_per_epoch // every
+
 
 # --schedule plateau: the factor of the rate in the Keras example, by stage. Its teacher watches the loss on val, its
 # student the accuracy.
@@ -1925,6 +1936,29 @@ def learning_rate(step: int, plan: Plan) -> float:
     if plan.schedule == "cosine":
         return plan.peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
     return plan.peak
+
+
+@dataclass
+class Evaluations:
+    """What --patience and --schedule plateau go by: the loss of each evaluation of a teacher, and of a student the
+    accuracy with a minus sign, so that low values are good."""
+
+    patience: int | None = None  # None: no best state is kept
+    values: list[float] = field(default_factory=list)
+    best: dict | None = None  # model and metrics of the best one
+
+    def add(self, value: float, model: nn.Module, metrics: dict) -> None:
+        if self.patience and value < min(self.values, default=math.inf):
+            weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+            self.best = {"model": weights, "metrics": metrics}
+        self.values.append(value)
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the last `patience` ones were no better than the best before them (Keras' EarlyStopping)."""
+        if not self.patience or not self.values:
+            return False
+        return len(self.values) - 1 - self.values.index(min(self.values)) >= self.patience
 
 
 def plateau_factor(values: list[float], factor: float, patience: int = 3, min_delta: float = 1e-4) -> float:
@@ -2242,6 +2276,12 @@ def append_metrics(out: Path, **values) -> None:
         fail(f"{out / 'metrics.jsonl'} cannot be written: {error.strerror}; {out / 'last.pt'} is kept")
 
 
+def cut_metrics(out: Path, step: int) -> None:
+    """Drop the lines after `step`, the one that is resumed."""
+    with write_atomically(out / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(out) if line["step"] <= step))
+
+
 def read_metrics(out: Path) -> list[dict]:
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -2382,6 +2422,23 @@ def synchronize_norms(model: nn.Module) -> None:
         convert_sync_batchnorm(model)
     else:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def noised_batches(streams: list, num: int, noise: Callable, seed: int, stage: str, processes: Processes) -> Iterator:
+    """`num` batches as those of the steps, uint8 on the device, with keys and noise of their own.
+
+    `streams`: (dataset, images a step) of each stream of batches.
+    """
+    loaders = []
+    for dataset, num_images in streams:
+        keys = train_keys(len(dataset), num_images, seed, dataset.stream, range(num), processes)
+        loaders.append(load_batches(dataset, keys, processes))
+    for index, batches in enumerate(zip(*loaders, strict=True)):
+        generator, parts = step_generator(seed, f"{stage} norms", index, processes.rank), []
+        for batch, (dataset, _) in zip(batches, streams, strict=True):
+            images = batch.views[-1].to(processes.device)
+            parts.append(noise(images, generator) if isinstance(dataset.noised, Crop) else images)
+        yield torch.cat(parts)
 
 
 @torch.no_grad()
@@ -2570,16 +2627,15 @@ class Run:
         self.unreadable = {tuple(one) for one in training.get("unreadable", [])}  # (stream, row), of all processes
         self.held_out = set()  # rows of the unlabelled images that are images of val
         self.line = training.get("line")  # of the log, whose evaluation a signal cut short
-        self.evaluations, self.best = training.get("evaluations", []), training.get("best")
+        judged = training.get("evaluations", []), training.get("best")
+        self.evaluations = Evaluations(getattr(args, "patience", None), *judged)
         # The sums of the losses since the last line of the log: rank 0 holds what was saved, of all processes.
         self.logged, self.names, self.sums = self.step, training.get("names", []), 0
         if self.names:
             self.logged, sums = training["logged"], training["sums"].to(processes.device)
             self.sums = sums if processes.is_main else torch.zeros_like(sums)
         if processes.is_main:
-            with write_atomically(args.out / "metrics.jsonl") as temporary:  # cut back to the step that is resumed
-                kept = (line for line in read_metrics(args.out) if line["step"] <= self.step)
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            cut_metrics(args.out, self.step)
             lock(args.out)
         self.ddp_model = parallel(model, processes, args.compile, args.checkpoint_activations)
         self.stop = StopSignal(processes)
@@ -2590,7 +2646,7 @@ class Run:
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         num_trained, num = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
         copies = {"sgd": 1}.get(self.args.optimizer, 2) * num_trained + num * (1 + (self.averaged is not self.model))
-        copies += num * bool(self.patience)
+        copies += num * bool(self.evaluations.patience)
         given, start = self.args.lr is not None, "weights" if getattr(self.args, "init", None) else "scratch"
         why = "--lr" if given else f"the default from {start}" if "init" in self.args else "the end of the schedule"
         print0(
@@ -2621,13 +2677,15 @@ class Run:
         name, total = self.args.out.name, self.plan.total_steps
         batches = progress(zip(*loaders, strict=True), total, name, self.processes, self.step)
         self.begin_clock()
-        while not self.ended_early:
+        while not self.evaluations.ended_early:
             asked = time.monotonic()
             if (parts := next(batches, None)) is None:
                 return
             self.waited += time.monotonic() - asked
             self.count_images(loaders, parts)
-            self.lr = learning_rate(self.step, self.plan) * self.plateau_factor()
+            self.lr = learning_rate(self.step, self.plan)
+            if self.plan.schedule == "plateau":
+                self.lr *= plateau_factor(self.evaluations.values, PLATEAU[self.header["stage"]])
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
             # A function of (seed, stage, step, rank): a resumed run draws what an uninterrupted one does.
@@ -2682,7 +2740,7 @@ class Run:
         elif self.averaged is not self.model and self.args.average != "swa":
             update_ema(self.averaged, self.model, self.step, self.args.average)
         is_last = self.step == self.plan.total_steps
-        evaluates = not is_last and self.is_time_to_evaluate()
+        evaluates = not is_last and self.plan.ends_a_period(self.step, getattr(self.args, "eval_every", 0))
         if evaluates or is_last or self.step % self.log_every == 0:
             self.log(self.log_line(), evaluates)
         elif self.step % self.args.save_every == 0:
@@ -2696,60 +2754,21 @@ class Run:
 
     def prepare_average(self) -> None:
         """Make --average swa fit to be evaluated: the batch norms of a mean of weights are those of none of them."""
-        if not self.num_averaged:
-            if getattr(self.args, "average", None) == "swa":
-                self.averaged.load_state_dict(self.model.state_dict())
+        if getattr(self.args, "average", None) != "swa":
             return
-        num = min(100, self.plan.total_steps)
-        loaders = []
-        for dataset, num_images in self.streams:
-            keys = train_keys(len(dataset), num_images, self.args.seed, dataset.stream, range(num), self.processes)
-            loaders.append(load_batches(dataset, keys, self.processes))
-
-        def noised_batches() -> Iterator[Tensor]:
-            for index, batches in enumerate(zip(*loaders, strict=True)):
-                stream, rank = f"{self.header['stage']} norms", self.processes.rank
-                if self.stop.received:  # the evaluation ends at once, and all this is done again
-                    return
-                generator = step_generator(self.args.seed, stream, index, rank)
-                images = [batch.views[-1].to(self.processes.device) for batch in batches]
-                images = [
-                    self.noise(part, generator) if isinstance(dataset.noised, Crop) else part
-                    for part, (dataset, _) in zip(images, self.streams, strict=True)
-                ]
-                yield normalize(torch.cat(images), self.view)
-
+        if not self.num_averaged:
+            self.averaged.load_state_dict(self.model.state_dict())
+            return
+        stage, num = self.header["stage"], min(100, self.plan.total_steps)
+        batches = noised_batches(self.streams, num, self.noise, self.args.seed, stage, self.processes)
+        batches = takewhile(lambda _: not self.stop.received, batches)  # the evaluation will end as well
         with self.amp:
-            recompute_norms(self.averaged, noised_batches())
+            recompute_norms(self.averaged, (normalize(images, self.view) for images in batches))
 
     def judge(self, metrics: dict) -> None:
-        """Remember an evaluation, of which low values are good; with --patience the state of the best one too."""
         is_teacher = self.header["stage"] == "teacher"
-        self.evaluations.append(metrics["val_loss"] if is_teacher else -metrics["val_top1"] / 100)
-        if self.patience and self.evaluations[-1] < min(self.evaluations[:-1], default=math.inf):
-            weights = {name: tensor.cpu().clone() for name, tensor in self.averaged.state_dict().items()}
-            self.best = {"model": weights, "metrics": metrics}
-
-    @property
-    def patience(self) -> int | None:
-        return getattr(self.args, "patience", None)
-
-    @property
-    def ended_early(self) -> bool:
-        """Whether the last --patience evaluations were no better than the best before them (Keras' EarlyStopping)."""
-        if not self.patience or not self.evaluations:
-            return False
-        return len(self.evaluations) - 1 - self.evaluations.index(min(self.evaluations)) >= self.patience
-
-    def plateau_factor(self) -> float:
-        is_plateau = self.plan.schedule == "plateau"
-        return plateau_factor(self.evaluations, PLATEAU[self.header["stage"]]) if is_plateau else 1
-
-    def is_time_to_evaluate(self) -> bool:
-        every, steps_per_epoch = getattr(self.args, "eval_every", 0), self.plan.steps_per_epoch
-        if every is None:  # for very small sets an epoch is a few steps
-            every = max(1, 250 / steps_per_epoch)
-        return bool(every) and self.step / steps_per_epoch // every > (self.step - 1) / steps_per_epoch // every
+        value = metrics["val_loss"] if is_teacher else -metrics["val_top1"] / 100
+        self.evaluations.add(value, self.averaged, metrics)
 
     def log_line(self) -> dict:
         """The mean losses since the last line of the log, and how fast it goes."""
@@ -2816,7 +2835,7 @@ class Run:
             training = {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
             training |= {"precision": self.precision, "bad": self.bad, "unreadable": sorted(self.unreadable)}
             training |= {"line": self.line} if self.line else {}
-            training |= {"evaluations": self.evaluations, "best": self.best}
+            training |= {"evaluations": self.evaluations.values, "best": self.evaluations.best}
             if self.names:
                 training |= {"names": self.names, "logged": self.logged, "sums": self.sums.cpu()}
             if self.averaged is not self.model:
@@ -2827,16 +2846,16 @@ class Run:
     def finish(self) -> dict:
         """Evaluate, draw the curves, and write model.pt, which says that the run is finished; returns the metrics."""
         out = self.args.out
-        if not self.ended_early:  # otherwise this state was just evaluated
+        if not self.evaluations.ended_early:  # otherwise this state was just evaluated
             self.prepare_average()
             self.metrics = self.evaluate()
             if self.processes.is_main:
                 append_metrics(out, step=self.plan.total_steps, epoch=self.plan.epochs, **self.metrics)
             self.judge({"step": self.step} | self.metrics)
-        if self.best:
-            self.averaged.load_state_dict(self.best["model"])
-            self.metrics = self.best["metrics"]
-            print0(f"the best of {len(self.evaluations)} evaluations was that of step {self.metrics['step']}")
+        if best := self.evaluations.best:
+            self.averaged.load_state_dict(best["model"])
+            self.metrics = best["metrics"]
+            print0(f"the best of {len(self.evaluations.values)} evaluations was that of step {self.metrics['step']}")
         if self.processes.is_main:
             draw_curves(out)
         self.save("model.pt")

@@ -309,13 +309,15 @@ def test_patience_is_keras(seed, patience):
     weights = []
     callback.set_model(SimpleNamespace(stop_training=False, get_weights=lambda: weights[-1], set_weights=lambda _: 0))
     callback.on_train_begin()
-    run = SimpleNamespace(patience=patience, evaluations=[])
+    mine, model = common.Evaluations(patience), torch.nn.Linear(1, 1)
     for epoch, value in enumerate(values):
         weights.append(epoch)
-        run.evaluations.append(value)
+        with torch.no_grad():
+            model.weight.fill_(epoch)
+        mine.add(value, model, {"epoch": epoch})
         callback.on_epoch_end(epoch, {"loss": value})
-        assert common.Run.ended_early.fget(run) == callback.model.stop_training, epoch
-        assert run.evaluations.index(min(run.evaluations)) == callback.best_epoch
+        assert mine.ended_early == callback.model.stop_training, epoch
+        assert mine.best["metrics"]["epoch"] == mine.best["model"]["weight"].item() == callback.best_epoch
         if callback.model.stop_training:
             break
     else:
