@@ -32,7 +32,7 @@ from common import labeled_images  # listing
 from common import unreadable_images  # batches
 from common import plan_of  # optimization
 from common import data_inputs, input_digests, previous_run, resume_or_exit  # checkpoints
-from common import check_parts, model_noise, model_of, start_of  # training
+from common import check_parts, model_noise, model_of, setup_of  # training
 from common import Run  # the training run
 
 
@@ -56,8 +56,8 @@ def main() -> None:
     begun = previous_run(args)
 
     # What the flags and the weights to start from say about the model and its images.
-    start = start_of(args, {})
-    view, recipe = start.view, start.recipe
+    setup = setup_of(args, {})
+    view, recipe = setup.view, setup.recipe
 
     # A step takes n labelled images.
     num_labeled = args.batch_size
@@ -77,11 +77,11 @@ def main() -> None:
 
     # The model, and the books of its training.
     stage = "teacher"
-    model, arch_options, origin = model_of(stage, start, classes, args)
+    model, arch_options, origin = model_of(stage, setup, classes, args)
     plan = plan_of(args, recipe.epochs, len(train_images) / num_labeled)
-    header = {"stage": stage, "arch": start.arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
+    header = {"stage": stage, "arch": setup.arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
     header |= {"data": os.path.abspath(data), "inputs": inputs}  # data: the next student's default
-    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_labeled, bad, begun, start.noise)
+    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_labeled, bad, begun, setup.noise)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",
         f"{num_labeled} a step",
@@ -90,11 +90,11 @@ def main() -> None:
     print0(f"{origin}; the clean view: {view}")
 
     # Train.
-    labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=start.crop)
+    labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=setup.crop)
     for batch in run.steps(labeled_batches):
         # The noise is drawn on the whole batch, as uint8 (n, 3, H, W), on the device.
         images = batch.views[-1].to(processes.device, non_blocking=True)
-        images = start.noise(images, run.generator)
+        images = setup.noise(images, run.generator)
         # y of the readable images, int64 (n,); an unreadable image has no place in the batch.
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         for part_target, part_images in run.parts(target, images):

@@ -41,7 +41,7 @@ from common import options_of, read_classes, read_selection
 from common import plan_of, soft_cross_entropy  # optimization
 from common import data_inputs, data_of, input_digests, load_model, previous_run, read_checkpoint  # checkpoints
 from common import resume_or_exit
-from common import autocast, check_parts, model_noise, model_of, precision_of, start_of  # training
+from common import autocast, check_parts, model_noise, model_of, precision_of, setup_of  # training
 from common import Run  # the training run
 
 
@@ -263,6 +263,14 @@ def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_ro
     fail(f"--logits: none of them has the images of {file.filename} in its rows")
 
 
+def columns_of(classes: list[str], known: list[str], data: Path) -> list[int]:
+    """Where the classes of the data stand among those of the pseudo-labels."""
+    if sorted(known) != sorted(classes):
+        few = " ".join(known[:5])
+        fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {few}")
+    return [known.index(name) for name in classes]
+
+
 def main() -> None:
     args = parse_args()
     processes = init_processes(args.device, args.workers)
@@ -272,8 +280,8 @@ def main() -> None:
     # otherwise: the data, the architecture, the image size.
     labels_of = StoredLabels(args) if args.pseudo_labels else TeachersLabels(args, processes)
     source = read_checkpoint(args.teacher) if args.teacher else labels_of.source
-    start = start_of(args, source)
-    view, recipe = start.view, start.recipe
+    setup = setup_of(args, source)
+    view, recipe = setup.view, setup.recipe
 
     # A step takes n labelled images and m = ratio x n unlabelled ones.
     num_labeled, num_unlabeled = args.batch_size, round(recipe.ratio * args.batch_size)
@@ -294,10 +302,7 @@ def main() -> None:
     pseudo_images = labels_of.images
     if pseudo_images.is_lost:
         fail(f"--unlabeled: say where the images are, they are not where they were ({pseudo_images.name(0)})")
-    if sorted(labels_of.classes) != sorted(classes):
-        known = " ".join(labels_of.classes[:5])
-        fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {known}")
-    columns = [labels_of.classes.index(name) for name in classes]
+    columns = columns_of(classes, labels_of.classes, data)
     init_file = None if args.init == "published" else args.init
     inputs = {args.teacher: args.teacher, init_file: init_file, **labels_of.inputs}
     inputs = input_digests(inputs | data_inputs(data, train_images, val_images), processes)
@@ -308,13 +313,13 @@ def main() -> None:
 
     # The model, and the books of its training. An epoch is a pass over the labelled images, or over the selected ones.
     stage = "student"
-    model, arch_options, origin = model_of(stage, start, classes, args)
+    model, arch_options, origin = model_of(stage, setup, classes, args)
     steps_per_epoch = len(train_images) / num_labeled if num_labeled else len(pseudo_images) / num_unlabeled
     plan = plan_of(args, recipe.epochs, steps_per_epoch)
-    header = {"stage": stage, "arch": start.arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
+    header = {"stage": stage, "arch": setup.arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
     header |= {"data": os.path.abspath(data), "inputs": inputs}  # data: the next student's default
     num_images = num_labeled + num_unlabeled
-    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_images, bad, begun, start.noise)
+    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_images, bad, begun, setup.noise)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",
         f"{len(pseudo_images)} unlabelled images",
@@ -326,21 +331,23 @@ def main() -> None:
     # Train. An unlabelled image is seen twice where a teacher labels on the fly: whole by the teacher, cropped by the
     # student. There the images of val are left out too; of the stored labels stage 02 has left them out.
     held_out = from_rank0(digests_of(val_images) if labels_of.view and processes.is_main else (), processes)
-    clean, noised = labels_of.view, view if args.clean_unlabeled else start.crop  # None: no such view is made
-    labeled_views = {"clean": clean if same_images else None, "noised": start.crop}
+    clean, noised = labels_of.view, view if args.clean_unlabeled else setup.crop  # None: no such view is made
+    labeled_views = {"clean": clean if same_images else None, "noised": setup.crop}
     labeled_batches = run.batches(train_images, num_labeled, "labeled", **labeled_views)
     views = {"clean": clean, "noised": noised, "held_out": held_out}
     unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **views)
     loss_of = consistency_loss if args.consistency else partial(noisy_student_loss, unlabeled_weight=unlabeled_weight)
     loss_of = partial(loss_of, label_smoothing=args.label_smoothing, temperature=labels_of.temperature or 1.0)
     for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):
-        # Both kinds of images get the same noise, as one uint8 batch (n + m, 3, H, W); the labelled ones come first.
+        # The last view of each image is the student's. Both kinds get the same noise, as one uint8 batch
+        # (n + m, 3, H, W), the labelled ones first; with --clean-unlabeled they alone get it.
         images = torch.cat([batch.views[-1], pseudo.views[-1]]).to(processes.device, non_blocking=True)
         num_noised = len(batch.rows) if args.clean_unlabeled else len(images)
-        images = torch.cat([start.noise(images[:num_noised], run.generator), images[num_noised:]])
+        images = torch.cat([setup.noise(images[:num_noised], run.generator), images[num_noised:]])
         # y of the readable images, int64 (n,); an unreadable image has no place in the batch.
         target = targets[batch.rows].to(processes.device, non_blocking=True)
-        # The teacher was not noised: y~, probabilities (m, C) with the columns in the order of the student's classes.
+        # y~, probabilities (m, C), the columns in the order of the student's classes: stored ones, or those of a
+        # teacher that sees the clean view. same_images: it labels the labelled images, and they carry both losses.
         probs = labels_of(batch if same_images else pseudo)[:, columns].to(processes.device, non_blocking=True)
         tensors = target, images[: len(target)], images[len(target) :], probs
         # Gradient accumulation: both kinds are cut into --accumulate parts, which need less memory.
@@ -350,12 +357,13 @@ def main() -> None:
                 logits = run.ddp_model(normalize(torch.cat([part_labeled, part_unlabeled]), view)).float()
             labeled_logits = logits[: len(part_target)]
             pseudo_logits = logits if same_images else logits[len(part_target) :]
-            # n and m of a part, in the mean over the processes, for DDP averages their gradients. The teacher's outputs
-            # were tempered in `labels_of`, the student's are in the loss.
+            # The readable images n and m of a part, in the mean over parts and processes, as run.steps counted them:
+            # divided by these, the sums of the losses of all parts and processes give the mean over the step.
             counts = run.counts[0], run.counts[0 if same_images else 1]
-            both = labeled_logits, part_target, pseudo_logits, part_probs
-            loss, labeled_loss, unlabeled_loss = loss_of(*both, *counts)
-            run.backward(loss, loss_labeled=labeled_loss, loss_unlabeled=unlabeled_loss)  # adds to the gradients
+            # The cross-entropy with y, that with y~ at --temperature, and their weighted sum, which trains.
+            losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, *counts)
+            loss, labeled_loss, unlabeled_loss = losses
+            run.backward(loss, loss_labeled=labeled_loss, loss_unlabeled=unlabeled_loss)  # the last two are only logged
         run.end_step()  # the optimizer's step and the average of the weights; logs, evaluates, saves where it is time
     run.finish()  # evaluates, draws curves.png, writes model.pt
 

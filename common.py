@@ -10,12 +10,12 @@ models of timm    built by timm's names, and what it says of how images must loo
 noise             RandAugment on whole uint8 batches, by tables and by moving pixels; the noise for small images
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
 listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
-batches           views as a dataset, the order of the images, loaders, counting the unreadable images
+batches           views as a dataset, keys (which images a step gets, in what order), loaders, the unreadable images
 label files       opening logits.h5 and balanced.h5, which may be a stranger's; mapping their columns
 optimization      the plan of a run and its learning rate, plateaus, RMSprop, averaged weights, soft cross-entropy
 checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed, their inputs compared; metrics
-training          a model as the flags want it, precision, DDP, the parts of a batch, evaluation
-the training run  Run, which keeps the books of a run: rate, random numbers, logs, evaluation, saving, stopping
+training          a model as the flags want it, precision, DDP, random numbers of a step, parts of a batch, evaluation
+the training run  Run, which keeps the books of a run: rate, logs, evaluation, saving, stopping, too many bad images
 pictures          matplotlib, sheets of thumbnails, curves.png
 """
 
@@ -493,10 +493,24 @@ def round_channels(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-class SamePadConv2d(nn.Conv2d):
-    """TensorFlow's SAME padding: output ceil(size / stride), the odd pixel of padding at the bottom and the right."""
+class DepthwiseConv2d(nn.Conv2d):
+    """A convolution that stays in fp32 where a CPU trains in bf16 and it is depthwise: there its backward pass in bf16
+    takes seven times as long (1,152 channels, 5 x 5)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.groups > 1 and self.training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self.convolve(x.float())
+        return self.convolve(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class SamePadConv2d(DepthwiseConv2d):
+    """TensorFlow's SAME padding: output ceil(size / stride), the odd pixel of padding at the bottom and the right."""
+
+    def convolve(self, x: Tensor) -> Tensor:
         pads = []
         for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
@@ -521,7 +535,7 @@ def conv_norm(channels_in, channels_out, kernel, stride=1, groups=1, eps=1e-3, t
     elif kernel == 1:
         conv = PointwiseConv2d(channels_in, channels_out, 1, bias=False)
     else:
-        conv = nn.Conv2d(channels_in, channels_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
+        conv = DepthwiseConv2d(channels_in, channels_out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False)
     layers = [conv, nn.BatchNorm2d(channels_out, eps=eps, momentum=0.01)]
     return nn.Sequential(*layers, nn.SiLU(inplace=True)) if activation else nn.Sequential(*layers)
 
@@ -2293,7 +2307,7 @@ def read_metrics(out: Path) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Start(NamedTuple):
+class Setup(NamedTuple):
     """What the flags, the weights to start from and the teacher say about a model and its images."""
 
     arch: str
@@ -2305,7 +2319,7 @@ class Start(NamedTuple):
     initial: dict  # --init, as `initial_weights` gives it
 
 
-def start_of(args: argparse.Namespace, teacher: dict) -> Start:
+def setup_of(args: argparse.Namespace, teacher: dict) -> Setup:
     """A flag comes first, then --init, then the teacher (of a teacher itself {}), then what is usual for the model."""
     initial = initial_weights(args.init, args.arch or teacher.get("arch"), args.image_size) if args.init else {}
     source = initial or teacher
@@ -2318,13 +2332,13 @@ def start_of(args: argparse.Namespace, teacher: dict) -> Start:
     crop = Crop(view.image_size, None if small_images else args.min_crop_area, args.hflip)
     recipe = recipe_of(arch, args)
     words = {"recipe": recipe, "resolution": resolution_of(arch), "small_images": small_images, "hflip": args.hflip}
-    return Start(arch, small_images, view, crop, recipe, partial(add_noise, **words), initial)
+    return Setup(arch, small_images, view, crop, recipe, partial(add_noise, **words), initial)
 
 
-def model_of(stage: str, start: Start, classes: list[str], args: argparse.Namespace) -> tuple[nn.Module, dict, str]:
+def model_of(stage: str, setup: Setup, classes: list[str], args: argparse.Namespace) -> tuple[nn.Module, dict, str]:
     """(a model as the flags want it, its arch_options, where its weights come from in words)."""
-    arch, num_classes = start.arch, len(classes)
-    options = {"small_images": start.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
+    arch, num_classes = setup.arch, len(classes)
+    options = {"small_images": setup.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     options |= {"zero_init_residual": args.zero_init_residual or None}
     for name in ("dropout", "drop_path") if arch.removeprefix("tf_") not in EFFICIENTNETS else ():
         if options[name] is not None:  # ResNets, for example, have neither
@@ -2333,7 +2347,7 @@ def model_of(stage: str, start: Start, classes: list[str], args: argparse.Namesp
             except ValueError:
                 print0(f"{arch} has no --{name.replace('_', '-')}: it is left out")
                 options[name] = None
-    options |= img_size_option(arch, start.view.image_size)
+    options |= img_size_option(arch, setup.view.image_size)
     # Teacher, student and the rounds of one --seed must not start from the same weights.
     words = np.random.SeedSequence(seed_words(args.seed, f"{stage} weights"))
     torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
@@ -2342,7 +2356,7 @@ def model_of(stage: str, start: Start, classes: list[str], args: argparse.Namesp
     except ValueError as error:
         fail(f"--arch: {error}")
     set_bn_momentum(model, args.bn_momentum)
-    origin = load_initial_weights(model, start.initial, args, classes) if start.initial else "from scratch"
+    origin = load_initial_weights(model, setup.initial, args, classes) if setup.initial else "from scratch"
     return model, options, origin
 
 
