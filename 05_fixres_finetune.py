@@ -45,37 +45,43 @@ def parse_args() -> argparse.Namespace:
     add("--image-size", type=at_least(1, int), required=True, help="the new resolution in pixels (paper: 800 for L2)")
     add("--out", type=Path, required=True, help="folder of the results; the same command resumes it")
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; None: the checkpoint's own")
+    train = "classifier: FixRes; head: its convolution and batch norm too (EfficientNets; of others the classifier)"
+    add("--train", choices=["classifier", "head"], default="head", help=train)
     add("--frozen-blocks", type=at_least(0, int), help="the stem and the first N blocks stay; None: all of the blocks")
     add_bn_momentum_flag(add)
     add_optimization_flags(parser, from_scratch=False)
     add_run_flags(parser, evaluates=False)
     add_device_flags(parser)
     parser.set_defaults(epochs=1.5, schedule="constant")  # the paper's
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.train == "classifier" and args.frozen_blocks is not None:
+        fail("--train classifier freezes all blocks: without --frozen-blocks")
+    return args
 
 
-def freeze(model: torch.nn.Module, frozen_blocks: int | None) -> None:
+def freeze(model: torch.nn.Module, frozen_blocks: int | None, train: str = "head") -> None:
     """Freeze the shallow layers, which then stay in inference mode while the others are in training mode.
 
-    EfficientNet: the stem and the first blocks, their batch norms included (official efficientnet_model.py:382-418);
-    with all blocks frozen the head convolution, its batch norm and the classifier train. Any other model: its last
-    linear layer trains, and the last batch norm takes on the statistics of the new size, with its weights frozen, as
-    FixRes does for ResNets (imnet_finetune/train.py: half of its gain).
+    `classifier`, FixRes (imnet_finetune/train.py): the last linear layer trains, and the last batch norm takes on the
+    statistics of the new size, with its weights frozen: half of the gain. `head`, of an EfficientNet: the convolution,
+    the batch norm and the classifier behind the blocks; with `frozen_blocks` the blocks after the first N too, batch
+    norms included (official efficientnet_model.py:382-418).
     """
     model.requires_grad_(False).eval()
-    if isinstance(model, EfficientNet):
+    if not isinstance(model, EfficientNet) or train == "classifier":
+        if frozen_blocks is not None:
+            fail("--frozen-blocks is for EfficientNets; of other models the last linear layer trains")
+        trained = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1:]
+        trained = [model.classifier] if isinstance(model, EfficientNet) else trained  # with its dropout
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        for norm in norms[-1:]:
+            norm.train()
+    else:
         blocks = [module for module in model.modules() if isinstance(module, MBConv)]
         number = len(blocks) if frozen_blocks is None else frozen_blocks
         if number > len(blocks):
             fail(f"--frozen-blocks {number}: the model has {len(blocks)} blocks")
         trained = [*blocks[number:], model.features[-1], model.classifier]
-    else:
-        if frozen_blocks is not None:
-            fail("--frozen-blocks is for EfficientNets; of other models the last linear layer trains")
-        trained = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1:]
-        norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-        for norm in norms[-1:]:
-            norm.train()
     if not trained:
         fail("--checkpoint: the model has no linear layer that could be fine-tuned")
     for module in trained:
@@ -136,7 +142,7 @@ def main() -> None:
     before = resolution_curve(evaluate_before, old_view, val_images, val_labels, sizes)
 
     # Only what is not frozen trains. There is no running average: over so few steps it would stay where it began.
-    freeze(model, args.frozen_blocks)
+    freeze(model, args.frozen_blocks, args.train)
     plan = plan_of(args, args.epochs, len(train_images) / args.batch_size, DECAYED)
     header = {key: value for key, value in source.items() if key not in ("training", "metrics", "model")}
     header |= {"stage": "fixres", "data": os.path.abspath(data), "inputs": inputs, **view._asdict()}

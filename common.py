@@ -1620,6 +1620,34 @@ class Batch(NamedTuple):
     held_out: list[int]  # rows of images of val, which no stage trains on
 
 
+class DecodedImages:
+    """Image files that stay decoded while there is room, half a gigabyte a machine and stream of images: to open and to
+    decode a small one takes longer than to crop it. One that has changed is decoded again; one that is gone is gone."""
+
+    def __init__(self):
+        self.room, self.known = None, {}  # bytes; {file: (its time and size, pixels)}
+
+    def load(self, images: ImageList, row: int) -> Image.Image:
+        name = images.name(row)
+        try:
+            status = os.stat(name)
+        except OSError:  # a member of a shard, or it is gone and `load` says so
+            return images.load(row)
+        stamp = status.st_mtime_ns, status.st_size
+        if self.known.get(name, (None,))[0] == stamp:
+            return Image.fromarray(self.known[name][1])
+        image = images.load(row)
+        if self.room is None:
+            worker = torch.utils.data.get_worker_info()
+            num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (worker.num_workers if worker else 1)
+            self.room = 5e8 / num_sharing
+        pixels = np.asarray(image)
+        if pixels.nbytes <= self.room:
+            self.room -= pixels.nbytes
+            self.known[name] = stamp, pixels
+        return image
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """Views of images as uint8. An item is (row, views, error): a list of (H, W, 3) arrays, or why there are none.
 
@@ -1639,7 +1667,7 @@ class ImageDataset(torch.utils.data.Dataset):
         held_out: frozenset[bytes] = frozenset(),
     ):
         self.images, self.clean, self.noised = images, clean, noised
-        self.seed, self.stream, self.held_out = seed, stream, held_out
+        self.seed, self.stream, self.held_out, self.decoded = seed, stream, held_out, DecodedImages()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1655,6 +1683,8 @@ class ImageDataset(torch.utils.data.Dataset):
                 if digest_of_bytes(data) in self.held_out:
                     return row, None, None
                 image = load_image(io.BytesIO(data), enough)
+            elif self.noised:
+                image = self.decoded.load(self.images, row)
             else:
                 image = self.images.load(row, enough)
             views = [eval_view(image, self.clean)] if self.clean else []

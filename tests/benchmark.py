@@ -2,6 +2,9 @@
 
 inference  images a second of EfficientNet-B0: timm's as `create_model` gives it against ours with the same weights as
            stage 02 runs it (batch norms folded, channels_last, autocast, its batch), once both agree on the logits
+train      images a second of training EfficientNet-B0: the bare step of timm (as `create_model` gives it, and channels
+           last) and of ours, in fp32 and bf16; and whole steps, with reading, noise, average and log: timm's train.py
+           loop with its defaults, transcribed, against stages 01 and 04 on the same images
 label      images a second of stage 02, all of it, over a folder of JPEGs, against timm's inference script on the same
 balance    seconds and memory of stage 03's two selections over made-up logits, against reading them and their softmax
            alone, and pandas and polars (if they are installed) choosing from the same columns
@@ -10,6 +13,7 @@ noise      RandAugment with 2 ops of magnitude 9, each applied always: torchvisi
            (if it is installed) and ours on a batch of the same images
 
     python tests/benchmark.py inference --compile
+    python tests/benchmark.py train --threads 1
     python tests/benchmark.py label
     python tests/benchmark.py balance --tmp /folder/with/5/GB
     python tests/benchmark.py memory --models efficientnet_b7:224:8
@@ -35,12 +39,14 @@ from pathlib import Path
 from statistics import median
 
 import h5py
+import label_files
 import numpy as np
 import torch
 from conftest import ROOT, draw_data, load_stage
 from PIL import Image
 from torch import Tensor, nn
 
+import common
 from common import (
     CHECKPOINT_FORMAT,
     DONE,
@@ -56,6 +62,7 @@ from common import (
     fuse_batch_norms,
     init_processes,
     load_weights,
+    make_optimizer,
     open_label_file,
     rand_augment,
     save_checkpoint,
@@ -79,6 +86,12 @@ def parse_args() -> argparse.Namespace:
     add("--rounds", type=at_least(1, int), default=7, help="over which the median is taken")
     add("--sizes", type=at_least(32, int), nargs="+", default=[224, 32], help="pixels, a table each")
     add("--compile", action="store_true", help="ours compiled as well: a minute or two a size more")
+    add = command(train, "speed of training EfficientNet-B0, timm's and ours")
+    add("--rounds", type=at_least(1, int), default=5, help="over which the median is taken")
+    add("--size", type=at_least(32, int), default=32, help="pixels")
+    add("--batch", type=at_least(2, int), default=64, help="images a step; 04: a quarter of them labelled")
+    add("--steps", type=at_least(4, int), default=12, help="of each variant in each round; the first two do not count")
+    add("--compile", action="store_true", help="ours in bf16 compiled as well: a minute or two more")
     add = command(label, "speed of labelling a folder, timm's inference script and stage 02")
     add("--rounds", type=at_least(1, int), default=5, help="over which the median is taken")
     add("--images", type=Path, help="folder of JPEGs in one folder or more; None: drawn, 500 x 375, 110 kB")
@@ -212,6 +225,156 @@ def compare_with_timm(theirs: nn.Module, size: int, device: torch.device, args: 
     print(f"\nfolded fp32 logits differ from timm's by {error:.1e} of the largest; bf16 against fp32: {agree:.1%} of")
     print(f"{len(full)} argmax agree, softmax differs by at most {(full - half).abs().max():.4f} (random weights: near")
     print(f"ties, mean confidence {full.amax(1).mean():.4f})", flush=True)
+
+
+def bare_step(model: nn.Module, optimizer, images: Tensor, labels: Tensor, amp):
+    """A function that takes a training step: forward, backward, optimizer; nothing else."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with amp:
+            logits = model(images).float()
+        nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def timms_steps(folder: Path, size: int, batch: int):
+    """A generator that takes a step of timm's train.py at each `next`: its loader, crop, RandAugment, SGD and average.
+
+    Its defaults but for what 01 has as well (RandAugment, label smoothing, an average); 0 workers, as ours on CPUs.
+    """
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("efficientnet_b0", num_classes=10, drop_rate=0.2, drop_path_rate=0.2).train()
+    dataset = timm.data.create_dataset("", str(folder))
+    config = {"is_training": True, "auto_augment": "rand-m9-n2", "num_workers": 0, "use_prefetcher": False}
+    loader = timm.data.create_loader(dataset, (3, size, size), batch, **config)
+    optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=2e-5, momentum=0.9)
+    average, loss_of = timm.utils.ModelEmaV3(model), timm.loss.LabelSmoothingCrossEntropy(0.1)
+    losses = timm.utils.AverageMeter()
+    while True:
+        for images, labels in loader:
+            loss = loss_of(model(images), labels)
+            losses.update(loss.item(), len(labels))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            average.update(model)
+            yield
+
+
+def stage_speed(stage: str, flags: list) -> float:
+    """Images a second of the training steps of 01 or 04 on its whole way, without the first two."""
+    begun, end_step = [], common.Run.end_step
+
+    def end_step_timed(run) -> None:
+        end_step(run)
+        begun.append(time.perf_counter())
+
+    common.Run.end_step = end_step_timed
+    try:
+        with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
+            sys.argv = [stage, *map(str, flags), "--out", f"{out}/run"]
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                load_stage(stage).main()
+    finally:
+        common.Run.end_step = end_step
+    return (len(begun) - 2) / (begun[-1] - begun[1])
+
+
+def train(args: argparse.Namespace) -> None:
+    import timm
+
+    device = init_processes(args.device).device
+    torch.set_num_threads(args.threads)
+    versions = f"timm {timm.__version__}, {machine(args)}"
+    print(f"{versions}, {args.size} px, batch {args.batch}, median of {args.rounds} rounds of {args.steps} steps")
+    torch.manual_seed(0)
+    images, labels = torch.randn(args.batch, 3, args.size, args.size, device=device), torch.arange(args.batch) % 10
+    labels, last = labels.to(device), images.contiguous(memory_format=torch.channels_last)
+    fp32, bf16 = contextlib.nullcontext(), autocast("bf16", device)[0]
+    steps = {}
+    for name, given in {"bare step: timm": images, "bare step: timm, channels_last": last}.items():
+        model = timm.create_model("efficientnet_b0", num_classes=10).to(device)
+        model = model.to(memory_format=torch.channels_last) if given is last else model
+        optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=2e-5, momentum=0.9)
+        steps[name] = bare_step(model.train(), optimizer, given, labels, fp32)
+    variants = {"fp32": (fp32, False), "bf16": (bf16, False)} | (
+        {"bf16 compiled": (bf16, True)} if args.compile else {}
+    )
+    for name, (amp, compiled) in variants.items():
+        model = build_model("efficientnet_b0", 10).to(device, memory_format=torch.channels_last).train()
+        if compiled:
+            model.compile()
+        steps[f"bare step: ours, {name}"] = bare_step(model, make_optimizer("sgd", model, None), last, labels, amp)
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        draw_folder(data, args.size)
+        teacher = Path(folder) / "teacher.pt"
+        header = {"format": CHECKPOINT_FORMAT, "stage": "teacher", "arch": "efficientnet_b0", "arch_options": {}}
+        header |= {"classes": [f"{c}" for c in range(10)], "image_size": args.size, "crop_fraction": 1.0}
+        header |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "data": str(data), "metrics": {}, "args": {}}
+        save_checkpoint(teacher, header | {"model": build_model("efficientnet_b0", 10).state_dict()})
+        theirs = timms_steps(data / "train", args.size, args.batch)
+        steps["whole step: timm's train.py"] = lambda: next(theirs)
+        rows = labels_of_all(data, Path(folder))
+        flags = ["--image-size", args.size, "--optimizer", "sgd", "--num-ops", 2, "--magnitude", 9, "--eval-every", 0]
+        flags += ["--device", args.device, "--warmup-epochs", 0]
+        whole = {}
+        for precision in ("fp32", "bf16"):
+            num = args.steps * args.batch / 640  # images of train/
+            own = ["--data", data, "--batch-size", args.batch, "--epochs", num, "--precision", precision]
+            whole[f"whole step: 01, {precision}"] = ("01_train_teacher", [*own, *flags])
+            own[3] = args.batch // 4
+            own[5] = num / 4
+            own += ["--teacher", teacher, "--pseudo-labels", rows, "--ratio", 3]
+            whole[f"whole step: 04, {precision}"] = ("04_train_student", [*own, *flags])
+
+        speeds = {name: [] for name in (*steps, *whole)}
+        for step in steps.values():  # allocating, choosing algorithms, compiling
+            step()
+        for _ in range(args.rounds):
+            for name, step in steps.items():
+                step()
+                began = time.perf_counter()
+                for _ in range(args.steps - 2):
+                    step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                speeds[name].append((args.steps - 2) / (time.perf_counter() - began))
+            for name, (stage, words) in whole.items():
+                speeds[name].append(stage_speed(stage, words))
+    print_rows(("variant", "images/s", "ratio", "least", "most"), ("---", *["---:"] * 4))
+    for name, found in speeds.items():
+        kind = name.partition(":")[0]
+        base = next(other for key, other in speeds.items() if key.startswith(kind))
+        ratios = sorted(one / other for one, other in zip(found, base, strict=True))
+        cells = [f"{value:.2f}" for value in (median(ratios), ratios[0], ratios[-1])]
+        print_rows((name, f"{args.batch * median(found):.0f}", *cells))
+
+
+def draw_folder(data: Path, size: int) -> None:
+    """640 labelled images of 10 classes, 10 of val and 1,920 unlabelled ones, drawn, JPEG."""
+    rng = np.random.default_rng(0)
+    for i in range(640 + 10 + 1920):
+        folder = f"train/{i % 10}" if i < 640 else f"val/{i % 10}" if i < 650 else "unlabeled"
+        (data / folder).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size))
+        image.save(data / folder / f"{i:05}.jpg", quality=90)
+
+
+def labels_of_all(data: Path, folder: Path) -> Path:
+    """A selection of all unlabelled images of `draw_folder`, with made-up labels."""
+    images = common.unlabeled_images(data / "unlabeled")
+    rng, num = np.random.default_rng(0), len(images)
+    logits = rng.normal(size=(num, 10)).astype(np.float16) * 3
+    label_files.write_logits(folder / "logits.h5", logits - logits.max(1, keepdims=True), root=data / "unlabeled",
+                 names=[os.fsdecode(path) for path in images.path], classes=[f"{c}" for c in range(10)])  # fmt: skip
+    return label_files.select(folder / "balanced.h5", {folder / "logits.h5": list(range(num))})
 
 
 def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.device, amp) -> int:

@@ -33,6 +33,17 @@ def test_the_head_alone_trains(b0, run_stage, tmp_path):
     assert (tmp_path / "t" / "curves.png").stat().st_size > 5000
 
 
+def test_the_classifier_alone_trains_and_the_last_batch_norm_adapts(b0, call_main, tmp_path):
+    """FixRes' own recipe: head-only, the batch norm before it in training mode with its weights frozen."""
+    flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--lr", 1e-2]
+    flags += ["--train", "classifier", "--bn-momentum", 0.1, "--out", tmp_path / "t"]
+    done = call_main("05_fixres_finetune", *flags)
+    assert done.returncode == 0 and f"{3 * 1280 + 3:,} of" in done.stdout, done
+    statistics = {f"features.8.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert changed(b0, tmp_path / "t" / "model.pt") == statistics | {"classifier.1.weight", "classifier.1.bias"}
+    assert_mistake(call_main("05_fixres_finetune", *flags, "--frozen-blocks", 3), "--train classifier")
+
+
 def test_fewer_frozen_blocks_train_more(b0, call_main, tmp_path):
     flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 0.34, "--lr", 1e-2]
     assert call_main("05_fixres_finetune", *flags, "--frozen-blocks", 15, "--out", tmp_path / "t").returncode == 0

@@ -2,11 +2,12 @@
 
 import numpy as np
 import torch
-from conftest import encoded, make_tar, noise_image
+from conftest import encoded, make_tar, noise_image, write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import common
 from common import Crop, ImageDataset, Processes, View, grid_keys, list_images, load_batches, train_keys
 
 
@@ -151,3 +152,27 @@ def test_grid_keys_are_each_row_once_in_the_same_batches(num, batch_size, world_
     assert all(len(batch) == batch_size for batch in alone[:-1])
     shares = [batch for rank in ranks(world_size) for batch in grid_keys(num, batch_size, rank)]
     assert sorted(shares) == alone
+
+
+def test_images_stay_decoded_until_their_files_change(tmp_path, monkeypatch):
+    """Bitwise as if each was read again; one that is gone or has changed is not taken from memory; room is kept to."""
+    files = write_files(tmp_path / "u", {f"{i}.png": encoded(noise_image(40, 30, i), "PNG") for i in range(4)})
+    images, crop = common.list_images(files), common.Crop(16, 0.3, True)
+    loaded, load = [], common.load_image
+    monkeypatch.setattr(common, "load_image", lambda *args: loaded.append(1) or load(*args))
+    dataset = ImageDataset(images, noised=crop)
+    first = [dataset[epoch, row][1][0].tobytes() for epoch in range(3) for row in range(4)]
+    assert len(loaded) == 4
+    again = [ImageDataset(images, noised=crop)[epoch, row][1][0].tobytes() for epoch in range(3) for row in range(4)]
+    assert first == again and len(set(first)) == 12
+    loaded.clear()
+    (files / "1.png").write_bytes(encoded(noise_image(40, 31, 9), "PNG"))
+    (files / "2.png").unlink()
+    assert dataset[0, 1][1][0].tobytes() != first[1] and len(loaded) == 1
+    assert dataset[0, 2][1] is None and "2.png" in dataset[0, 2][2]
+    small = ImageDataset(images, noised=crop)
+    small.decoded.room = 40 * 30 * 3  # of one image
+    loaded.clear()
+    for _ in range(3):
+        assert small[0, 0][1] is not None and small[0, 3][1] is not None
+    assert len(loaded) == 1 + 3

@@ -34,7 +34,8 @@ STUDENT |= {"--consistency": "kl"}
 
 
 FIXRES = {
-    "--image-size": 48, "--frozen-blocks": 15, "--batch-size": 12, "--accumulate": 2, "--epochs": 1, "--lr": 0.02,
+    "--image-size": 48, "--frozen-blocks": 15, "--train": "classifier", "--batch-size": 12, "--accumulate": 2,
+    "--epochs": 1, "--lr": 0.02,
     "--optimizer": "adamw", "--schedule": "cosine", "--weight-decay": 0.5, "--label-smoothing": 0.5, "--seed": 1,
     "--precision": "bf16", "--bn-momentum": 0.5,
 }  # fmt: skip
