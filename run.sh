@@ -123,14 +123,16 @@ for round in $(seq "$ROUNDS"); do
         --seed $((SEED + 100 * round)) --out "$student"
     teacher=$student models="$models $student/model.pt"
 done
-# At 32 pixels the last feature map is a single one, at 40 it is 2 x 2: more than the head must adapt.
+# The last student at a larger resolution, untuned and tuned. At 32 pixels the last feature map is a single one, at 40 it is
+# 2 x 2: more than the head must adapt.
 size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$((BATCH * (1 + $(of_round "$ROUNDS" $RATIO)))) frozen=""
 case $(of_round "$ROUNDS" $ARCHS) in efficientnet_* | tf_efficientnet_*) frozen="--frozen-blocks 5" ;; esac
 if [ "$FIXRES_STEPS" != 0 ]; then
-    stage fixres 05_fixres_finetune.py --checkpoint "$teacher/model.pt" --image-size $((size * 5 / 4)) --data "$data" \
-        --batch-size $all --epochs $((FIXRES_STEPS * all / images + 1)) $frozen --optimizer adamw --lr 1e-3 --schedule cosine \
-        --seed "$SEED" --out "$OUT/fixres"
-    models="$models $OUT/fixres/model.pt"
+    larger=(--checkpoint "$teacher/model.pt" --image-size $((size * 5 / 4)) --data "$data" --batch-size $all)
+    stage untuned 05_fixres_finetune.py "${larger[@]}" --epochs 0 --out "$OUT/untuned"
+    stage fixres 05_fixres_finetune.py "${larger[@]}" --epochs $((FIXRES_STEPS * all / images + 1)) $frozen --optimizer adamw --lr 1e-3 \
+        --schedule cosine --seed "$SEED" --out "$OUT/fixres"
+    models="$models $OUT/untuned/model.pt $OUT/fixres/model.pt"
 fi
 # It keeps what it measured: again, it prints the table in seconds.
 python3 06_eval_robustness.py $models --data "$data" --corrupt --fgsm 2 --num-images 500 \

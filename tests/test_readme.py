@@ -161,7 +161,7 @@ def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
     for name in ("teacher", "control", "student1", "fixres"):
         assert (tmp_path / "out" / name / "model.pt").exists() and f"done: {name}" in again
     table = table_of(first)
-    assert [line.split()[1] for line in table[2:]] == ["teacher", "control", "student1", "fixres"]
+    assert [line.split()[1] for line in table[2:]] == ["teacher", "control", "student1", "untuned", "fixres"]
     assert table == table_of(again)
     _, stderr = finished(run_sh(data, **small | {"EPOCHS": "2"}), status=2)
     assert "another command" in stderr
@@ -180,7 +180,7 @@ def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
 
     stdout, _ = finished(run_sh(data, **small | {"OUT": str(tmp_path / "two"), "NPROC": "2", "CONTROL": "0"}))
     assert "2 x cpu" in stdout
-    assert [line.split()[1] for line in table_of(stdout)[2:]] == ["teacher", "student1", "fixres"]
+    assert [line.split()[1] for line in table_of(stdout)[2:]] == ["teacher", "student1", "untuned", "fixres"]
 
 
 def test_the_papers_own_loop_relabels_what_was_selected_once(tiny_data, run_sh, tmp_path):
