@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import io
 import multiprocessing
 import os
 import platform
@@ -39,14 +40,14 @@ from pathlib import Path
 from statistics import median
 
 import h5py
-import label_files
 import numpy as np
 import torch
-from conftest import ROOT, draw_data, load_stage
+from conftest import ROOT, draw_data, load_stage  # makes common importable
 from PIL import Image
 from torch import Tensor, nn
 
 import common
+import label_files
 from common import (
     CHECKPOINT_FORMAT,
     DONE,
@@ -164,6 +165,9 @@ def run(model: nn.Module, images: Tensor, batch: int, amp) -> tuple[Tensor, floa
 
 def inference(args: argparse.Namespace) -> None:
     import timm
+    import timm.loss
+    import timm.optim
+    import timm.utils
 
     device = init_processes(args.device).device
     torch.set_num_threads(args.threads)
@@ -246,6 +250,9 @@ def timms_steps(folder: Path, size: int, batch: int):
     Its defaults but for what 01 has as well (RandAugment, label smoothing, an average); 0 workers, as ours on CPUs.
     """
     import timm
+    import timm.loss
+    import timm.optim
+    import timm.utils
 
     torch.manual_seed(0)
     model = timm.create_model("efficientnet_b0", num_classes=10, drop_rate=0.2, drop_path_rate=0.2).train()
@@ -278,7 +285,7 @@ def stage_speed(stage: str, flags: list) -> float:
     try:
         with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
             sys.argv = [stage, *map(str, flags), "--out", f"{out}/run"]
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            with contextlib.redirect_stdout(nowhere):
                 load_stage(stage).main()
     finally:
         common.Run.end_step = end_step
@@ -287,6 +294,9 @@ def stage_speed(stage: str, flags: list) -> float:
 
 def train(args: argparse.Namespace) -> None:
     import timm
+    import timm.loss
+    import timm.optim
+    import timm.utils
 
     device = init_processes(args.device).device
     torch.set_num_threads(args.threads)
@@ -374,12 +384,18 @@ def labels_of_all(data: Path, folder: Path) -> Path:
     logits = rng.normal(size=(num, 10)).astype(np.float16) * 3
     label_files.write_logits(folder / "logits.h5", logits - logits.max(1, keepdims=True), root=data / "unlabeled",
                  names=[os.fsdecode(path) for path in images.path], classes=[f"{c}" for c in range(10)])  # fmt: skip
-    return label_files.select(folder / "balanced.h5", {folder / "logits.h5": list(range(num))})
+    sys.argv = ["03", f"{folder}/logits.h5", "--out", f"{folder}/balanced.h5", "--threshold", "0", "--per-class", "all"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        load_stage("03_balance").main()
+    return folder / "balanced.h5"
 
 
 def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.device, amp) -> int:
     """The loop of timm's inference.py with its defaults: batches of 256, 2 workers, its loader, NCHW, top-1."""
     import timm
+    import timm.loss
+    import timm.optim
+    import timm.utils
 
     config = timm.data.resolve_data_config({"input_size": (3, size, size)}, model=model)
     dataset = timm.data.create_dataset("", str(folder))
@@ -397,6 +413,9 @@ def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.dev
 @torch.inference_mode()
 def label(args: argparse.Namespace) -> None:
     import timm
+    import timm.loss
+    import timm.optim
+    import timm.utils
 
     device, stage = init_processes(args.device).device, load_stage("02_pseudo_label")
     torch.set_num_threads(args.threads)

@@ -14,6 +14,7 @@ from conftest import assert_same_weights, save_model
 from torch import nn
 from torch.nn import functional as F
 
+import common
 from common import EFFICIENTNETS, build_model, fuse_batch_norms, load_model, load_weights, own_names
 
 
@@ -672,3 +673,54 @@ def test_the_same_weights_twice_are_a_value_error():
     weights["module.classifier.1.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match="twice"):
         load_weights(small_model(), weights)
+
+
+# training in bf16 on CPUs
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [(1, 5, 1), (1, 3, 1), (2, 5, 1), (2, 3, 1), (2, 5, 2), (2, 3, 2)]
+)
+@pytest.mark.parametrize("same", [False, True])
+def test_depthwise_convolutions_of_tiny_maps_are_torchs(size, kernel, stride, same):
+    """Value and gradients, in float64, with torch's and with TensorFlow's padding."""
+    torch.manual_seed(0)
+    if same:
+        layer = common.SamePadConv2d(6, 6, kernel, stride, groups=6, bias=False).double()
+    else:
+        layer = common.DepthwiseConv2d(6, 6, kernel, stride, kernel // 2, groups=6, bias=False).double()
+    x = torch.randn(3, 6, size, size, dtype=torch.float64, requires_grad=True)
+    found = []
+    for tiny in (False, True):
+        y = layer.convolve(x, tiny)
+        grads = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), (x, layer.weight))
+        found.append((y, *grads))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "tf_efficientnet_b0"])
+def test_training_in_bf16_on_a_cpu_is_that_in_fp32_up_to_rounding(arch):
+    """And in evaluation mode, and in fp32, nothing of it is used."""
+    torch.manual_seed(0)
+    model = build_model(arch, 5, dropout=0, drop_path=0).to(memory_format=torch.channels_last).train()
+    images, used = torch.randn(16, 3, 32, 32).contiguous(memory_format=torch.channels_last), []
+    original = common.small_depthwise
+    gradients = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "small_depthwise", lambda *args: used.append(1) or original(*args))
+        for name, precision in (("fp32", "fp32"), ("ours", "bf16"), ("torch's", "bf16")):
+            if name == "torch's":
+                patch.setattr(common, "is_bf16_training", lambda *_: False)
+            used.clear()
+            model.zero_grad()
+            with common.autocast(precision, images.device)[0]:
+                loss = F.cross_entropy(model(images).float(), torch.arange(16) % 5)
+            loss.backward()
+            gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
+            assert len(used) == (10 if name == "ours" else 0)
+    with torch.no_grad(), common.autocast("bf16", images.device)[0]:
+        model.eval()(images)
+    assert not used
+    ours, torchs = ((gradients[name] - gradients["fp32"]).norm() for name in ("ours", "torch's"))
+    assert 0 < ours < 1.2 * torchs < 0.5 * gradients["fp32"].norm()
