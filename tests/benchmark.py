@@ -165,9 +165,6 @@ def run(model: nn.Module, images: Tensor, batch: int, amp) -> tuple[Tensor, floa
 
 def inference(args: argparse.Namespace) -> None:
     import timm
-    import timm.loss
-    import timm.optim
-    import timm.utils
 
     device = init_processes(args.device).device
     torch.set_num_threads(args.threads)
@@ -293,21 +290,25 @@ def stage_speed(stage: str, flags: list) -> float:
 
 
 def train(args: argparse.Namespace) -> None:
-    import timm
-    import timm.loss
-    import timm.optim
-    import timm.utils
+    try:
+        import timm
+        import timm.optim
 
+        peer = f"timm {timm.__version__}"
+    except ImportError:
+        timm, peer = None, "timm is not installed"
     device = init_processes(args.device).device
     torch.set_num_threads(args.threads)
-    versions = f"timm {timm.__version__}, {machine(args)}"
-    print(f"{versions}, {args.size} px, batch {args.batch}, median of {args.rounds} rounds of {args.steps} steps")
+    rounds = f"median of {args.rounds} rounds of {args.steps} steps"
+    print(f"{peer}, {machine(args)}, {args.size} px, batch {args.batch}, {rounds}")
     torch.manual_seed(0)
     images, labels = torch.randn(args.batch, 3, args.size, args.size, device=device), torch.arange(args.batch) % 10
     labels, last = labels.to(device), images.contiguous(memory_format=torch.channels_last)
     fp32, bf16 = contextlib.nullcontext(), autocast("bf16", device)[0]
     steps = {}
     for name, given in {"bare step: timm": images, "bare step: timm, channels_last": last}.items():
+        if timm is None:
+            break
         model = timm.create_model("efficientnet_b0", num_classes=10).to(device)
         model = model.to(memory_format=torch.channels_last) if given is last else model
         optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=2e-5, momentum=0.9)
@@ -329,8 +330,9 @@ def train(args: argparse.Namespace) -> None:
         header |= {"classes": [f"{c}" for c in range(10)], "image_size": args.size, "crop_fraction": 1.0}
         header |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "data": str(data), "metrics": {}, "args": {}}
         save_checkpoint(teacher, header | {"model": build_model("efficientnet_b0", 10).state_dict()})
-        theirs = timms_steps(data / "train", args.size, args.batch)
-        steps["whole step: timm's train.py"] = lambda: next(theirs)
+        if timm:
+            theirs = timms_steps(data / "train", args.size, args.batch)
+            steps["whole step: timm's train.py"] = lambda: next(theirs)
         rows = labels_of_all(data, Path(folder))
         flags = ["--image-size", args.size, "--optimizer", "sgd", "--num-ops", 2, "--magnitude", 9, "--eval-every", 0]
         flags += ["--device", args.device, "--warmup-epochs", 0]
@@ -393,9 +395,6 @@ def labels_of_all(data: Path, folder: Path) -> Path:
 def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.device, amp) -> int:
     """The loop of timm's inference.py with its defaults: batches of 256, 2 workers, its loader, NCHW, top-1."""
     import timm
-    import timm.loss
-    import timm.optim
-    import timm.utils
 
     config = timm.data.resolve_data_config({"input_size": (3, size, size)}, model=model)
     dataset = timm.data.create_dataset("", str(folder))
@@ -413,9 +412,6 @@ def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.dev
 @torch.inference_mode()
 def label(args: argparse.Namespace) -> None:
     import timm
-    import timm.loss
-    import timm.optim
-    import timm.utils
 
     device, stage = init_processes(args.device).device, load_stage("02_pseudo_label")
     torch.set_num_threads(args.threads)
