@@ -369,6 +369,8 @@ def main() -> None:
     if args.method == "top-p" and args.max_confidence < 1:
         fail("--max-confidence is for --method noisy-student: top-p does not look at the confidence")
     paths, files, classes = open_inputs(args)
+    if args.method == "top-p" and args.top_p >= len(classes):
+        print0(f"--top-p {args.top_p}: each image counts for all {len(classes)} classes; below 100 take 1 or 2")
     label, confidence, status = ([file[name] for file in files] for name in ("label", "confidence", "status"))
     if args.fraction < 1:
         confidence, status = draw_fraction(files, args.fraction, args.seed)

@@ -268,7 +268,8 @@ def test_top_p_by_hand(two_files, tmp_path, run):
     assert rows == [(0, 0, 0), (0, 1, 1), (0, 3, 2), (1, 0, 0), (1, 1, 1), (1, 3, 2)]
     assert attrs["method"] == "top-p" and attrs["top_p"] == 1
     assert columns["confidence"] == pytest.approx([0.9, 0.6, 0.36, 0.95, 0.9, 0.38], rel=2e-3)  # of float16 logits
-    assert run(*flags[:-4], "--top-p", 3).returncode == 0
+    done = run(*flags[:-4], "--top-p", 3)
+    assert done.returncode == 0 and "all 3 classes" in done.stdout, done
     columns, _, _ = read_selection(out)
     rows = list(zip(columns["file"].tolist(), columns["row"].tolist(), columns["label"].tolist(), strict=True))
     assert Counter(columns["label"].tolist()) == {0: 2, 1: 2, 2: 2} and rows == sorted(rows)

@@ -93,6 +93,19 @@ def test_what_is_folded_and_synchronized_stays_the_same_function(name):
         assert all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
 
 
+def test_two_processes_train_and_evaluate_timms_own_function(tiny_data, run_stage, tmp_path):
+    flags = ["--arch", "timm/efficientnet_b0", "--data", tiny_data, *SHORT, "--out", tmp_path / "t"]
+    run_stage("01_train_teacher.py", *flags, nproc=2, WITHOUT="matplotlib")
+    saved = checkpoint_of(tmp_path / "t" / "model.pt")
+    theirs = timm.create_model("efficientnet_b0", num_classes=3)
+    theirs.load_state_dict(saved["model"])
+    images, labels, _ = common.labeled_images(tiny_data, "val")
+    with torch.no_grad():
+        logits = theirs.eval()(clean_views(images, common.View.of(saved)))
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+    assert saved["metrics"]["val_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_without_timm_one_line_says_what_to_install(tiny_data, call_main, tmp_path, monkeypatch):
     flags = ["--arch", "timm/resnet50", "--data", tiny_data, "--out", tmp_path / "t"]
     with monkeypatch.context() as patch:
