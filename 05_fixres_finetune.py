@@ -45,27 +45,28 @@ def parse_args() -> argparse.Namespace:
     add("--image-size", type=at_least(1, int), required=True, help="the new resolution in pixels (paper: 800 for L2)")
     add("--out", type=Path, required=True, help="folder of the results; the same command resumes it")
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; None: the checkpoint's own")
-    train = "classifier: FixRes; head: its convolution and batch norm too (EfficientNets; of others the classifier)"
-    add("--train", choices=["classifier", "head"], default="head", help=train)
-    add("--frozen-blocks", type=at_least(0, int), help="the stem and the first N blocks stay; None: all of the blocks")
+    train = "classifier: FixRes' own; head: all behind the blocks; blocks: these too (ResNets: always the classifier)"
+    add("--train", choices=["classifier", "head", "blocks"], default="blocks", help=train)
+    add("--frozen-blocks", type=at_least(0, int), help="with --train blocks: the stem and the first N stay; None: 0")
     add_bn_momentum_flag(add)
     add_optimization_flags(parser, from_scratch=False)
     add_run_flags(parser, evaluates=False)
     add_device_flags(parser)
     parser.set_defaults(epochs=1.5, schedule="constant")  # the paper's
     args = parser.parse_args()
-    if args.train == "classifier" and args.frozen_blocks is not None:
-        fail("--train classifier freezes all blocks: without --frozen-blocks")
+    if args.train != "blocks" and args.frozen_blocks is not None:
+        fail(f"--train {args.train} freezes all blocks: without --frozen-blocks")
     return args
 
 
-def freeze(model: torch.nn.Module, frozen_blocks: int | None, train: str = "head") -> None:
+def freeze(model: torch.nn.Module, frozen_blocks: int | None, train: str = "blocks") -> None:
     """Freeze the shallow layers, which then stay in inference mode while the others are in training mode.
 
     `classifier`, FixRes (imnet_finetune/train.py): the last linear layer trains, and the last batch norm takes on the
     statistics of the new size, with its weights frozen: half of the gain. `head`, of an EfficientNet: the convolution,
-    the batch norm and the classifier behind the blocks; with `frozen_blocks` the blocks after the first N too, batch
-    norms included (official efficientnet_model.py:382-418).
+    the batch norm and the classifier behind the blocks. `blocks`: the blocks after the first N too, batch norms
+    included (official efficientnet_model.py:382-418; the paper's N is not published). On small images more is better:
+    docs/fixres.md.
     """
     model.requires_grad_(False).eval()
     if not isinstance(model, EfficientNet) or train == "classifier":
@@ -78,7 +79,7 @@ def freeze(model: torch.nn.Module, frozen_blocks: int | None, train: str = "head
             norm.train()
     else:
         blocks = [module for module in model.modules() if isinstance(module, MBConv)]
-        number = len(blocks) if frozen_blocks is None else frozen_blocks
+        number = len(blocks) if train == "head" else frozen_blocks or 0
         if number > len(blocks):
             fail(f"--frozen-blocks {number}: the model has {len(blocks)} blocks")
         trained = [*blocks[number:], model.features[-1], model.classifier]

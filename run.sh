@@ -123,15 +123,13 @@ for round in $(seq "$ROUNDS"); do
         --seed $((SEED + 100 * round)) --out "$student"
     teacher=$student models="$models $student/model.pt"
 done
-# The last student at a larger resolution, untuned and tuned. At 32 pixels the last feature map is a single one, at 40 it is
-# 2 x 2: more than the head must adapt.
-size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$((BATCH * (1 + $(of_round "$ROUNDS" $RATIO)))) frozen=""
-case $(of_round "$ROUNDS" $ARCHS) in efficientnet_* | tf_efficientnet_*) frozen="--frozen-blocks 5" ;; esac
+# The last student at a larger resolution, untuned and tuned.
+size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$((BATCH * (1 + $(of_round "$ROUNDS" $RATIO))))
 if [ "$FIXRES_STEPS" != 0 ]; then
     larger=(--checkpoint "$teacher/model.pt" --image-size $((size * 5 / 4)) --data "$data" --batch-size $all)
     stage untuned 05_fixres_finetune.py "${larger[@]}" --epochs 0 --out "$OUT/untuned"
-    stage fixres 05_fixres_finetune.py "${larger[@]}" --epochs $((FIXRES_STEPS * all / images + 1)) $frozen --optimizer adamw --lr 1e-3 \
-        --schedule cosine --seed "$SEED" --out "$OUT/fixres"
+    stage fixres 05_fixres_finetune.py "${larger[@]}" --epochs $((FIXRES_STEPS * all / images + 1)) --optimizer adamw --lr 1e-3 \
+        --schedule cosine --bn-momentum 0.1 --seed "$SEED" --out "$OUT/fixres"
     models="$models $OUT/untuned/model.pt $OUT/fixres/model.pt"
 fi
 # It keeps what it measured: again, it prints the table in seconds.

@@ -21,7 +21,7 @@ def changed(a, b):
 
 def test_the_head_alone_trains(b0, run_stage, tmp_path):
     flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--lr", 1e-2]
-    done = run_stage("05_fixres_finetune.py", *flags, "--out", tmp_path / "t")
+    done = run_stage("05_fixres_finetune.py", *flags, "--train", "head", "--out", tmp_path / "t")
     assert {".".join(name.split(".")[:2]) for name in changed(b0, tmp_path / "t" / "model.pt")} == {
         "features.8",
         "classifier.1",
@@ -42,6 +42,18 @@ def test_the_classifier_alone_trains_and_the_last_batch_norm_adapts(b0, call_mai
     statistics = {f"features.8.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     assert changed(b0, tmp_path / "t" / "model.pt") == statistics | {"classifier.1.weight", "classifier.1.bias"}
     assert_mistake(call_main("05_fixres_finetune", *flags, "--frozen-blocks", 3), "--train classifier")
+
+
+def test_by_default_all_but_the_stem_trains(b0, call_main, tmp_path):
+    flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 0.34, "--lr", 1e-2]
+    assert call_main("05_fixres_finetune", *flags, "--out", tmp_path / "t").returncode == 0
+    weights = {name for name, _ in build_model("efficientnet_b0", 3).named_parameters()}
+    assert weights - changed(b0, tmp_path / "t" / "model.pt") == {
+        f"features.0.{i}" for i in ("0.weight", "1.weight", "1.bias")
+    }
+    model = build_model("efficientnet_b0", 3)
+    load_stage("05_fixres_finetune").freeze(model, 3)
+    assert not model.features[2].training and model.features[3][1].training
 
 
 def test_fewer_frozen_blocks_train_more(b0, call_main, tmp_path):
