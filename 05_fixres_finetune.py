@@ -1,7 +1,7 @@
-"""Stage 05: fine-tune the end of the network for a larger test resolution, on clean labelled images (FixRes).
+"""Stage 05: fine-tune the network for a larger test resolution, on clean labelled images (FixRes).
 
 Random crops make objects look larger in training than the centre crop does in testing. So: train at a low
-resolution, which is cheap, then adapt the last layers for an epoch or two to the statistics of a higher one, with the
+resolution, which is cheap, then adapt the network for an epoch or two to the statistics of a higher one, with the
 images exactly as they are tested (Touvron et al., 1906.06423; 1911.04252, section 3: L2 from 475 to 800 pixels).
 
     minimize (1/n) sum_i CE(y_i, f(clean view of x_i at the new size)) over the layers that are not frozen

@@ -1571,7 +1571,14 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     classes = classes or found
     if not found:
-        fail(f"{folder}: no class folders in it; expected {folder}/<class>/<image>")
+        flat = next((entry.name for entry in folder.iterdir() if entry.name.lower().endswith((".jpg", ".jpeg"))), None)
+        words = f"no class folders in it; expected {folder}/<class>/<image>"
+        if flat:  # as ImageNet's archive of val: its labels come in a file of their own
+            sort = (
+                f"while read name class; do mkdir -p {folder}/$class; mv {folder}/$name {folder}/$class/; done < LABELS"
+            )
+            words += f". Its images, such as {flat}, lie side by side: with a file LABELS of lines `name class`, {sort}"
+        fail(f"{folder}: {words}")
     if unknown := sorted(set(found) - set(classes)):
         fail(f"{folder} has classes that are unknown: {', '.join(unknown[:5])}; known are {', '.join(classes[:5])} ...")
     images = list_images(folder)

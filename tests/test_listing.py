@@ -2,14 +2,16 @@
 
 import io
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, encoded, make_tar, noise_image
+from conftest import ROOT, encoded, make_tar, noise_image, write_files
 from PIL import Image
 
+import common
 from common import ImageDataset, View, labeled_images, list_images, unlabeled_images
 
 
@@ -278,3 +280,15 @@ def test_files_that_are_left_out_for_their_names_are_counted(tmp_path, capsys):
         (tmp_path / name).unlink()
     list_images(tmp_path)
     assert not capsys.readouterr().out
+
+
+def test_a_flat_val_as_in_imagenets_archive_says_how_to_sort_it(tmp_path, mistake):
+    """And the line that it gives does it."""
+    files = {"train/cat/0.jpg": b"x", "train/dog/0.jpg": b"x", "val/a.JPEG": b"cat", "val/b.JPEG": b"dog"}
+    data = write_files(tmp_path / "d", files)
+    line = mistake(lambda: common.labeled_images(data, "val"), "no class folders", "side by side", "a.JPEG")
+    (tmp_path / "labels.txt").write_text("a.JPEG cat\nb.JPEG dog\n")
+    command = line[line.index("while read") :].replace("LABELS", str(tmp_path / "labels.txt"))
+    subprocess.run(["bash", "-c", command], check=True)
+    images, labels, classes = common.labeled_images(data, "val")
+    assert [path.decode() for path in images.path] == ["cat/a.JPEG", "dog/b.JPEG"] and labels.tolist() == [0, 1]
