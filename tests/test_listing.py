@@ -290,5 +290,5 @@ def test_a_flat_val_as_in_imagenets_archive_says_how_to_sort_it(tmp_path, mistak
     (tmp_path / "labels.txt").write_text("a.JPEG cat\nb.JPEG dog\n")
     command = line[line.index("while read") :].replace("LABELS", str(tmp_path / "labels.txt"))
     subprocess.run(["bash", "-c", command], check=True)
-    images, labels, classes = common.labeled_images(data, "val")
+    images, labels, _ = common.labeled_images(data, "val")
     assert [path.decode() for path in images.path] == ["cat/a.JPEG", "dog/b.JPEG"] and labels.tolist() == [0, 1]
