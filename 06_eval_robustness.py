@@ -21,8 +21,10 @@ writes  OUT/robustness.json (every number), saved after each corruption and each
 """
 
 import argparse
+import base64
 import io
 import json
+import math
 import signal
 import sys
 import zlib
@@ -308,12 +310,24 @@ class TestedModel(NamedTuple):
     images: ImageList  # all of val
     labels: np.ndarray  # int64 (N,), of `images`
     chosen: np.ndarray  # int64 (n,), sorted: the rows of `images` that are corrupted and attacked
+    classes: list[str]
 
 
 def measure(
-    tested: TestedModel, dataset: ImageDataset, labels, what: str, args, processes: Processes, eps=0.0, steps=0
+    tested: TestedModel,
+    dataset: ImageDataset,
+    labels,
+    what: str,
+    args,
+    processes: Processes,
+    eps=0.0,
+    steps=0,
+    predicted: Tensor | None = None,
 ) -> list[dict[str, float]]:
-    """metrics_of each view of a dataset, by all processes, each image exactly once; attacked where `steps` is not 0."""
+    """metrics_of each view of a dataset, by all processes, each image exactly once; attacked where `steps` is not 0.
+
+    `predicted`: zeros, int64 (N,), on the CPU; of each readable image it will have the number of its class plus 1.
+    """
     device, description = processes.device, f"{tested.name} {what}"
     # Attacks are in float32: half of a float16 gradient would be 0, and its sign no attack.
     amp, _ = autocast("fp32" if steps else precision_of(args.precision, processes), device)
@@ -336,10 +350,15 @@ def measure(
             pixels = images.to(device, non_blocking=True).float()
             if steps:
                 pixels = in_halves(attacked, pixels, target)
-            sums[number] += batch_sums(in_halves(logits_of, pixels), target)
+            logits = in_halves(logits_of, pixels)
+            sums[number] += batch_sums(logits, target)
+            if predicted is not None:
+                predicted[batch.rows] = logits.argmax(1).cpu() + 1
     if errors := sorted(union_of(errors, processes)):
         print0(f"{description}: {len(errors)} images are unreadable and left out; the first: {errors[0][1]}")
     sums = reduce_sum(sums, processes).cpu()
+    if predicted is not None:
+        reduce_sum(predicted, processes)
     if not sums[0, 0]:
         fail("no val image is readable")
     return [metrics_of(view_sums) for view_sums in sums if view_sums[0]]
@@ -369,8 +388,67 @@ class Part(NamedTuple):
 
 
 def measure_clean(tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    dataset = ImageDataset(tested.images, clean=tested.view)
-    return measure(tested, dataset, tested.labels, "clean top1", args, processes)[0]
+    dataset, predicted = (
+        ImageDataset(tested.images, clean=tested.view),
+        torch.zeros(len(tested.labels), dtype=torch.int64),
+    )
+    (metrics,) = measure(tested, dataset, tested.labels, "clean top1", args, processes, predicted=predicted)
+    return metrics | details_of(tested.labels, predicted.numpy() - 1, tested.classes)
+
+
+def details_of(labels: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict:
+    """What is behind a top-1: how sure it is, and which classes it comes from. `predicted`: -1 of unreadable images.
+
+    interval95: half the width of the 95 percent interval of top1, in points. balanced_top1: the mean recall of the
+    classes that val has. `right`: a bit an image, in the order of val, base64. confusion: images, true class by row.
+    """
+    seen, num_classes = predicted >= 0, len(classes)
+    true, said = labels[seen], predicted[seen]
+    num, named = (np.bincount(column, minlength=num_classes) for column in (true, said))
+    right = np.bincount(true[true == said], minlength=num_classes)
+    share = right.sum() / num.sum()
+    details = {"balanced_top1": 100 * float((right[num > 0] / num[num > 0]).mean())}
+    details["interval95"] = 196 * math.sqrt(share * (1 - share) / num.sum())
+    counts = zip(classes, num.tolist(), named.tolist(), right.tolist(), strict=True)
+    details["per_class"] = {
+        name: {"num": n, "recall": 100 * k / n if n else None, "precision": 100 * k / m if m else None}
+        for name, n, m, k in counts
+    }
+    if num_classes <= 100:
+        confusion = np.bincount(true * num_classes + said, minlength=num_classes**2)
+        details["confusion"] = confusion.reshape(num_classes, num_classes).tolist()
+    return details | {"right": base64.b64encode(np.packbits(predicted == labels).tobytes()).decode()}
+
+
+def paired_difference(one: dict, other: dict) -> tuple[float, float]:
+    """How much better `one` is than `other`, both `details_of` the same images: (points, half the 95 percent interval).
+
+    b and c images are right in one alone: (b - c) / n +- 1.96 sqrt(b + c - (b - c)^2 / n) / n.
+    """
+    bits = (np.frombuffer(base64.b64decode(entry["right"]), np.uint8) for entry in (one, other))
+    first, second = (np.unpackbits(packed).astype(bool) for packed in bits)
+    num = sum(of_class["num"] for of_class in one["per_class"].values())
+    b, c = int((first & ~second).sum()), int((second & ~first).sum())
+    return 100 * (b - c) / num, 196 * math.sqrt(b + c - (b - c) ** 2 / num) / num
+
+
+def compare(names: list[str], entries: list[dict], columns: list[dict[str, float]]) -> list[str]:
+    """A line with the intervals of the clean top-1, and one with the differences to `control`, or to the first."""
+    known = {
+        name: entry["clean"]
+        for name, entry, column in zip(names, entries, columns, strict=True)
+        if "clean top-1" in column and "right" in entry["clean"]
+    }
+    if not known:
+        return []
+    intervals = ", ".join(f"{name} {clean['interval95']:.2f}" for name, clean in known.items())
+    lines = [f"95 percent intervals of the clean top-1, +- points: {intervals}"]
+    base = "control" if "control" in known else next(iter(known))
+    found = [(name, *paired_difference(clean, known[base])) for name, clean in known.items() if name != base]
+    if found:
+        differences = ", ".join(f"{name} {points:+.2f} +- {half:.2f}" for name, points, half in found)
+        lines.append(f"clean top-1 against {base}, image by image: {differences}")
+    return lines
 
 
 def measure_corruption(tested: TestedModel, item: str, args, processes: Processes) -> dict:
@@ -534,7 +612,9 @@ def main() -> None:
                 fuse_batch_norms(model)
                 if args.compile:  # pays from some 20,000 images at 224 px on
                     model.compile()
-                tested = TestedModel(name, model, View.of(checkpoint), images, labels_of[path], chosen)
+                tested = TestedModel(
+                    name, model, View.of(checkpoint), images, labels_of[path], chosen, checkpoint["classes"]
+                )
             items.update(part.measure(tested, item, args, processes))
             if items.keys() >= set(part.items):
                 entry[part.name].update(part.summary(items))
@@ -546,11 +626,12 @@ def main() -> None:
     if processes.is_main:
         entries, columns = list(results.values()), [columns_of(entry, parts) for entry in results.values()]
         table = markdown_table(names, entries, columns)
+        more = compare(names, entries, columns)
         note = f"Percent of {len(images)} val images; corruptions and attacks: of {len(chosen)} (seed {args.seed})"
         with write_atomically(args.out / "robustness.md") as temporary:
-            temporary.write_text(f"{note}\n\n{table}\n")
+            temporary.write_text("\n".join([note, *more, "", table]) + "\n")
         draw(names, entries, columns, args.out / "robustness.png")
-        print0(f"{results_file}: {note}\n\n{table}")
+        print0("\n".join([f"{results_file}: {note}", *more, "", table]))
 
 
 if __name__ == "__main__":

@@ -372,7 +372,8 @@ def test_results_have_the_form_of_the_contract(work, finished):
     assert list(results) == ["teacher/model.pt", "student1/model.pt"]
     for path, entry in results.items():
         assert entry["sha256"] == common.file_sha256(work / path)
-        assert set(entry["clean"]) == {"top1", "top5", "loss", "ece"}
+        details = {"balanced_top1", "interval95", "per_class", "confusion", "right"}
+        assert set(entry["clean"]) == {"top1", "top5", "loss", "ece"} | details
         assert entry["clean"]["top5"] == 100
         per_corruption = entry["corrupt"]["per_corruption"]
         assert list(per_corruption) == list(stage.CORRUPTIONS)
@@ -540,3 +541,58 @@ def test_a_results_file_of_something_else_is_not_overwritten(work, run_stage):
     done = run_stage(ROOT / "06_eval_robustness.py", *flags, cwd=work, check=False, launcher="python")
     assert_mistake(done, "foreign/robustness.json")
     assert (work / "foreign" / "robustness.json").read_text() == "mine, not JSON"
+
+
+# what is behind a top-1
+
+
+def test_the_details_are_a_brute_force_count():
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 4, 200), rng.integers(-1, 5, 200)  # no image of class 4, some unreadable
+    predicted = np.where(rng.random(200) < 0.5, labels, predicted)
+    details = stage.details_of(labels, predicted, list("abcde"))
+    pairs = [(t, p) for t, p in zip(labels.tolist(), predicted.tolist(), strict=True) if p >= 0]
+    recalls = []
+    for c, name in enumerate("abcde"):
+        of_class, named = [p for t, p in pairs if t == c], [t for t, p in pairs if p == c]
+        entry = details["per_class"][name]
+        assert entry["num"] == len(of_class)
+        recall = 100 * of_class.count(c) / len(of_class) if of_class else None
+        assert entry["recall"] == pytest.approx(recall)
+        assert entry["precision"] == pytest.approx(100 * named.count(c) / len(named))
+        recalls += [] if recall is None else [recall]
+        assert details["confusion"][c] == [of_class.count(p) for p in range(5)]
+    assert details["balanced_top1"] == pytest.approx(sum(recalls) / 4)
+    share = sum(t == p for t, p in pairs) / len(pairs)
+    assert details["interval95"] == pytest.approx(196 * (share * (1 - share) / len(pairs)) ** 0.5)
+    many = stage.details_of(labels, predicted, [str(c) for c in range(101)])
+    assert "confusion" not in many and many["right"] == details["right"]
+
+
+def test_the_paired_difference_by_hand_and_its_interval():
+    """And in 1,000 drawn pairs of models the true difference lies in 95 percent of the intervals."""
+    labels = np.zeros(10, np.int64)
+
+    def right(rows):
+        return stage.details_of(labels, np.where(np.isin(np.arange(len(labels)), rows), 0, 1), ["a", "b"])
+
+    points, half = stage.paired_difference(right([0, 1, 2, 3, 4]), right([4, 5]))  # b = 4, c = 1 of 10
+    assert points == pytest.approx(30) and half == pytest.approx(196 * (5 - 9 / 10) ** 0.5 / 10)
+    rng, inside = np.random.default_rng(0), 0
+    labels = np.zeros(400, np.int64)
+    for _ in range(1000):
+        common_part, noise = rng.random(400), rng.random((2, 400))
+        one, other = (np.flatnonzero(common_part + noise[i] < limit) for i, limit in enumerate((1.2, 1.1)))
+        points, half = stage.paired_difference(right(one), right(other))
+        truth = 100 * ((1 - 0.8**2 / 2) - (1 - 0.9**2 / 2))
+        inside += abs(points - truth) <= half
+    assert 930 <= inside <= 970
+
+
+def test_the_differences_stand_beside_the_table(work, finished):
+    results = read(work)
+    clean = [results[f"{name}/model.pt"]["clean"] for name in ("teacher", "student1")]
+    points, half = stage.paired_difference(clean[1], clean[0])
+    line = f"clean top-1 against teacher, image by image: student1 {points:+.2f} +- {half:.2f}"
+    assert line in finished.stdout and line in (work / "out" / "robustness.md").read_text()
+    assert points == pytest.approx(clean[1]["top1"] - clean[0]["top1"])
