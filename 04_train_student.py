@@ -47,7 +47,7 @@ from common import Run  # the training run
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    add = parser.add_argument
+    add = parser.add_argument_group("images and labels").add_argument
     add("--teacher", type=Path, help="labels on the fly; beside --pseudo-labels it only gives the defaults")
     add("--pseudo-labels", type=Path, help="balanced.h5: the selected unlabelled images and their labels")
     add("--logits", type=Path, nargs="+", default=[], help="newer labels of the selected images: see 02 --only")
