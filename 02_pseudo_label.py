@@ -29,16 +29,16 @@ import numpy as np
 import torch
 
 from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0, write_atomically  # program
-from common import StopSignal, init_processes, progress  # processes
+from common import StopSignal, init_processes, progress, wait_until  # processes
 from common import recipe_of, resolution_of  # models
 from common import rand_augment  # noise
 from common import View, normalize  # views
 from common import ImageList, digests_of_val, is_lost, root_of, unlabeled_images  # listing
 from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
 from common import DONE, HELD_OUT, LABEL_FILE_COLUMNS, LOGITS_FORMAT, TODO, UNREADABLE  # label files
-from common import image_list, map_dataset, open_label_file, read_held_out, selected_images
+from common import image_list, map_dataset, open_label_file, read_held_out, selected_images, status_of
 from common import load_model  # checkpoints
-from common import autocast, precision_of, step_generator  # training
+from common import autocast, noise_model, precision_of, step_generator  # training
 
 SYNC_SECONDS = 5  # a row counts as done after a sync, so a `kill -9` costs about as much work as this
 
@@ -50,8 +50,8 @@ def parse_args() -> argparse.Namespace:
     add("--unlabeled", type=os.path.abspath, help="images and .tar shards; None: unlabeled/ of the teacher's data")
     add("--only", type=Path, help="balanced.h5: label its images alone, at their old rows; for 04 --logits")
     add("--out", type=Path, required=True, help="the logits file; one that exists is continued")
-    noised = "a noised teacher, for comparison: dropout, and 2 ops of magnitude M; without M the recipe's, else 9"
-    add("--noised", nargs="?", metavar="M", type=at_least(0), const=math.nan, help=noised)
+    noised = {"nargs": "?", "metavar": "M", "type": at_least(0), "const": math.nan}
+    add("--noised", **noised, help="a noised teacher: dropout, 2 ops of magnitude M; without M the recipe's, else 9")
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")
     add_device_flags(parser)
     return parser.parse_args()
@@ -89,10 +89,7 @@ def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int,
 
 
 def open_output(path: Path, folder: str, teacher_sha256: str, how: dict):
-    """(images, status, digests of val) of a logits file, which must be of this folder and teacher, and made like this.
-
-    `how`: the attributes `precision` and `noised`.
-    """
+    """(images, status, digests of val) of a logits file of this folder and teacher; how: its precision and noised."""
     with open_label_file(path, LOGITS_FORMAT) as file:
         if file.attrs["teacher_sha256"] != teacher_sha256:
             fail(f"{path} was made by another teacher ({file.attrs['teacher']}): choose another --out")
@@ -178,30 +175,6 @@ class RowWriter:
         self.sync()
 
 
-def noise_model(model: torch.nn.Module) -> None:
-    """Dropout and stochastic depth as in training; batch norms as they are when the model labels."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
-def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
-    with open_label_file(path, LOGITS_FORMAT) as file:  # network file systems look for changes when a file is opened
-        status = map_dataset(file, "status")
-    return status if isinstance(wanted, range) else status[wanted]
-
-
-def wait_until(done, words: str, stop: StopSignal) -> None:
-    """Wait for other processes, of this machine or others: files are all that they share."""
-    if not done():
-        print(words, flush=True)
-    while not done():
-        time.sleep(0.2)
-        if stop.received:
-            raise SystemExit(143)
-
-
 def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | range, dataset: ImageDataset) -> None:
     """Print what the teacher said of the images, and which of them are unreadable."""
     with open_label_file(args.out, LOGITS_FORMAT) as file:
@@ -263,9 +236,8 @@ def main() -> None:
     if not args.only:
         wanted = range(len(images))
         # Without val/ both of these names stand for a part of train/.
-        if os.path.basename(folder) in ("train", "val") and not np.array_equal(
-            images.path, unlabeled_images(folder).path
-        ):
+        listed = unlabeled_images(folder) if os.path.basename(folder) in ("train", "val") else images
+        if not np.array_equal(images.path, listed.path):
             fail(f"{args.out} has other images than {folder}: choose another --out")
     elif len(images) != len(listed) or not np.array_equal(images.path[wanted], listed.path[wanted]):
         fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")

@@ -17,10 +17,8 @@ writes  balanced.h5 (one row a training example), balanced.json (counts), balanc
 """
 
 import argparse
-import csv
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +27,8 @@ import numpy as np
 import torch
 
 from common import argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
-from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO, UNREADABLE  # label files
-from common import image_list, open_label_file, read_classes
+from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO  # label files
+from common import NO_CLASS, UNKNOWN, draw_fraction, image_list, open_label_file, read_classes, read_truth
 from common import CAPTION, SHEET, SHEET_LEFT, SIDE, draw_sheet, pyplot, save_figure  # pictures
 
 
@@ -98,17 +96,6 @@ def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File], l
         if todo := (file["status"][:] == TODO).sum():
             fail(f"{path} is unfinished: {todo} of {len(file['status'])} images have no label yet; run 02 again on it")
     return paths, files, classes
-
-
-def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
-    """(confidence, status) of each file as if the images that are not drawn could not be read."""
-    confidence, status, word = [], [], zlib.crc32(b"fraction %d" % seed)
-    for file in files:
-        hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][:].tolist()), np.int64)
-        drawn = hashes < fraction * 2**32
-        confidence.append(np.where(drawn, file["confidence"][:], np.float32("nan")))
-        status.append(np.where(drawn, file["status"][:], UNREADABLE))
-    return confidence, status
 
 
 def is_between(confidence: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -266,24 +253,6 @@ def describe(args: argparse.Namespace, per_class: int, classes: list[str], sizes
     report["empty_classes"] = [name for name, num in zip(classes, kept, strict=True) if not num]
     report["classes"] = {name: {what: values[c] for what, values in columns.items()} for c, name in enumerate(classes)}
     return report
-
-
-NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
-
-
-def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.ndarray:
-    """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
-    names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
-    try:
-        with open(path, newline="") as file:
-            truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
-    except (OSError, KeyError, UnicodeDecodeError) as error:
-        fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
-    number = {name: c for c, name in enumerate(classes)}
-    true = np.array([number.get(truth[name], NO_CLASS) if name in truth else UNKNOWN for name in names])
-    if (true == UNKNOWN).all():
-        fail(f"--truth {path}: none of its names is in the logits files")
-    return true
 
 
 def accuracy_report(true: np.ndarray, label: np.ndarray, done: np.ndarray, examples: Examples, classes: list) -> dict:

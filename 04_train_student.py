@@ -27,17 +27,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from common import add_device_flags, add_init_flag, add_model_flags, add_noise_flags, add_optimization_flags
 from common import add_run_flags, argument_parser, at_least, fail, file_sha256, print0  # the program
 from common import Processes, from_rank0, init_processes  # processes
 from common import View, normalize  # views
-from common import ImageList, digests_of, is_lost, labeled_images, unlabeled_images  # listing
+from common import ImageList, digests_of, labeled_images, unlabeled_images  # listing
 from common import Batch, unreadable_images  # batches
 from common import DONE, LOGITS_FORMAT, TODO, image_list, map_dataset, open_label_file  # label files
-from common import options_of, read_classes, read_selection
+from common import SelectedImages, columns_of, newer_file, options_of, read_classes, read_selection
 from common import plan_of, soft_cross_entropy  # optimization
 from common import data_inputs, data_of, input_digests, load_model, previous_run, read_checkpoint  # checkpoints
 from common import resume_or_exit
@@ -162,26 +161,6 @@ class TeachersLabels:
         return pseudo_targets(logits, logits.argmax(1), self.temperature, self.args.label_smoothing)
 
 
-class SelectedImages:
-    """The images of a selection: a file number and a row each (mapped), looked up in the label files when needed."""
-
-    def __init__(self, lists: dict[int, ImageList], file_number: np.ndarray, row: np.ndarray):
-        self.lists, self.file_number, self.row = lists, file_number, row
-
-    @property
-    def is_lost(self) -> bool:
-        return any(is_lost(images.root) for images in self.lists.values())
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def name(self, example: int) -> str:
-        return self.lists[int(self.file_number[example])].name(int(self.row[example]))
-
-    def load(self, example: int, enough: int = 0) -> Image.Image:
-        return self.lists[int(self.file_number[example])].load(int(self.row[example]), enough)
-
-
 class StoredLabels:
     """The labels of a selection (03), from the logits files that it names (02) or from newer ones of the same images.
 
@@ -252,23 +231,6 @@ class StoredLabels:
             logits = self.look_up(self.logits, examples)
         logits, labels = torch.from_numpy(logits).float(), torch.from_numpy(labels.astype(np.int64))
         return pseudo_targets(logits, labels, self.temperature, self.label_smoothing)
-
-
-def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_root: bool):
-    """The one of the newer logits files that has the images of `file` in these rows."""
-    for one in newer:
-        fits = (ignore_root or one.attrs["root"] == file.attrs["root"]) and len(one["status"]) == len(images)
-        if fits and np.array_equal(image_list(one).path[rows], images.path[rows]):
-            return one
-    fail(f"--logits: none of them has the images of {file.filename} in its rows")
-
-
-def columns_of(classes: list[str], known: list[str], data: Path) -> list[int]:
-    """Where the classes of the data stand among those of the pseudo-labels."""
-    if sorted(known) != sorted(classes):
-        few = " ".join(known[:5])
-        fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {few}")
-    return [known.index(name) for name in classes]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ noise             RandAugment on whole uint8 batches, by tables and by moving pi
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
 listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
 batches           views as a dataset, keys (which images a step gets, in what order), loaders, the unreadable images
-label files       opening logits.h5 and balanced.h5, which may be a stranger's; mapping their columns
+label files       opening logits.h5 and balanced.h5, which may be a stranger's; mapping their columns; selected images
 optimization      the plan of a run and its learning rate, plateaus, RMSprop, averaged weights, soft cross-entropy
 checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed, their inputs compared; metrics
 training          a model as the flags want it, precision, DDP, random numbers of a step, parts of a batch, evaluation
@@ -23,6 +23,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import csv
 import errno
 import fcntl
 import hashlib
@@ -375,6 +376,16 @@ class StopSignal:
 
     def __call__(self) -> bool:
         return sum_of(self.processes, int(self.received))[0] > 0
+
+
+def wait_until(done, words: str, stop: StopSignal) -> None:
+    """Wait for other processes, of this machine or others: files are all that they share."""
+    if not done():
+        print(words, flush=True)
+    while not done():
+        time.sleep(0.2)
+        if stop.received:
+            raise SystemExit(143)
 
 
 def duration(seconds: float) -> str:
@@ -1955,6 +1966,78 @@ def read_held_out(file: h5py.File) -> frozenset[bytes]:
     return frozenset(row.tobytes() for row in digests[:])
 
 
+class SelectedImages:
+    """The images of a selection: a file number and a row each (mapped), looked up in the label files when needed."""
+
+    def __init__(self, lists: dict[int, ImageList], file_number: np.ndarray, row: np.ndarray):
+        self.lists, self.file_number, self.row = lists, file_number, row
+
+    @property
+    def is_lost(self) -> bool:
+        return any(is_lost(images.root) for images in self.lists.values())
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def name(self, example: int) -> str:
+        return self.lists[int(self.file_number[example])].name(int(self.row[example]))
+
+    def load(self, example: int, enough: int = 0) -> Image.Image:
+        return self.lists[int(self.file_number[example])].load(int(self.row[example]), enough)
+
+
+def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_root: bool):
+    """The one of the newer logits files that has the images of `file` in these rows."""
+    for one in newer:
+        fits = (ignore_root or one.attrs["root"] == file.attrs["root"]) and len(one["status"]) == len(images)
+        if fits and np.array_equal(image_list(one).path[rows], images.path[rows]):
+            return one
+    fail(f"--logits: none of them has the images of {file.filename} in its rows")
+
+
+def columns_of(classes: list[str], known: list[str], data: Path) -> list[int]:
+    """Where the classes of the data stand among those of the pseudo-labels."""
+    if sorted(known) != sorted(classes):
+        few = " ".join(known[:5])
+        fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {few}")
+    return [known.index(name) for name in classes]
+
+
+NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
+
+
+def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
+    """(confidence, status) of each file as if the images that are not drawn could not be read."""
+    confidence, status, word = [], [], zlib.crc32(b"fraction %d" % seed)
+    for file in files:
+        hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][:].tolist()), np.int64)
+        drawn = hashes < fraction * 2**32
+        confidence.append(np.where(drawn, file["confidence"][:], np.float32("nan")))
+        status.append(np.where(drawn, file["status"][:], UNREADABLE))
+    return confidence, status
+
+
+def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.ndarray:
+    """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
+    names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
+    try:
+        with open(path, newline="") as file:
+            truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
+    number = {name: c for c, name in enumerate(classes)}
+    true = np.array([number.get(truth[name], NO_CLASS) if name in truth else UNKNOWN for name in names])
+    if (true == UNKNOWN).all():
+        fail(f"--truth {path}: none of its names is in the logits files")
+    return true
+
+
+def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
+    with open_label_file(path, LOGITS_FORMAT) as file:  # network file systems look for changes when a file is opened
+        status = map_dataset(file, "status")
+    return status if isinstance(wanted, range) else status[wanted]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # optimization: learning rate, TensorFlow's RMSprop, the running average of the weights, soft cross-entropy
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2538,6 +2621,14 @@ def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def noise_model(model: torch.nn.Module) -> None:
+    """Dropout and stochastic depth as in training; batch norms as they are when the model labels."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def micro_batches(ddp_model: nn.Module, number: int, *tensors: Tensor):
