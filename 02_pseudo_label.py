@@ -187,9 +187,8 @@ def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | rang
         sum_confidence += confidence[done].sum(dtype=np.float64)
         num_above += (confidence[done] > 0.3).sum()  # stage 03's default threshold, the paper's
     if num_done := counts.sum():
-        classes = f"{(counts > 0).sum()} of {num_classes} classes"
         share = f"mean confidence {sum_confidence / num_done:.3f}, {num_above / num_done:.1%} above 0.3"
-        print0(f"{args.out}: {num_done} images labelled, of {classes}, {share}")
+        print0(f"{args.out}: {num_done} images labelled, of {(counts > 0).sum()} of {num_classes} classes, {share}")
     of_val = np.flatnonzero(status_of(args.out, wanted) == HELD_OUT)
     if len(of_val):
         first = "; ".join(dataset.images.name(int(wanted[i])) for i in of_val[:3])

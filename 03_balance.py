@@ -364,8 +364,8 @@ def main() -> None:
         out["label"], out["confidence"] = examples.label, examples.confidence
         out.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
         out.attrs.update(format=SELECTION_FORMAT, files=json.dumps(paths), method=args.method, threshold=args.threshold)
-        out.attrs.update(per_class=per_class or "all", top_p=args.top_p, seed=args.seed)
-        out.attrs.update(max_confidence=args.max_confidence, fraction=args.fraction)
+        flags = {name: getattr(args, name) for name in ("top_p", "seed", "max_confidence", "fraction")}
+        out.attrs.update(per_class=per_class or "all", **flags)
 
     report = describe(args, per_class, classes, sizes, examples)
     if args.truth:
@@ -382,10 +382,8 @@ def main() -> None:
     )
     if args.per_class == "auto":
         unused = np.maximum(sizes["above_threshold"] - per_class, 0).sum()
-        print0(
-            f"K = {per_class} is the lower median of the classes that have images above the threshold; {unused} images"
-        )
-        print0("above it are more than their class's K, and are left out: --per-class says otherwise")
+        why = f"K = {per_class} is the lower median of the classes that have images above the threshold"
+        print0(f"{why}; {unused} images are more than their class's K, and are left out: --per-class says otherwise")
     if empty := report["empty_classes"]:
         words = "a lower --threshold, a better teacher or more images of them may help"
         print0(f"without any image above the threshold, and left out: {', '.join(empty[:10])}; {words}")

@@ -89,17 +89,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def noisy_student_loss(
-    logits,
-    targets,
-    pseudo_logits,
-    pseudo_targets,
-    num_labeled,
-    num_pseudo,
-    unlabeled_weight,
-    label_smoothing,
-    temperature=1.0,
+    logits, targets, pseudo_logits, pseudo_targets, num_labeled, num_pseudo, weight, label_smoothing, temperature=1.0
 ):
-    """(labelled mean + unlabeled_weight * unlabelled mean, the two means) of one process's share of the batch.
+    """(labelled mean + weight * unlabelled mean, the two means) of one process's share of the batch.
 
     logits (n, C), targets int64 (n,); pseudo_logits (m, C), pseudo_targets: probabilities (m, C); n or m may be 0.
     num_labeled, num_pseudo: n and m in the mean over the processes, so that the mean of their losses is the global one.
@@ -108,7 +100,7 @@ def noisy_student_loss(
     """
     labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
     unlabeled = soft_cross_entropy(pseudo_logits / temperature, pseudo_targets).sum() / (num_pseudo or 1)
-    return labeled + unlabeled_weight * unlabeled, labeled, unlabeled
+    return labeled + weight * unlabeled, labeled, unlabeled
 
 
 def consistency_loss(logits, targets, student_logits, probs, num_labeled, num_pseudo, label_smoothing, temperature):
@@ -177,9 +169,8 @@ class StoredLabels:
         number, row, self.label = columns.values()
         roots = {file.attrs["root"] for file in files.values()}
         if folder and len(roots) > 1:
-            fail(
-                f"--unlabeled: {path} is of several folders, which must be where they were: {', '.join(sorted(roots))}"
-            )
+            known = ", ".join(sorted(roots))
+            fail(f"--unlabeled: {path} is of several folders, which must be where they were: {known}")
         lists = {i: image_list(file, folder) for i, file in files.items()}
         self.newer_label = {}
         newer = [open_label_file(name, LOGITS_FORMAT) for name in args.logits]
@@ -298,7 +289,7 @@ def main() -> None:
     labeled_batches = run.batches(train_images, num_labeled, "labeled", **labeled_views)
     views = {"clean": clean, "noised": noised, "held_out": held_out}
     unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **views)
-    loss_of = consistency_loss if args.consistency else partial(noisy_student_loss, unlabeled_weight=unlabeled_weight)
+    loss_of = consistency_loss if args.consistency else partial(noisy_student_loss, weight=unlabeled_weight)
     loss_of = partial(loss_of, label_smoothing=args.label_smoothing, temperature=labels_of.temperature or 1.0)
     for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):
         # The last view of each image is the student's. Both kinds get the same noise, as one uint8 batch
@@ -324,8 +315,7 @@ def main() -> None:
             counts = run.counts[0], run.counts[0 if same_images else 1]
             # The cross-entropy with y, that with y~ at --temperature, and their weighted sum, which trains.
             losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, *counts)
-            loss, labeled_loss, unlabeled_loss = losses
-            run.backward(loss, loss_labeled=labeled_loss, loss_unlabeled=unlabeled_loss)  # the last two are only logged
+            run.backward(losses[0], loss_labeled=losses[1], loss_unlabeled=losses[2])  # the last two are only logged
         run.end_step()  # the optimizer's step and the average of the weights; logs, evaluates, saves where it is time
     run.finish()  # evaluates, draws curves.png, writes model.pt
 
