@@ -1569,6 +1569,15 @@ def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return held
 
 
+def judged_half(images: ImageList) -> np.ndarray:
+    """Which images of val are kept for judging, bool (N,), by the hash of the path below val/. One chooses on the others.
+
+    Another hash than that of `is_held_out`: the held-out tenth is halved too. What a run chooses on an image (a
+    threshold, the next teacher) is no measurement of it any more.
+    """
+    return np.array([digest_of_bytes(path)[0] % 2 == 1 for path in images.path.tolist()], dtype=bool)
+
+
 def labeled_images(data: str | Path, split: str, classes: list[str] | None = None):
     """(ImageList, labels int64 (N,), classes) of DATA/train or DATA/val. A class is a folder, matched by its name.
 

@@ -259,6 +259,23 @@ def test_with_val_nothing_is_held_out(tmp_path):
     assert len(unlabeled_images(data / "train")) == 40
 
 
+def test_half_of_val_is_kept_for_judging_by_the_paths_below_it_alone(tmp_path):
+    names = [f"c{i % 10}/{i:04}.png" for i in range(2000)]
+    paths, nothing = np.array([name.encode() for name in names]), np.zeros(len(names), np.int64)
+    judged = common.judged_half(common.ImageList(str(tmp_path), paths, nothing, nothing))
+    assert judged.dtype == bool and judged.shape == (2000,) and 900 < judged.sum() < 1100
+    for c in range(10):
+        assert 70 < judged[c::10].sum() < 130, "the classes are halved too"
+    # neither the root nor the others nor the width of the column counts, but the folder of the class does
+    other = common.ImageList("/elsewhere", paths[::-3].astype("S99"), nothing[::-3], nothing[::-3])
+    assert (common.judged_half(other) == judged[::-3]).all()
+    moved = common.ImageList(str(tmp_path), np.array([b"x" + path for path in paths.tolist()]), nothing, nothing)
+    assert 900 < (common.judged_half(moved) == judged).sum() < 1100
+    tenth = common.is_held_out(paths, np.zeros(2000, int))
+    assert 0.35 < judged[tenth].mean() < 0.65, "where there is no val/, the held-out tenth is halved"
+    assert common.judged_half(common.list_images(tmp_path)).shape == (0,)
+
+
 def test_unlabeled_folder_missing_or_empty(tmp_path, mistake):
     mistake(lambda: unlabeled_images(tmp_path / "nowhere"), "nowhere")
     (tmp_path / "empty").mkdir()
