@@ -1570,7 +1570,7 @@ def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def judged_half(images: ImageList) -> np.ndarray:
-    """Which images of val are kept for judging, bool (N,), by the hash of the path below val/. One chooses on the others.
+    """Which images of val are kept for judging, bool (N,), by the hash of the path below it. One chooses on the others.
 
     Another hash than that of `is_held_out`: the held-out tenth is halved too. What a run chooses on an image (a
     threshold, the next teacher) is no measurement of it any more.
