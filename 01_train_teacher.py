@@ -28,18 +28,17 @@ from common import add_device_flags, add_init_flag, add_model_flags, add_noise_f
 from common import add_run_flags, argument_parser, print0  # the program
 from common import init_processes  # processes
 from common import normalize  # views
-from common import labeled_images  # listing
 from common import unreadable_images  # batches
 from common import plan_of  # optimization
 from common import data_inputs, input_digests, previous_run, resume_or_exit  # checkpoints
-from common import check_parts, model_noise, model_of, setup_of  # training
+from common import check_parts, labeled_data, model_noise, model_of, setup_of  # training
 from common import Run  # the training run
 
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="data directory with train/<class>/, maybe val/<class>/")
+    add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; --epochs 0 needs no train/")
     add("--out", type=Path, default=Path("runs/teacher"), help="folder of the results; the same command resumes it")
     add_init_flag(add)
     add_model_flags(parser)
@@ -63,12 +62,10 @@ def main() -> None:
     num_labeled = args.batch_size
     check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
 
-    # Images and labels. With --epochs 0 train/ gives nothing but the names of the classes.
-    data = args.data
-    train_images, labels, classes = labeled_images(data, "train")
-    val_images, val_labels, _ = labeled_images(data, "val", classes)
+    # Images and labels. With --epochs 0 train/ gives nothing but the names of the classes, and may be missing.
+    (train_images, labels), (val_images, val_labels), classes = labeled_data(args, setup)
     init_file = None if args.init == "published" else args.init
-    inputs = {init_file: init_file, **data_inputs(data, train_images, val_images)}
+    inputs = {init_file: init_file} | (data_inputs(args.data, train_images, val_images) if args.data else {})
     inputs = input_digests(inputs, processes)
     resume_or_exit(args, begun, inputs)
     bad = unreadable_images(train_images, view, args, processes, begun)
@@ -80,7 +77,8 @@ def main() -> None:
     model, arch_options, origin = model_of(stage, setup, classes, args)
     plan = plan_of(args, recipe.epochs, len(train_images) / num_labeled)
     header = {"stage": stage, "arch": setup.arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
-    header |= {"data": os.path.abspath(data), "inputs": inputs}  # data: the next student's default
+    header |= {"data": os.path.abspath(args.data)} if args.data else {}  # the next student's default
+    header |= {"inputs": inputs}
     run = Run(args, processes, model, header, plan, (val_images, val_labels), num_labeled, bad, begun, setup.noise)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",

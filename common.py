@@ -910,11 +910,29 @@ def initial_weights(init: str | Path, arch: str | None, num_pixels: int | None) 
     return {"arch": arch, "model": source, **view._asdict()}
 
 
+def has_names(classes: list[str]) -> bool:
+    """Whether these are names: a checkpoint made without a data directory has the outputs' numbers, "0", "1" ..."""
+    return classes != [str(output) for output in range(len(classes))]
+
+
+def classes_of_weights(source: dict, arch: str, val_classes: list[str]) -> list[str]:
+    """The classes of a checkpoint; of a foreign file those of val/ if there are as many as outputs, else numbers."""
+    if "classes" in source:
+        return source["classes"]
+    model = build_model(arch)
+    try:
+        number = len(own_names(source, model.state_dict())[f"{head_names(model)[0]}.weight"])
+    except (KeyError, ValueError) as error:
+        fail(f"--init does not fit --arch {arch}: {error}")
+    return val_classes if len(val_classes) == number else [str(output) for output in range(number)]
+
+
 def load_initial_weights(model: nn.Module, source: dict, args: argparse.Namespace, classes: list[str]) -> str:
     """Start from --init. Returns what to say of it: its classifier comes along only with the same classes in order."""
     try:
         weights = own_names(source, model.state_dict())
-        known = source.get("classes")  # of a foreign file only the number is known, from the last layer
+        # Of a foreign file, and of a checkpoint without names, only the number is known.
+        known = source["classes"] if has_names(source.get("classes", [])) else None
         number = len(known or weights.get(f"{head_names(model)[0]}.weight", classes))
         same_classes = known == classes if known else number == len(classes)
         if not same_classes and args.epochs == 0:
@@ -1578,40 +1596,54 @@ def judged_half(images: ImageList) -> np.ndarray:
     return np.array([digest_of_bytes(path)[0] % 2 == 1 for path in images.path.tolist()], dtype=bool)
 
 
-def labeled_images(data: str | Path, split: str, classes: list[str] | None = None):
-    """(ImageList, labels int64 (N,), classes) of DATA/train or DATA/val. A class is a folder, matched by its name.
+def images_by_class(folder: str | Path, classes: list[str] | None = None) -> tuple[ImageList, np.ndarray, list[str]]:
+    """(ImageList, labels int64 (N,), classes) of the images below `folder`/<class>/. A class is matched by its name.
 
-    `classes` (for val, or for a checkpoint's order): the known names. A folder of another name ends the program.
+    `classes`: the known names in the order of their labels; None: the sorted names of the folders. ValueError where
+    there are no class folders, LookupError where one has an unknown name. Images beside the folders are left out.
     """
-    train, folder = Path(data) / "train", Path(data) / split
-    if not train.is_dir():
-        fail(f"{data}: no folder train/ with one folder of images a class in it")
-    held_out = not (Path(data) / "val").is_dir()
-    folder = train if held_out else folder
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = list(os.scandir(folder)) if os.path.isdir(folder) else []
+    found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     classes = classes or found
     if not found:
-        flat = next((entry.name for entry in folder.iterdir() if entry.name.lower().endswith((".jpg", ".jpeg"))), None)
-        words = f"no class folders in it; expected {folder}/<class>/<image>"
+        words = f"{folder}: no class folders in it; expected {folder}/<class>/<image>"
+        flat = next((entry.name for entry in entries if entry.name.lower().endswith((".jpg", ".jpeg"))), None)
         if flat:  # as ImageNet's archive of val: its labels come in a file of their own
             sort = (
                 f"while read name class; do mkdir -p {folder}/$class; mv {folder}/$name {folder}/$class/; done < LABELS"
             )
             words += f". Its images, such as {flat}, lie side by side: with a file LABELS of lines `name class`, {sort}"
-        fail(f"{folder}: {words}")
+        raise ValueError(words)
     if unknown := sorted(set(found) - set(classes)):
-        fail(f"{folder} has classes that are unknown: {', '.join(unknown[:5])}; known are {', '.join(classes[:5])} ...")
+        known = ", ".join(classes[:5])
+        raise LookupError(f"{folder} has classes that are unknown: {', '.join(unknown[:5])}; known are {known} ...")
     images = list_images(folder)
     names = np.array([path.split(b"/")[0] for path in images.path.tolist()])
-    in_class = np.isin(names, [os.fsencode(name) for name in found])  # images beside the class folders have no label
-    images, names = images[in_class], names[in_class]
+    in_class = np.isin(names, [os.fsencode(name) for name in found])
     number = {os.fsencode(name): label for label, name in enumerate(classes)}
-    labels = np.array([number[name] for name in names.tolist()], dtype=np.int64)
+    labels = np.array([number[name] for name in names[in_class].tolist()], dtype=np.int64)
+    return images[in_class], labels, classes
+
+
+def labeled_images(data: str | Path, split: str, classes: list[str] | None = None):
+    """`images_by_class` of DATA/train or DATA/val; without val/ a tenth of train/ is held out.
+
+    `classes` (for val, or for a checkpoint's order): the known names. Mistakes end the program.
+    """
+    train, folder = Path(data) / "train", Path(data) / split
+    held_out = not (Path(data) / "val").is_dir()
+    if not train.is_dir() and (held_out or split == "train"):
+        fail(f"{data}: no folder train/ with one folder of images a class in it")
+    folder = train if held_out else folder
+    try:
+        images, labels, classes = images_by_class(folder, classes)
+    except (LookupError, ValueError) as error:
+        fail(str(error))
     if split == "train":
-        if lacking := sorted(set(classes) - set(found)):
+        if lacking := sorted(name for name in classes if not (folder / name).is_dir()):
             fail(f"{folder} lacks the classes {', '.join(lacking[:5])}")
-        if empty := [name for name in found if number[os.fsencode(name)] not in labels]:
-            fail(f"{folder}: class {empty[0]!r} has no images (looked for {b' '.join(EXTENSIONS).decode()})")
+        if len(empty := np.setdiff1d(np.arange(len(classes)), labels)):
+            fail(f"{folder}: class {classes[empty[0]]!r} has no images (looked for {b' '.join(EXTENSIONS).decode()})")
     if held_out:
         wanted = is_held_out(images.path, labels) == (split == "val")
         images, labels = images[wanted], labels[wanted]
@@ -1661,7 +1693,7 @@ def digests_of(images: ImageList) -> frozenset[bytes]:
 
 def digests_of_val(data: str | None, folder: str) -> frozenset[bytes]:
     """The digests of DATA/val, whose images must not become training images; none where `folder` is val/ or in it."""
-    if not data or not os.path.isdir(os.path.join(data, "train")):
+    if not data or not any(os.path.isdir(os.path.join(data, split)) for split in ("train", "val")):
         print0(f"the teacher's data directory is not there ({data}): images of its val/ cannot be told from others")
         return frozenset()
     val, folder = Path(os.path.realpath(data), "val"), Path(os.path.realpath(folder))
@@ -2497,6 +2529,25 @@ def setup_of(args: argparse.Namespace, teacher: dict) -> Setup:
     return Setup(arch, small_images, view, crop, recipe, partial(add_noise, **words), initial)
 
 
+def labeled_data(args: argparse.Namespace, setup: Setup) -> tuple:
+    """((images, labels) of train/, (images, labels) of val/, classes), each (ImageList, int64 (N,)).
+
+    --init with --epochs 0 needs neither folder: the images of what is not there, or of other classes, are none.
+    """
+    data, empty = args.data, (ImageList("", *image_columns([])), np.zeros(0, np.int64))
+    if not data and (args.epochs != 0 or not args.init):
+        fail("--data: a data directory with train/<class>/ is needed, but for --init with --epochs 0")
+    if args.epochs != 0 or not args.init or (data and (data / "train").is_dir()):
+        *train, classes = labeled_images(data, "train")
+        return train, labeled_images(data, "val", classes)[:2], classes
+    val_classes = labeled_images(data, "val")[2] if data else []
+    classes = classes_of_weights(setup.initial, setup.arch, val_classes)
+    if unknown := set(val_classes) - set(classes):
+        print0(f"{data / 'val'} has classes that {args.init} has not, such as {min(unknown)}: it is not evaluated")
+        return empty, empty, classes
+    return empty, labeled_images(data, "val", classes)[:2] if data else empty, classes
+
+
 def model_of(stage: str, setup: Setup, classes: list[str], args: argparse.Namespace) -> tuple[nn.Module, dict, str]:
     """(a model as the flags want it, its arch_options, where its weights come from in words)."""
     arch, num_classes = setup.arch, len(classes)
@@ -3030,7 +3081,8 @@ class Run:
     def finish(self) -> dict:
         """Evaluate, draw the curves, and write model.pt, which says that the run is finished; returns the metrics."""
         out = self.args.out
-        if not self.evaluations.ended_early:  # otherwise this state was just evaluated
+        # This state may just have been evaluated; --epochs 0 without a data directory has nothing to evaluate on.
+        if not self.evaluations.ended_early and len(self.val[0]):
             self.prepare_average()
             self.metrics = self.evaluate()
             if self.processes.is_main:
@@ -3044,7 +3096,8 @@ class Run:
             draw_curves(out)
         self.save("model.pt")
         self.save("last.pt")
-        print0(f"{out / 'model.pt'}: val_top1 {self.metrics['val_top1']:.2f} on {len(self.val[0])} images")
+        top1 = self.metrics.get("val_top1", math.nan)  # of no images where --epochs 0 had no data directory
+        print0(f"{out / 'model.pt'}: val_top1 {top1:.2f} on {len(self.val[0])} images")
         if num := len(self.unreadable) + len(self.bad):
             print0(f"{num} images were unreadable and left out")
         if self.stop():

@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     add("--size", type=at_least(32, int), default=32, help="pixels")
     add("--batch", type=at_least(2, int), default=64, help="images a step; 04: a quarter of them labelled")
     add("--steps", type=at_least(4, int), default=12, help="of each variant in each round; the first two do not count")
-    add("--compile", action="store_true", help="ours in bf16 compiled as well: a minute or two more")
+    add("--compile", action="store_true", help="ours in bf16 compiled as well: a minute or two more a round")
     add = command(label, "speed of labelling a folder, timm's inference script and stage 02")
     add("--rounds", type=at_least(1, int), default=5, help="over which the median is taken")
     add("--images", type=Path, help="folder of JPEGs in one folder or more; None: drawn, 500 x 375, 110 kB")
@@ -337,14 +337,15 @@ def train(args: argparse.Namespace) -> None:
         flags = ["--image-size", args.size, "--optimizer", "sgd", "--num-ops", 2, "--magnitude", 9, "--eval-every", 0]
         flags += ["--device", args.device, "--warmup-epochs", 0]
         whole = {}
-        for precision in ("fp32", "bf16"):
+        for name, (_, compiled) in variants.items():
             num = args.steps * args.batch / 640  # images of train/
-            own = ["--data", data, "--batch-size", args.batch, "--epochs", num, "--precision", precision]
-            whole[f"whole step: 01, {precision}"] = ("01_train_teacher", [*own, *flags])
+            own = ["--data", data, "--batch-size", args.batch, "--epochs", num, "--precision", name.split()[0]]
+            own += ["--compile"] if compiled else []
+            whole[f"whole step: 01, {name}"] = ("01_train_teacher", [*own, *flags])
             own[3] = args.batch // 4
             own[5] = num / 4
             own += ["--teacher", teacher, "--pseudo-labels", rows, "--ratio", 3]
-            whole[f"whole step: 04, {precision}"] = ("04_train_student", [*own, *flags])
+            whole[f"whole step: 04, {name}"] = ("04_train_student", [*own, *flags])
 
         speeds = {name: [] for name in (*steps, *whole)}
         for step in steps.values():  # allocating, choosing algorithms, compiling

@@ -373,7 +373,7 @@ def test_results_have_the_form_of_the_contract(work, finished):
     for path, entry in results.items():
         assert entry["sha256"] == common.file_sha256(work / path)
         details = {"balanced_top1", "interval95", "per_class", "confusion", "right"}
-        assert set(entry["clean"]) == {"top1", "top5", "loss", "ece"} | details
+        assert set(entry["clean"]) == {"top1", "top5", "loss", "ece", "num"} | details
         assert entry["clean"]["top5"] == 100
         per_corruption = entry["corrupt"]["per_corruption"]
         assert list(per_corruption) == list(stage.CORRUPTIONS)
@@ -407,7 +407,9 @@ def test_the_table_and_the_picture(work, finished):
     entry = read(work)["student1/model.pt"]
     parameters = sum(p.numel() for p in common.build_model(ARCH, 3).parameters())
     assert entry["parameters"] == parameters and cells[3][1] == f"{parameters / 1e6:.2f}M"
-    assert cells[3][2:4] == [f"{entry['clean']['top1']:.2f}", f"{entry['corrupt']['top1']:.2f}"]
+    half = 196 * np.sqrt(0.01 * entry["clean"]["top1"] * (1 - 0.01 * entry["clean"]["top1"]) / 15)
+    assert cells[3][2] == f"{entry['clean']['top1']:.2f} ± {half:.2f}"
+    assert cells[3][3].startswith(f"{entry['corrupt']['top1']:.2f} ± ")
     with Image.open(work / "out" / "robustness.png") as picture:
         assert picture.width > 1000 and np.array(picture.convert("L")).std() > 10
 
@@ -596,6 +598,7 @@ def test_the_differences_stand_beside_the_table(work, finished):
     results = read(work)
     clean = [results[f"{name}/model.pt"]["clean"] for name in ("teacher", "student1")]
     points, half = stage.paired_difference(clean[1], clean[0])
-    line = f"clean top-1 against teacher, image by image: student1 {points:+.2f} +- {half:.2f}"
+    line = "Clean top-1 against teacher, image by image, with 95 percent intervals: "
+    line += f"student1 {points:+.2f} ± {half:.2f}."
     assert line in finished.stdout and line in (work / "out" / "robustness.md").read_text()
     assert points == pytest.approx(clean[1]["top1"] - clean[0]["top1"])
