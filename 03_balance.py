@@ -7,10 +7,15 @@ confidence belong to none of the classes. From unequal numbers the student would
 top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, and each class keeps its K
 highest-scoring images, with that class as the hard label. So an image may stand under several classes.
 
-reads   one or more logits.h5 of one teacher; --truth: a CSV `name,class` to measure the labels with, never to choose
-writes  balanced.h5 (one row a training example), balanced.json (counts), balanced.png
+--calibration: of the images of val, whose classes are known, so many are right above each threshold. --min-precision P
+takes the lowest at which a share P is. It holds for images like val's, which has no outsiders and no long tail.
+
+reads   one or more logits.h5 of one teacher; --calibration: that of DATA/val; --truth: a CSV `name,class` to measure
+        the labels with, never to choose
+writes  balanced.h5 (one row a training example), balanced.json (counts, calibration), balanced.png
 
     python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --threshold 0.3
+    python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --calibration runs/val.h5 --min-precision 0.9
     python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --method top-p --per-class 16000
 
 10 million images x 100 classes on 2 CPU cores, pictures included: 8.3 s, 2.3 of them Python's start (median of 5).
@@ -20,16 +25,16 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 import numpy as np
 import torch
 
 from common import argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
-from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO  # label files
-from common import NO_CLASS, UNKNOWN, draw_fraction, image_list, open_label_file, read_classes, read_truth
-from common import CAPTION, SHEET, SHEET_LEFT, SIDE, draw_sheet, pyplot, save_figure  # pictures
+from common import judged_half  # listing
+from common import DONE, NO_CLASS, UNKNOWN, classes_of_folders, draw_fraction, image_list, in_chunks  # label files
+from common import Examples, open_finished, read_classes, read_truth, sorted_examples, write_selection
+from common import draw_selection  # pictures
 
 
 def word_or_number(text: str) -> str | int:
@@ -48,7 +53,11 @@ def parse_args() -> argparse.Namespace:
     add("logits", type=Path, nargs="+", help="logits files of one teacher; their order changes nothing")
     add("--out", type=Path, required=True, help="the selection, balanced.h5; .json and .png are written beside it")
     add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p: the billion-scale one")
-    add("--threshold", type=at_least(0), default=0.3, help="keep confidence above it; the paper's, for 1,000 classes")
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--threshold", type=at_least(0), default=0.3, help="keep confidence above it; 0.3: paper, 1,000 classes")
+    one_of("--min-precision", type=share, help="the lowest threshold above which this share of --calibration is right")
+    add("--calibration", type=Path, help="what 02 gives for DATA/val: how many are right above thresholds 0 to 0.99")
+    add("--val-half", choices=["all", "choose"], default="all", help="of --calibration: all, or the half to choose on")
     add("--per-class", type=word_or_number, default="auto", help="K; auto: lower median, <= 130,000; all: no balance")
     add("--max-confidence", type=share, default=1.0, help="keep confidence up to it, for studies of unsure images")
     add("--fraction", type=share, default=1.0, help="share of the images, by the hash of path and seed: 0.1 is in 0.2")
@@ -58,44 +67,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_chunks(*columns: list, num_rows: int):
-    """(number of the first row, a slice of each column), file after file; a column is a list of the files' datasets."""
-    first = 0
-    for parts in zip(*columns, strict=True):
-        for begin in range(0, len(parts[0]), num_rows):
-            yield first + begin, *(part[begin : begin + num_rows] for part in parts)
-        first += len(parts[0])
-
-
-class Examples(NamedTuple):
-    """The selection: one entry a training example, sorted by (file, row, label)."""
-
-    file: np.ndarray  # uint16: number of the logits file
-    row: np.ndarray  # int64: row of that file
-    label: np.ndarray  # int32
-    confidence: np.ndarray  # float32
-    index: np.ndarray  # int64: the row, if all files were one
-    is_first: np.ndarray  # bool: not a copy of the example before it
-
-
-def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File], list[str]]:
-    """(paths, files, classes): finished logits files of one teacher, sorted by path."""
+def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File]]:
+    """(paths, files): finished logits files of one teacher, sorted by path; the last file is --calibration."""
     paths = sorted({os.path.abspath(path) for path in args.logits})  # the order of the arguments changes nothing
+    more = [str(args.calibration)] if args.calibration else []
     if not args.out.name or args.out.is_dir():
         fail(f"--out {args.out} is a folder, expected the name of a file")
     outs = [os.path.realpath(args.out.with_suffix(suffix)) for suffix in (args.out.suffix, ".json", ".png")]
-    if args.out.suffix in (".json", ".png") or {os.path.realpath(path) for path in paths} & set(outs):
+    if args.out.suffix in (".json", ".png") or {os.path.realpath(path) for path in paths + more} & set(outs):
         fail(f"--out {args.out}: it, or the .json and .png beside it, would replace each other or the input")
-    files = [open_label_file(path, LOGITS_FORMAT) for path in paths]
-    classes = read_classes(files[0])
-    for path, file in zip(paths, files, strict=True):
-        if read_classes(file) != classes:
-            fail(f"{path} has other classes than {paths[0]}: label both with one teacher")
-        if file.attrs["teacher_sha256"] != files[0].attrs["teacher_sha256"]:
-            fail(f"{path} was made by another teacher than {paths[0]}: label both with one teacher")
-        if todo := (file["status"][:] == TODO).sum():
-            fail(f"{path} is unfinished: {todo} of {len(file['status'])} images have no label yet; run 02 again on it")
-    return paths, files, classes
+    return paths, open_finished(paths + more)
 
 
 def is_between(confidence: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -104,9 +85,9 @@ def is_between(confidence: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def count(paths: list, label: list, confidence: list, status: list, num_classes: int, limits: tuple[float, float]):
-    """({what: images of each class}, histogram of the confidences, the highest); a damaged file ends the program."""
+    """({what: number of each class}, histogram of the confidences); a damaged file ends the program."""
     candidates, above, histogram = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64), np.zeros(50, int)
-    best, starts = 0.0, np.cumsum([0, *map(len, label)])
+    highest_of, starts = np.zeros(num_classes, np.float32), np.cumsum([0, *map(len, label)])
     for first, labels, scores, statuses in in_chunks(label, confidence, status, num_rows=1 << 20):
         done = statuses == DONE
         labels, readable = labels[done], scores[done]
@@ -117,8 +98,66 @@ def count(paths: list, label: list, confidence: list, status: list, num_classes:
         candidates += np.bincount(labels, minlength=num_classes)
         above += np.bincount(labels[is_between(readable, *limits)], minlength=num_classes)
         histogram += np.histogram(readable, len(histogram), (0, 1))[0]
-        best = max(best, readable.max(initial=0))
-    return {"candidates": candidates, "above_threshold": above}, histogram, best
+        np.maximum.at(highest_of, labels, readable)
+    return {"candidates": candidates, "above_threshold": above, "highest_confidence": highest_of}, histogram
+
+
+def wilson(num_right: int, num: int) -> list[float]:
+    """Wilson's 95 percent interval of the share num_right / num: honest for few images, and near 0 and 1, too."""
+    z2, share = 1.959964**2, num_right / num if num else 0.5
+    middle, half = num_right + z2 / 2, (z2 * (share * (1 - share) * num + z2 / 4)) ** 0.5
+    return [max((middle - half) / (num + z2), 0.0), min((middle + half) / (num + z2), 1.0)]
+
+
+def answers_above(threshold: float, confidence: np.ndarray, right: np.ndarray) -> dict:
+    """How many images of val are above a threshold, how many of those are right, the shares and their intervals."""
+    kept = is_between(confidence, threshold, 1)
+    num, num_right = int(kept.sum()), int(right[kept].sum())
+    point = {"threshold": threshold, "kept": num, "share": num / len(kept), "share_interval": wilson(num, len(kept))}
+    point |= {"right": num_right, "precision": num_right / num if num else None}
+    return point | {"precision_interval": wilson(num_right, num)}
+
+
+def choose_threshold(curve: list[dict], min_precision: float) -> tuple[dict, bool]:
+    """The point with the lowest threshold at which so many are right, True; else that with the most right, False.
+
+    20 images at least must be above it, if val has so many: at some threshold the few that are left are all right by
+    luck. Without this rule a teacher that is never 70 percent right "reached" 95 in 6 of 10 simulations, by 4 images.
+    """
+    points = [point for point in curve if point["kept"] >= (20 if curve[0]["kept"] >= 20 else 1)]
+    reached = [point for point in points if point["precision"] >= min_precision]
+    return (reached[0], True) if reached else (max(points, key=lambda point: point["precision"]), False)
+
+
+def calibrate(args: argparse.Namespace, val: h5py.File, classes: list[str]) -> dict:
+    """What balanced.json says of --calibration, after printing it; `at`: the point of the threshold that is used."""
+    images, confidence = image_list(val), val["confidence"][:]
+    true = classes_of_folders(images.path, classes)
+    counts = (val["status"][:] == DONE) & (true != UNKNOWN) & is_between(confidence, 0, args.max_confidence)
+    counts &= ~judged_half(images) if args.val_half == "choose" else True
+    if not counts.any():
+        words = f"{(true != UNKNOWN).sum()} of its {len(true)} images lie in folders of classes such as {classes[0]}/"
+        fail(f"--calibration {args.calibration}: {words}, none of these counts; expected what 02 says of DATA/val")
+    confidence, right = confidence[counts], (val["label"][:] == true)[counts]
+    curve, wanted = [answers_above(step / 100, confidence, right) for step in range(100)], args.min_precision
+    at, reached = answers_above(args.threshold, confidence, right), None
+    if wanted:
+        at, reached = choose_threshold(curve, wanted)
+
+    def percent(point: dict, what: str) -> str:
+        low, high = point[f"{what}_interval"]
+        return f"{100 * point[what]:.1f} ({100 * low:.1f} to {100 * high:.1f})" if point["kept"] else "-"
+
+    print0(f"{len(right)} images of val ({args.val_half}); percent and their 95 percent intervals")
+    print0(f"above {'are left':>21} {'right of these':>21}")
+    for point in (*curve[::5], curve[-1]):
+        print0(f"{point['threshold']:5.2f} {percent(point, 'share'):>21} {percent(point, 'precision'):>21}")
+    why = {True: f", the lowest that reaches --min-precision {wanted}", None: ""}
+    why[False] = f", at which the most are right: --min-precision {wanted} is not reached"
+    found = f"{at['right']} of {at['kept']}, {percent(at, 'precision')} percent, are right"
+    print0(f"threshold {at['threshold']:g}{why[reached]}: {found}")
+    report = {"file": os.path.abspath(args.calibration), "images": len(right), "val_half": args.val_half}
+    return report | {"min_precision": wanted, "reached": reached, "at": at, "curve": curve}
 
 
 def highest(score: np.ndarray, num: int) -> np.ndarray:
@@ -228,16 +267,7 @@ def select_top_p(logits: list, status: list, num_classes: int, top_p: int, per_c
     return index, label, score
 
 
-def sorted_examples(index: np.ndarray, label: np.ndarray, confidence: np.ndarray, file_sizes: list[int]) -> Examples:
-    order = np.lexsort((label, index))
-    index, label, confidence = index[order], label[order], confidence[order]
-    starts = np.cumsum([0, *file_sizes])
-    file = np.searchsorted(starts, index, side="right") - 1
-    is_first = np.append(True, (np.diff(index) != 0) | (np.diff(label) != 0))
-    return Examples(file.astype(np.uint16), index - starts[file], label, confidence, index, is_first)
-
-
-def describe(args: argparse.Namespace, per_class: int, classes: list[str], sizes: dict, examples: Examples) -> dict:
+def describe(args, threshold: float, per_class: int, classes: list[str], sizes: dict, examples: Examples) -> dict:
     """What balanced.json says. `sizes`: those before the selection, {what: (C,)}."""
     label, num_classes = examples.label, len(classes)
     kept, used = (np.bincount(labels, minlength=num_classes) for labels in (label[examples.is_first], label))
@@ -246,7 +276,7 @@ def describe(args: argparse.Namespace, per_class: int, classes: list[str], sizes
     columns = sizes | {"kept": kept, "copies": used - kept, "examples": used}
     columns = {what: nums.tolist() for what, nums in columns.items()}
     columns["lowest_confidence"] = [float(low) if num else None for low, num in zip(lowest, kept, strict=True)]
-    report = {"method": args.method, "threshold": args.threshold, "per_class": per_class or "all"}
+    report = {"method": args.method, "threshold": threshold, "per_class": per_class or "all"}
     report |= {"max_confidence": args.max_confidence, "fraction": args.fraction}
     report |= {"images": int(sizes["candidates"].sum()), "above_threshold": int(sizes["above_threshold"].sum())}
     report |= {"examples": len(label), "unique_images": 1 + int((np.diff(examples.index) != 0).sum())}
@@ -264,69 +294,54 @@ def accuracy_report(true: np.ndarray, label: np.ndarray, done: np.ndarray, examp
     before, no_class = np.flatnonzero(known & (true >= 0)), np.flatnonzero(known & (true == NO_CLASS))
     true_after = true[examples.index]
     after = examples.is_first & (true_after >= 0)
-    right_before, right_after = label[before] == true[before], (examples.label == true_after)[after]
+    label_before, label_after = label[before], examples.label[after]
+    right_before, right_after = label_before == true[before], label_after == true_after[after]
 
-    def share(good: np.ndarray):
+    def percent(good: np.ndarray):
         return round(100 * float(np.mean(good)), 2) if len(good) else None
 
-    report = {
-        "accuracy_before": share(right_before),
-        "accuracy_after": share(right_after),
-        "accuracy_of_examples": share((examples.label == true_after)[true_after != UNKNOWN]),
-        "passed_in_class": share(np.isin(before, examples.index)),
-        "classes": {},
-    }
-    label_before, label_after = label[before], examples.label[after]
-    for c, name in enumerate(classes):
-        parts = {"accuracy_before": right_before[label_before == c], "accuracy_after": right_after[label_after == c]}
-        report["classes"][name] = {what: share(good) for what, good in parts.items()}
+    def accuracies(of_before, of_after) -> dict:
+        return {"accuracy_before": percent(right_before[of_before]), "accuracy_after": percent(right_after[of_after])}
+
+    report = accuracies(slice(None), slice(None))
+    report["accuracy_of_examples"] = percent((examples.label == true_after)[true_after != UNKNOWN])
+    report["passed_in_class"] = percent(np.isin(before, examples.index))
+    report["classes"] = {name: accuracies(label_before == c, label_after == c) for c, name in enumerate(classes)}
     if len(no_class):
         passed = np.isin(no_class, examples.index)
-        report |= {"passed_no_class": share(passed), "num_no_class_passed": int(passed.sum())}
+        report |= {"passed_no_class": percent(passed), "num_no_class_passed": int(passed.sum())}
     return report
 
 
-def draw(args: argparse.Namespace, files: list, classes: list, examples: Examples, report: dict, histogram) -> None:
-    """Draw class sizes before and after, the confidences, and some images of each class; copies count once."""
-    if (plt := pyplot()) is None:
-        return
-    sizes, examples = report["classes"], Examples(*(column[examples.is_first] for column in examples))
-    shown = sorted(range(len(classes)), key=lambda c: -sizes[classes[c]]["candidates"])
-    shown = shown if len(shown) <= 40 else shown[:20] + shown[-20:]  # those with the most images and the fewest
-    names = [name if len(name) <= 32 else name[:31] + "…" for name in (classes[c] for c in shown)]
-    sheet = draw_sheet([image_list(file) for file in files], examples, shown)
-
-    # Every place is fixed, from the bottom left, in inches and then in shares: a layout engine would draw twice.
-    dpi, angle = plt.rcParams["savefig.dpi"], 90 if len(names) > 12 else 30  # of the names of the classes
-    names_height = 0.6 + 0.08 * max(map(len, names)) * np.sin(np.radians(angle))
-    heights = np.array([sheet.height / dpi, names_height, 3])
-    figure = plt.figure(figsize=(sheet.width / dpi, heights.sum()))
-    sheet_height, _, height = heights / heights.sum()
-
-    axis = figure.add_axes((0, 1 - height, 0.54, height))
-    places = np.arange(len(shown))
-    for shift, what in ((-0.3, "candidates"), (0, "above_threshold"), (0.3, "examples")):
-        axis.bar(places + shift, [sizes[classes[c]][what] for c in shown], 0.3, label=what.replace("_", " "))
-    axis.set_xticks(places, names, rotation=angle, ha="right", va="center", rotation_mode="anchor")
-
-    axis = figure.add_axes((0.62, 1 - height, 0.38, height))
-    edges = np.linspace(0, 1, len(histogram) + 1)
-    axis.stairs(histogram, edges, fill=True, label="all")
-    axis.stairs(np.histogram(examples.confidence, len(histogram), (0, 1))[0], edges, fill=True, label="kept")
-    if args.method == "noisy-student":
-        axis.axvline(args.threshold, color="black", linestyle=":", label=f"threshold {args.threshold:g}")
-    axis.set_xlabel("confidence")
-    for axis in figure.axes:
-        axis.set_ylabel("images")
-        axis.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-
-    axis = figure.add_axes((0, 0, 1, sheet_height))
-    axis.imshow(sheet, aspect="auto", interpolation="none")
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.set_xticks([SHEET_LEFT[column] for column in np.cumsum([0, *SHEET.values()])[:-1]], SHEET, ha="left")
-    axis.set_yticks(places * (SIDE + CAPTION) + SIDE / 2, names)
-    save_figure(plt, args.out.with_suffix(".png"))
+def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> None:
+    """What was kept, where K comes from and what it costs, and what can be done for a class without any image."""
+    classes, per_class = report["classes"], report["per_class"]
+    used = [of_class["examples"] for of_class in classes.values() if of_class["kept"]]
+    print0(
+        f"{args.out}: {report['images']} images, {report['above_threshold']} above {report['threshold']:g}, "
+        f"{report['unique_images']} kept as {report['examples']} examples, {min(used)} to {max(used)} a class"
+    )
+    if args.method == "noisy-student" and per_class != "all":
+        beyond, copies = np.maximum(above - per_class, 0).sum(), report["examples"] - report["unique_images"]
+        why, order = "--per-class", np.argsort(above, kind="stable")[(above == 0).sum() :]  # without the empty classes
+        if args.per_class == "auto":
+            middle = order[(len(order) - 1) // 2]
+            most = ", at most the paper's" if above[middle] > per_class else ""
+            why = f"class {[*classes][middle]!r} is the lower median of {len(order)} with {above[order[0]]} to "
+            why += f"{above[order[-1]]} images above the threshold{most}"
+        words = f"{beyond} images beyond the K of their class are left out, {copies} copies fill smaller classes"
+        print0(f"K = {per_class}: {why}; {words} (--per-class says otherwise)")
+    if empty := report["empty_classes"]:
+        found = [(name, classes[name]["candidates"], classes[name]["highest_confidence"]) for name in empty[:10]]
+        words = ", ".join(f"{name} ({num} labelled so, the surest {best:.3f})" for name, num, best in found)
+        help_line = "a lower threshold lets them in, more labelled images of them make the teacher surer"
+        print0(f"without any image above the threshold, and left out: {words}; {help_line}")
+    if truth := report.get("truth"):
+        no_class = f", {truth['passed_no_class']} of those of no class" if "passed_no_class" in truth else ""
+        print0(
+            f"pseudo-label accuracy {truth['accuracy_before']} percent before the filter, {truth['accuracy_after']} "
+            f"after; {truth['passed_in_class']} percent of the images of a class passed{no_class}"
+        )
 
 
 def main() -> None:
@@ -335,65 +350,47 @@ def main() -> None:
         return
     if args.method == "top-p" and args.per_class in ("auto", "all"):
         fail("--method top-p needs a number --per-class (the paper's is 16,000 of 100 million images)")
-    if args.method == "top-p" and args.max_confidence < 1:
-        fail("--max-confidence is for --method noisy-student: top-p does not look at the confidence")
-    paths, files, classes = open_inputs(args)
+    if args.method == "top-p" and (args.max_confidence < 1 or args.calibration):
+        fail("--max-confidence and --calibration are for --method noisy-student: top-p does not look at the confidence")
+    if not args.calibration and (args.min_precision or args.val_half != "all"):
+        fail("--min-precision and --val-half need --calibration, what 02 gives for DATA/val with the same teacher")
+    paths, files = open_inputs(args)
+    classes, (files, val) = read_classes(files[0]), (files[: len(paths)], files[len(paths) :])
     if args.method == "top-p" and args.top_p >= len(classes):
         print0(f"--top-p {args.top_p}: each image counts for all {len(classes)} classes; below 100 take 1 or 2")
+    calibration = {"calibration": calibrate(args, val[0], classes)} if val else {}
+    threshold = calibration["calibration"]["at"]["threshold"] if val else args.threshold
     label, confidence, status = ([file[name] for file in files] for name in ("label", "confidence", "status"))
     if args.fraction < 1:
         confidence, status = draw_fraction(files, args.fraction, args.seed)
-    limits = args.threshold, args.max_confidence
-    sizes, histogram, highest_confidence = count(paths, label, confidence, status, len(classes), limits)
+    sizes, histogram = count(paths, label, confidence, status, len(classes), (threshold, args.max_confidence))
     true = read_truth(args.truth, files, classes) if args.truth else None
 
     words = {"auto": auto_per_class(sizes["above_threshold"]), "all": 0}
     per_class = words.get(args.per_class, args.per_class)
     if args.method == "noisy-student":
         if not sizes["above_threshold"].sum():
-            fail(f"--threshold {args.threshold:g} leaves no image: the highest confidence is {highest_confidence:.3f}")
+            name, best = "--min-precision: " if args.min_precision else "--", sizes["highest_confidence"].max()
+            fail(f"{name}threshold {threshold:g} leaves no image: the highest confidence is {best:.3f}")
         columns = label, confidence, len(classes)
-        chosen = select_noisy_student(*columns, args.threshold, per_class, args.seed, args.max_confidence)
+        chosen = select_noisy_student(*columns, threshold, per_class, args.seed, args.max_confidence)
     else:
         chosen = select_top_p([file["logits"] for file in files], status, len(classes), args.top_p, per_class)
     if not len(chosen[0]):
         fail(f"no image of {', '.join(paths)} is readable: there is nothing to select")
     examples = sorted_examples(*chosen, [len(part) for part in label])
-    with write_atomically(args.out) as temporary, h5py.File(temporary, "w") as out:
-        out["file"], out["row"] = examples.file, examples.row
-        out["label"], out["confidence"] = examples.label, examples.confidence
-        out.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
-        out.attrs.update(format=SELECTION_FORMAT, files=json.dumps(paths), method=args.method, threshold=args.threshold)
-        flags = {name: getattr(args, name) for name in ("top_p", "seed", "max_confidence", "fraction")}
-        out.attrs.update(per_class=per_class or "all", **flags)
+    flags = {"method": args.method, "threshold": threshold, "per_class": per_class or "all"}
+    flags |= {name: getattr(args, name) for name in ("top_p", "seed", "max_confidence", "fraction")}
+    write_selection(args.out, examples, classes, files=json.dumps(paths), **flags)
 
-    report = describe(args, per_class, classes, sizes, examples)
+    report = describe(args, threshold, per_class, classes, sizes, examples) | calibration
     if args.truth:
         labels, statuses = (np.concatenate([part[:] for part in column]) for column in (label, status))
         report["truth"] = accuracy_report(true, labels, statuses == DONE, examples, classes)
     with write_atomically(args.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    draw(args, files, classes, examples, report, histogram)
-
-    used = [of_class["examples"] for of_class in report["classes"].values() if of_class["kept"]]
-    print0(
-        f"{args.out}: {report['images']} images, {report['above_threshold']} above {args.threshold:g}, "
-        f"{report['unique_images']} kept as {report['examples']} examples, {min(used)} to {max(used)} a class"
-    )
-    if args.per_class == "auto":
-        unused = np.maximum(sizes["above_threshold"] - per_class, 0).sum()
-        why = f"K = {per_class} is the lower median of the classes that have images above the threshold"
-        print0(f"{why}; {unused} images are more than their class's K, and are left out: --per-class says otherwise")
-    if empty := report["empty_classes"]:
-        words = "a lower --threshold, a better teacher or more images of them may help"
-        print0(f"without any image above the threshold, and left out: {', '.join(empty[:10])}; {words}")
-    if args.truth:
-        truth = report["truth"]
-        print0(
-            f"pseudo-label accuracy {truth['accuracy_before']} percent before the filter, {truth['accuracy_after']} "
-            f"after; {truth['passed_in_class']} percent of the images of a class passed"
-            + (f", {truth['passed_no_class']} of those of no class" if "passed_no_class" in truth else "")
-        )
+    draw_selection(args.out.with_suffix(".png"), [*map(image_list, files)], classes, examples, report, histogram)
+    print_report(args, report, sizes["above_threshold"])
 
 
 if __name__ == "__main__":

@@ -1935,6 +1935,19 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
     return file
 
 
+def open_finished(paths: list) -> list[h5py.File]:
+    """Logits files of one teacher, every image of which has a status."""
+    files = [open_label_file(path, LOGITS_FORMAT) for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if read_classes(file) != read_classes(files[0]):
+            fail(f"{path} has other classes than {paths[0]}: label both with one teacher")
+        if file.attrs["teacher_sha256"] != files[0].attrs["teacher_sha256"]:
+            fail(f"{path} was made by another teacher than {paths[0]}: label both with one teacher")
+        if todo := (file["status"][:] == TODO).sum():
+            fail(f"{path} is unfinished: {todo} of {len(file['status'])} images have no label yet; run 02 again on it")
+    return files
+
+
 def map_dataset(file: h5py.File, name: str) -> np.ndarray:
     """A contiguous dataset as np.memmap: 30 times as fast as h5py's indexing for random rows."""
     dataset = file[name]
@@ -1947,6 +1960,43 @@ def image_list(file: h5py.File, root: str | Path | None = None) -> ImageList:
     """The images of a logits.h5, mapped: the processes and loaders of a machine share one copy of the paths."""
     columns = (map_dataset(file, name) for name in ("path", "offset", "size"))
     return ImageList(os.path.abspath(root or file.attrs["root"]), *columns)
+
+
+def in_chunks(*columns: list, num_rows: int):
+    """(number of the first row, a slice of each column), file after file; a column is a list of the files' datasets."""
+    first = 0
+    for parts in zip(*columns, strict=True):
+        for begin in range(0, len(parts[0]), num_rows):
+            yield first + begin, *(part[begin : begin + num_rows] for part in parts)
+        first += len(parts[0])
+
+
+class Examples(NamedTuple):
+    """The selection: one entry a training example, sorted by (file, row, label)."""
+
+    file: np.ndarray  # uint16: number of the logits file
+    row: np.ndarray  # int64: row of that file
+    label: np.ndarray  # int32
+    confidence: np.ndarray  # float32
+    index: np.ndarray  # int64: the row, if all files were one
+    is_first: np.ndarray  # bool: not a copy of the example before it
+
+
+def sorted_examples(index: np.ndarray, label: np.ndarray, confidence: np.ndarray, file_sizes: list[int]) -> Examples:
+    order = np.lexsort((label, index))
+    index, label, confidence = index[order], label[order], confidence[order]
+    starts = np.cumsum([0, *file_sizes])
+    file = np.searchsorted(starts, index, side="right") - 1
+    is_first = np.append(True, (np.diff(index) != 0) | (np.diff(label) != 0))
+    return Examples(file.astype(np.uint16), index - starts[file], label, confidence, index, is_first)
+
+
+def write_selection(path: Path, examples: Examples, classes: list[str], **attributes) -> None:
+    with write_atomically(path) as temporary, h5py.File(temporary, "w") as out:
+        for name in LABEL_FILE_COLUMNS[SELECTION_FORMAT]:
+            out[name] = getattr(examples, name)
+        out.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
+        out.attrs.update(format=SELECTION_FORMAT, **attributes)
 
 
 def read_selection(path: str | Path) -> tuple[dict[int, h5py.File], dict[str, np.ndarray], str]:
@@ -2045,6 +2095,12 @@ def columns_of(classes: list[str], known: list[str], data: Path) -> list[int]:
 
 
 NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
+
+
+def classes_of_folders(paths: np.ndarray, classes: list[str]) -> np.ndarray:
+    """The number of the class that an image's first folder names, int64 (N,), or UNKNOWN: the truth of val."""
+    number = {os.fsencode(name): c for c, name in enumerate(classes)}
+    return np.array([number.get(path.split(b"/")[0], UNKNOWN) for path in paths.tolist()], dtype=np.int64)
 
 
 def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
@@ -3161,6 +3217,64 @@ def draw_sheet(images: list, examples, shown: list[int]) -> Image.Image:
                 image = images[examples.file[i]].load(int(examples.row[i]), enough=2 * SIDE)
                 sheet.paste(ImageOps.fit(image, (SIDE, SIDE)), (left, top))
     return sheet
+
+
+def draw_selection(path: Path, images: list[ImageList], classes: list[str], examples, report: dict, histogram) -> None:
+    """Class sizes before and after, the confidences, the calibration, some images of each class; copies count once.
+
+    `report`: what stage 03's balanced.json says. `histogram`: of all confidences, in equal bins from 0 to 1.
+    """
+    if (plt := pyplot()) is None:
+        return
+    sizes, examples = report["classes"], Examples(*(column[examples.is_first] for column in examples))
+    shown = sorted(range(len(classes)), key=lambda c: -sizes[classes[c]]["candidates"])
+    shown = shown if len(shown) <= 40 else shown[:20] + shown[-20:]  # those with the most images and the fewest
+    names = [name if len(name) <= 32 else name[:31] + "…" for name in (classes[c] for c in shown)]
+    sheet = draw_sheet(images, examples, shown)
+
+    # Every place is fixed, from the bottom left, in inches and then in shares: a layout engine would draw twice.
+    dpi, angle = plt.rcParams["savefig.dpi"], 90 if len(names) > 12 else 30  # of the names of the classes
+    names_height = 0.6 + 0.08 * max(map(len, names)) * np.sin(np.radians(angle))
+    heights = np.array([sheet.height / dpi, names_height, 3, *((0.8, 2.2) if "calibration" in report else ())])
+    figure = plt.figure(figsize=(sheet.width / dpi, heights.sum()))
+    sheet_height, names_height, height, *curve_height = heights / heights.sum()
+
+    axis = figure.add_axes((0, sheet_height + names_height, 0.54, height))
+    places = np.arange(len(shown))
+    for shift, what in ((-0.3, "candidates"), (0, "above_threshold"), (0.3, "examples")):
+        axis.bar(places + shift, [sizes[classes[c]][what] for c in shown], 0.3, label=what.replace("_", " "))
+    axis.set_xticks(places, names, rotation=angle, ha="right", va="center", rotation_mode="anchor")
+
+    axis = figure.add_axes((0.62, sheet_height + names_height, 0.38, height))
+    edges = np.linspace(0, 1, len(histogram) + 1)
+    axis.stairs(histogram, edges, fill=True, label="all")
+    axis.stairs(np.histogram(examples.confidence, len(histogram), (0, 1))[0], edges, fill=True, label="kept")
+    if report["method"] == "noisy-student":
+        axis.axvline(report["threshold"], color="black", linestyle=":", label=f"threshold {report['threshold']:g}")
+    axis.set_xlabel("confidence")
+    for axis in figure.axes:
+        axis.set_ylabel("images")
+        axis.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+
+    axis = figure.add_axes((0, 0, 1, sheet_height))
+    axis.imshow(sheet, aspect="auto", interpolation="none")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.set_xticks([SHEET_LEFT[column] for column in np.cumsum([0, *SHEET.values()])[:-1]], SHEET, ha="left")
+    axis.set_yticks(places * (SIDE + CAPTION) + SIDE / 2, names)
+
+    if "calibration" in report:
+        axis = figure.add_axes((0, 1 - curve_height[1], 1, curve_height[1]))
+        curve = [point for point in report["calibration"]["curve"] if point["kept"]]
+        thresholds = [point["threshold"] for point in curve]
+        for what, label in (("precision", "right, of those above the threshold"), ("share", "above the threshold")):
+            (line,) = axis.plot(thresholds, [point[what] for point in curve], label=label)
+            intervals = np.transpose([point[f"{what}_interval"] for point in curve])
+            axis.fill_between(thresholds, *intervals, color=line.get_color(), alpha=0.25, linewidth=0)
+        axis.axvline(report["threshold"], color="black", linestyle=":")
+        axis.set(xlabel="threshold of the confidence", ylabel="share of val, and 95 % interval", ylim=(0, 1))
+        axis.legend(frameon=False)
+    save_figure(plt, path)
 
 
 def draw_curves(out: Path) -> None:

@@ -2,11 +2,14 @@
 its picture."""
 
 import csv
+import hashlib
 import json
+import math
 import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import NormalDist
 
 import h5py
 import numpy as np
@@ -211,7 +214,7 @@ def two_files(tmp_path):
 @pytest.fixture
 def run(call_main, monkeypatch):
     """run(*flags) -> Done: stage 03 in this process, without its picture, which takes a second."""
-    monkeypatch.setattr(balance, "draw", lambda *args: None)
+    monkeypatch.setattr(balance, "draw_selection", lambda *args: None)
     return lambda *flags: call_main("03_balance", *flags)
 
 
@@ -335,6 +338,171 @@ def test_a_fraction_of_the_images_is_drawn_by_their_paths(method, tmp_path, run)
     assert {row for number, row in half if number == 0} == {row for _, row in drawn(0.5, files=files[:1])}
     report = json.loads((tmp_path / "o.json").read_text())
     assert report["images"] == len(half) / 2, "the images that are not drawn are not counted"
+
+
+# --calibration
+
+
+def interval_of(num_right, num):
+    """The textbook's form of Wilson's interval."""
+    if not num:
+        return [0, 1]
+    z, p = NormalDist().inv_cdf(0.975), num_right / num
+    middle, half = p + z * z / (2 * num), z * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
+    return [(middle - half) / (1 + z * z / num), (middle + half) / (1 + z * z / num)]
+
+
+def write_val(path, answers, **how):
+    """A logits file of val: (class, label, confidence) an image, the class by its folder; None is a folder of none."""
+    names = [f"{'other' if c is None else CLASSES[c]}/{i:04}.png" for i, (c, _, _) in enumerate(answers)]
+    return write_logits(path, logits_of(*[answer[1:] for answer in answers]), root="/data/val", names=names, **how)
+
+
+def drawn_answers(num, seed=0, no_class=0):
+    """The teacher is right as often as it believes."""
+    rng = np.random.default_rng(seed)
+    label, confidence = rng.integers(0, 3, num), rng.uniform(0.34, 0.999, num)
+    true = np.where(rng.random(num) < confidence, label, (label + 1) % 3).tolist()
+    return [(c if i >= no_class else None, k, p) for i, (c, k, p) in
+            enumerate(zip(true, label.tolist(), confidence.tolist(), strict=True))]  # fmt: skip
+
+
+@pytest.mark.parametrize("half", ["all", "choose"])
+@pytest.mark.parametrize("most", [1.0, 0.9])
+def test_calibration_is_a_count(two_files, tmp_path, run, half, most):
+    answers = drawn_answers(400, no_class=30)
+    val, out = write_val(tmp_path / "val.h5", answers, unreadable=range(50, 70)), tmp_path / "o.h5"
+    flags = ["--calibration", val, "--val-half", half, "--max-confidence", most, "--threshold", 0.4]
+    done = run(*two_files, "--out", out, *flags)
+    assert done.returncode == 0, done
+    report = json.loads(out.with_suffix(".json").read_text())["calibration"]
+    columns = read_logits(val)
+    judged = [hashlib.blake2b(path, digest_size=16).digest()[0] % 2 == 1 for path in columns["path"].tolist()]
+    counts = [i for i in range(400) if answers[i][0] is not None and not 50 <= i < 70]
+    counts = [
+        i for i in counts if columns["confidence"][i] <= np.float32(most) and not (half == "choose" and judged[i])
+    ]
+    assert report["images"] == len(counts) and (half == "all" or 120 < len(counts) < 230)
+    assert [point["threshold"] for point in report["curve"]] == [i / 100 for i in range(100)]
+    for point in [*report["curve"], report["at"]]:
+        kept = [i for i in counts if columns["confidence"][i] > np.float32(point["threshold"])]
+        right = sum(columns["label"][i] == answers[i][0] for i in kept)
+        assert (point["kept"], point["right"]) == (len(kept), right)
+        assert point["share"] == len(kept) / len(counts)
+        assert point["precision"] == (right / len(kept) if kept else None)
+        assert point["share_interval"] == pytest.approx(interval_of(len(kept), len(counts)), abs=1e-6)
+        assert point["precision_interval"] == pytest.approx(interval_of(right, len(kept)), abs=1e-6)
+    assert report["at"]["threshold"] == 0.4 and report["min_precision"] is None
+    at = report["curve"][40]
+    assert f"threshold 0.4: {at['right']} of {at['kept']}, {100 * at['precision']:.1f} (" in done.stdout
+    without = tmp_path / "without.h5"
+    assert run(*two_files, "--out", without, "--max-confidence", most, "--threshold", 0.4).returncode == 0
+    assert data_of(out) == data_of(without), "the curve alone chooses nothing"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 90), st.integers(0, 2**32), st.sampled_from([0.5, 0.8, 0.9, 0.95, 1.0]))
+def test_the_threshold_is_the_lowest_at_which_so_many_are_right(num, seed, wanted):
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.1, 1, num).astype(np.float32)
+    right = rng.random(num) < confidence ** rng.choice([0.2, 1, 3])
+    curve = [balance.answers_above(step / 100, confidence, right) for step in range(100)]
+    at, reached = balance.choose_threshold(curve, wanted)
+    allowed = {}  # {threshold: share that is right}
+    for step in range(100):
+        above = right[confidence > np.float32(step / 100)]
+        if len(above) >= (20 if num >= 20 else 1):
+            allowed[step / 100] = above.mean()
+    good = [threshold for threshold, precision in allowed.items() if precision >= wanted]
+    assert reached == bool(good)
+    assert at["threshold"] == (min(good) if good else min(t for t in allowed if allowed[t] == max(allowed.values())))
+
+
+def test_what_is_printed_holds_on_fresh_images():
+    """Of the intervals at a given threshold 95 percent hold; that it is chosen on the same images costs little."""
+    num_inside = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        confidence = rng.uniform(0.1, 1, 300).astype(np.float32)
+        right = rng.random(300) < 0.2 + 0.75 * confidence
+        curve = [balance.answers_above(step / 100, confidence, right) for step in range(100)]
+        at, _ = balance.choose_threshold(curve, 0.85)
+        low, high = at["precision_interval"]
+        of_fresh = 0.2 + 0.75 * (1 + max(at["threshold"], 0.1)) / 2  # of any number: the mean of a uniform confidence
+        num_inside += low <= of_fresh <= high
+    assert 180 <= num_inside < 200
+
+
+def test_min_precision_sets_the_threshold_of_the_selection(two_files, tmp_path, run):
+    """Above 0.5, 40 of 50 are right, above 0.6 38 of 40, and above 0.7 5 of 5: too few to count."""
+    answers = [(0, 0, 0.55)] * 2 + [(1, 0, 0.55)] * 8 + [(0, 0, 0.65)] * 33 + [(1, 0, 0.65)] * 2 + [(0, 0, 0.75)] * 5
+    val, out = write_val(tmp_path / "val.h5", answers), tmp_path / "o.h5"
+
+    def chosen(wanted):
+        done = run(*two_files, "--out", out, "--calibration", val, "--min-precision", wanted)
+        assert done.returncode == 0, done
+        _, attrs, _ = read_selection(out)
+        report = json.loads(out.with_suffix(".json").read_text())
+        assert attrs["threshold"] == report["threshold"] == report["calibration"]["at"]["threshold"]
+        assert report["above_threshold"] == {0.0: 9, 0.55: 6}[attrs["threshold"]]
+        return attrs["threshold"], report["calibration"]["reached"], done.stdout
+
+    assert chosen(0.8)[:2] == (0.0, True)
+    assert chosen(0.95)[:2] == (0.55, True)
+    threshold, reached, printed = chosen(0.96)
+    assert (threshold, reached) == (0.55, False)
+    assert "--min-precision 0.96 is not reached" in printed and "38 of 40, 95.0 (83.5 to 98.6) percent" in printed
+
+
+def test_what_cannot_calibrate_is_a_mistake(two_files, tmp_path, run):
+    answers, out = drawn_answers(40), tmp_path / "o.h5"
+    val = write_val(tmp_path / "val.h5", answers)
+    base = [*two_files, "--out", out, "--calibration"]
+    assert_mistake(run(*base, val, "--min-precision", 0.9, "--threshold", 0.3), "--min-precision", "--threshold")
+    assert_mistake(run(*two_files, "--out", out, "--min-precision", 0.9), "--min-precision", "--calibration")
+    assert_mistake(run(*two_files, "--out", out, "--val-half", "choose"), "--val-half", "--calibration")
+    assert_mistake(run(*base, val, "--min-precision", 1.5), "--min-precision", "1.5")
+    top_p = ["--method", "top-p", "--per-class", 2]
+    assert_mistake(run(*base, val, *top_p), "--calibration", "top-p")
+    assert_mistake(run(*two_files, "--out", val, "--calibration", val), "--out", "val.h5")
+    assert_mistake(run(*base, tmp_path / "none.h5"), "none.h5")
+    wrong = {
+        "teacher": write_val(tmp_path / "a-teacher.h5", answers, teacher="b" * 64),
+        "classes": write_val(tmp_path / "b-classes.h5", answers, classes=["ant", "bee", "dog"]),
+        "0 of its 40": write_val(tmp_path / "c-no-class.h5", drawn_answers(40, no_class=40)),
+        "none of these": write_val(tmp_path / "d-unreadable.h5", answers, unreadable=range(40)),
+        "unfinished": write_val(tmp_path / "e-unfinished.h5", answers),
+    }
+    with h5py.File(wrong["unfinished"], "r+") as file:
+        file["status"][3] = common.TODO
+    for word, path in wrong.items():
+        assert_mistake(run(*base, path, "--min-precision", 0.9), path.name, word)
+    assert not out.exists()
+    sure = write_val(tmp_path / "sure.h5", [(0, 0, 0.99)] * 30 + [(1, 0, 0.97)] * 30)
+    assert_mistake(run(*base, sure, "--min-precision", 0.9), "--min-precision", "0.97", "0.95")
+
+
+# what it says of itself
+
+
+def test_k_and_what_it_costs_are_explained(tmp_path, run):
+    sizes = {0: 7, 1: 2, 2: 4}
+    rows = [(c, 0.9) for c, num in sizes.items() for _ in range(num)]
+    one, out = write_logits(tmp_path / "a.h5", logits_of(*rows)), tmp_path / "o.h5"
+    said = run(one, "--out", out, "--threshold", 0.4).stdout
+    assert "K = 4: class 'cat' is the lower median of 3 with 2 to 7 images above the threshold; 3 images beyond" in said
+    assert "2 copies" in said
+    said = run(one, "--out", out, "--threshold", 0.4, "--per-class", 5).stdout
+    assert "K = 5: --per-class; 2 images beyond" in said and "4 copies" in said
+    assert "K = " not in run(one, "--out", out, "--threshold", 0.4, "--per-class", "all").stdout
+
+
+def test_an_empty_class_is_named_with_what_to_do(two_files, tmp_path, run):
+    done = run(*two_files, "--out", tmp_path / "o.h5", "--threshold", 0.4)
+    assert done.returncode == 0
+    (line,) = [line for line in done.stdout.splitlines() if "without any image" in line]
+    assert "cat (2 labelled so, the surest 0.380)" in line and "a lower threshold" in line and "bee" not in line
+    assert "K = 2: class 'bee' is the lower median of 2 with 2 to 5" in done.stdout, "the empty class counts not"
 
 
 def data_of(path):
@@ -512,7 +680,7 @@ def test_of_many_classes_the_fattest_and_the_thinnest_are_drawn(tmp_path, monkey
     classes = [f"c{c:02}" for c in range(num_classes)]
     path = write_logits(tmp_path / "l.h5", logits, root=tiny_data / "unlabeled", names=names, classes=classes)
     figures = []
-    monkeypatch.setattr(balance, "save_figure", lambda plt, path: figures.append(plt.gcf()))
+    monkeypatch.setattr(common, "save_figure", lambda plt, path: figures.append(plt.gcf()))
     monkeypatch.setattr(sys, "argv", ["03", str(path), "--out", str(tmp_path / "b.h5"), "--per-class", "30"])
     balance.main()
     axes = figures[0].axes
@@ -520,15 +688,33 @@ def test_of_many_classes_the_fattest_and_the_thinnest_are_drawn(tmp_path, monkey
     assert rows == classes[:39:-1] + classes[19::-1]
     sheet = axes[2].images[0].get_array()
     cells = [
-        sheet[top : top + balance.SIDE, left : left + balance.SIDE]
-        for top in range(0, len(sheet), balance.SIDE + balance.CAPTION)
-        for left in balance.SHEET_LEFT
+        sheet[top : top + common.SIDE, left : left + common.SIDE]
+        for top in range(0, len(sheet), common.SIDE + common.CAPTION)
+        for left in common.SHEET_LEFT
     ]
     there = {name for name in names if (tiny_data / "unlabeled" / name).exists()}
     num_drawn = sum(bool((cell < 255).any()) for cell in cells)
     assert num_drawn == len(there & {names[i] for i in range(len(names))} & drawn(label)) > 0
     heights = {c.get_label(): [bar.get_height() for bar in c] for c in axes[0].containers}
     assert heights["candidates"] == [*range(60, 40, -1), *range(20, 0, -1)] and set(heights["examples"]) == {30}
+
+
+def test_the_picture_shows_the_calibration(two_files, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda plt, path: figures.append(plt.gcf()))
+    val = write_val(tmp_path / "val.h5", drawn_answers(100))
+    flags = ["--out", tmp_path / "o.h5", "--calibration", val, "--min-precision", "0.8"]
+    monkeypatch.setattr(sys, "argv", ["03", *map(str, two_files), *map(str, flags)])
+    balance.main()
+    report = json.loads((tmp_path / "o.json").read_text())
+    axis, curve = figures[0].axes[3], [point for point in report["calibration"]["curve"] if point["kept"]]
+    precision, share, chosen = axis.get_lines()
+    for line, what in ((precision, "precision"), (share, "share")):
+        assert line.get_xdata().tolist() == [point["threshold"] for point in curve]
+        assert line.get_ydata().tolist() == [point[what] for point in curve]
+    assert chosen.get_xdata() == [report["threshold"]] * 2 and len(axis.collections) == 2, "the intervals"
+    boxes = [axis.get_position() for axis in figures[0].axes]
+    assert boxes[3].y0 > max(box.y1 for box in boxes[:3]), "it lies over another"
 
 
 def drawn(label: np.ndarray) -> set[str]:
