@@ -76,7 +76,7 @@ def main() -> None:
     stage = "teacher"
     model, arch_options, origin = model_of(stage, setup, classes, args)
     plan = plan_of(args, recipe.epochs, len(train_images) / num_labeled)
-    header = {"stage": stage, "arch": setup.arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
+    header = {"stage": stage, "arch": setup.arch, "arch_options": arch_options, "classes": classes, **view.header}
     header |= {"data": os.path.abspath(args.data)} if args.data else {}  # the next student's default
     header |= {"inputs": inputs}
     run = Run(args, processes, model, header, plan, (val_images, val_labels), num_labeled, bad, begun, setup.noise)

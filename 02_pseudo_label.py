@@ -8,35 +8,36 @@ without stochastic depth. The student must find the same answer under noise (191
 reads   --teacher model.pt, and a folder of images in any nesting, with .tar shards in place; or --only balanced.h5 and
         the logits file that it names: a better teacher labels the selected images alone (the official "reassign")
 writes  logits.h5: one row an image, in path order. The same command continues it, with any number of processes
+        --csv FILE: the labels as text. Of a single image the five best classes are printed
 
     python 02_pseudo_label.py --teacher runs/teacher/model.pt --unlabeled DATA/unlabeled --out runs/logits.h5
     torchrun --nproc-per-node 8 02_pseudo_label.py --teacher runs/teacher/model.pt --out runs/logits.h5
     python 02_pseudo_label.py --teacher runs/student/model.pt --only runs/balanced.h5 --out runs/newer.h5
+    python 02_pseudo_label.py --teacher runs/student/model.pt --unlabeled photo.jpg --out runs/photo.h5
 """
 
 import argparse
 import json
 import math
 import os
-import shutil
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0, write_atomically  # program
+from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0  # program
 from common import StopSignal, init_processes, progress, wait_until  # processes
 from common import recipe_of, resolution_of  # models
 from common import rand_augment  # noise
 from common import View, normalize  # views
-from common import ImageList, digests_of_val, is_lost, root_of, unlabeled_images  # listing
+from common import digests_of_val, images_at, is_lost, root_of  # listing
 from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
-from common import DONE, HELD_OUT, LABEL_FILE_COLUMNS, LOGITS_FORMAT, TODO, UNREADABLE  # label files
-from common import image_list, map_dataset, open_label_file, read_held_out, selected_images, status_of
+from common import DONE, HELD_OUT, LOGITS_FORMAT, TODO, UNREADABLE  # label files
+from common import create_logits, image_list, map_dataset, open_label_file, read_classes, read_held_out
+from common import selected_images, status_of, write_csv
 from common import load_model  # checkpoints
 from common import autocast, noise_model, precision_of, step_generator  # training
 
@@ -47,57 +48,34 @@ def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--teacher", type=Path, required=True, help="checkpoint whose averaged weights label")
-    add("--unlabeled", type=os.path.abspath, help="images and .tar shards; None: unlabeled/ of the teacher's data")
+    unlabeled = "images and .tar shards, or one image: its best classes are printed; None: unlabeled/ of teacher's data"
+    add("--unlabeled", type=os.path.abspath, metavar="DIR|IMAGE", help=unlabeled)
     add("--only", type=Path, help="balanced.h5: label its images alone, at their old rows; for 04 --logits")
     add("--out", type=Path, required=True, help="the logits file; one that exists is continued")
+    add("--csv", type=Path, help="the labels as text too: path,class,confidence, a line a readable image")
     noised = {"nargs": "?", "metavar": "M", "type": at_least(0), "const": math.nan}
     add("--noised", **noised, help="a noised teacher: dropout, 2 ops of magnitude M; without M the recipe's, else 9")
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")
     add_device_flags(parser)
-    return parser.parse_args()
-
-
-def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int, held_out=(), **attributes) -> None:
-    """Write a logits.h5 in which no row is done; `num_wanted` rows will be filled.
-
-    Every dataset is contiguous and has its place from the start (sparse on disk). So any number of processes can fill
-    it with os.pwrite: the HDF5 structure does not change, and the file opens at any moment, after a `kill -9` too.
-    """
-    num, text = len(images), h5py.string_dtype("utf-8", images.path.dtype.itemsize)
-    needed = num * (text.itemsize + 17) + num_wanted * (2 * len(classes) + 8)  # bytes of all columns
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(folder).free) < needed:
-        fail(f"{path}: {num_wanted} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
-    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # h5py's own calls cannot ask for these three
-    creation.set_layout(h5py.h5d.CONTIGUOUS)
-    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    columns = {name: (np.dtype(dtype), (num,)) for name, dtype in LABEL_FILE_COLUMNS[LOGITS_FORMAT].items()}
-    columns |= {"path": (text, (num,)), "logits": (np.dtype("f2"), (num, len(classes)))}
-    columns |= {"held_out": (np.dtype("u1"), (len(held_out), 16))} if held_out else {}
-    aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
-    with write_atomically(path) as temporary, h5py.File(temporary, "w", **aligned) as file:
-        for name, (dtype, shape) in columns.items():
-            kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape)
-            h5py.h5d.create(file.id, name.encode(), kind, space, creation)
-        file["path"][:] = images.path.astype(text)
-        file["offset"][:], file["size"][:] = images.offset, images.size
-        file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
-        if held_out:
-            file["held_out"][:] = np.frombuffer(b"".join(sorted(held_out)), np.uint8).reshape(-1, 16)
-        file.attrs.update(format=LOGITS_FORMAT, root=images.root, **attributes)
+    args = parser.parse_args()
+    if args.csv and args.csv.absolute() in [path.absolute() for path in (args.teacher, args.out, args.only) if path]:
+        fail(f"--csv {args.csv} would replace another file of this command")
+    if args.only and os.path.isfile(args.unlabeled or ""):
+        fail(f"--unlabeled {args.unlabeled} is one image: with --only it is the folder of the selected images")
+    return args
 
 
 def open_output(path: Path, folder: str, teacher_sha256: str, how: dict):
-    """(images, status, digests of val) of a logits file of this folder and teacher; how: its precision and noised."""
+    """(images, status, digests of val) of a logits file of this folder and teacher. how: what it was begun with."""
     with open_label_file(path, LOGITS_FORMAT) as file:
         if file.attrs["teacher_sha256"] != teacher_sha256:
             fail(f"{path} was made by another teacher ({file.attrs['teacher']}): choose another --out")
         if file.attrs["root"] != folder:
             fail(f"{path} is of --unlabeled {file.attrs['root']}, not {folder}: choose another --out")
         for name, now in how.items():  # older files do not say; none of them is noised
-            if (then := file.attrs.get(name, "no" if name == "noised" else now)) != now:
-                fail(f"{path} was begun with --{name} {then}, not {now}: choose another --out")
+            older = {"noised": "no", "crop_mode": "center"}.get(name, now)
+            if (then := file.attrs.get(name, older)) != now:
+                fail(f"{path} was begun with --{name.replace('_', '-')} {then}, not {now}: choose another --out")
         return image_list(file), map_dataset(file, "status"), read_held_out(file)
 
 
@@ -175,6 +153,15 @@ class RowWriter:
         self.sync()
 
 
+def print_best(labels: Path) -> None:
+    """Print the five most probable classes of a file's one image."""
+    with open_label_file(labels, LOGITS_FORMAT) as file:
+        classes, status, confidence = read_classes(file), file["status"][0], file["confidence"][0]
+        logits = file["logits"][0].astype(np.float32)  # the largest is 0, and its probability the confidence
+    for c in np.argsort(-logits, kind="stable")[:5] if status == DONE else ():
+        print0(f"{confidence * np.exp(logits[c]):7.2%}  {classes[c]}")
+
+
 def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | range, dataset: ImageDataset) -> None:
     """Print what the teacher said of the images, and which of them are unreadable."""
     with open_label_file(args.out, LOGITS_FORMAT) as file:
@@ -210,6 +197,7 @@ def main() -> None:
         noise_model(model)
         magnitude = recipe_of(arch, args).magnitude or 9.0 if math.isnan(args.noised) else args.noised
     how = {"precision": precision, "noised": "no" if magnitude is None else f"{magnitude:g}"}
+    how |= {"crop_mode": view.crop_mode}
 
     # List the images. This can take hours and has nothing to save, so until `stop` is there a signal ends the process.
     creates = processes.is_main and not args.out.exists()
@@ -220,7 +208,7 @@ def main() -> None:
         folder = listed.root
     else:
         folder = args.unlabeled or os.path.abspath(os.path.join(data, "unlabeled"))
-        listed = unlabeled_images(folder, data) if creates else []
+        listed = images_at(folder, data) if creates else []
         wanted = range(len(listed))
     stop = StopSignal(processes)
 
@@ -234,8 +222,9 @@ def main() -> None:
     images, status, held_out = open_output(args.out, root_of(folder), sha256, how)
     if not args.only:
         wanted = range(len(images))
-        # Without val/ both of these names stand for a part of train/.
-        listed = unlabeled_images(folder) if os.path.basename(folder) in ("train", "val") else images
+        # Without val/ both of these names stand for a part of train/. One image is not all of its folder.
+        is_part = os.path.basename(folder) in ("train", "val") or os.path.isfile(folder) or len(images) == 1
+        listed = images_at(folder) if is_part else images
         if not np.array_equal(images.path, listed.path):
             fail(f"{args.out} has other images than {folder}: choose another --out")
     elif len(images) != len(listed) or not np.array_equal(images.path[wanted], listed.path[wanted]):
@@ -293,6 +282,10 @@ def main() -> None:
             todo = status_of(args.out, wanted) == TODO
             words = f"{args.out}: {todo.sum()} images are left to the other processes"
             wait_until(lambda: (status_of(args.out, wanted) != TODO).all(), words, stop)
+        if os.path.isfile(folder):
+            print_best(args.out)
+        if args.csv:
+            write_csv(args.csv, args.out, wanted)
         report(args, len(checkpoint["classes"]), wanted, dataset)
 
 

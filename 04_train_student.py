@@ -32,7 +32,7 @@ from torch import Tensor
 from common import add_device_flags, add_init_flag, add_model_flags, add_noise_flags, add_optimization_flags
 from common import add_run_flags, argument_parser, at_least, fail, file_sha256, print0  # the program
 from common import Processes, from_rank0, init_processes  # processes
-from common import View, normalize  # views
+from common import View, crop_mode_of, normalize  # views
 from common import ImageList, digests_of, labeled_images, unlabeled_images  # listing
 from common import Batch, unreadable_images  # batches
 from common import DONE, LOGITS_FORMAT, TODO, image_list, map_dataset, open_label_file  # label files
@@ -126,7 +126,7 @@ class TeachersLabels:
     """Labels that the teacher gives while the student trains: from the clean view, as stage 02 would give them.
 
     Called with a batch of unlabelled images whose first view is the clean one, it returns targets (m, C) in the order
-    of `classes`. `source` has the defaults of the student: arch, arch_options, image_size, data.
+    of `classes`. `source` has the defaults of the student: arch, arch_options, image_size, crop mode, data.
     """
 
     def __init__(self, args: argparse.Namespace, processes: Processes):
@@ -158,7 +158,7 @@ class StoredLabels:
 
     Called with a batch of selected images it returns targets (m, C) in the order of `classes`. Nothing is read as a
     whole: the columns are mapped, and the processes and loaders of a machine share one copy. `source` has the defaults
-    of the student: arch, image_size, data.
+    of the student: arch, image_size, crop mode, data.
     """
 
     view = None  # no clean view is needed
@@ -194,6 +194,7 @@ class StoredLabels:
         self.logits = {i: map_dataset(file, "logits") for i, file in files.items()}
         self.source = {"arch": file.attrs["arch"], "image_size": int(file.attrs["image_size"])}
         self.source |= {"data": os.path.dirname(file.attrs["root"]), "arch_options": options_of(file)}
+        self.source |= {"crop_mode": crop_mode_of(file.attrs)}
         if args.teacher and file_sha256(args.teacher) != file.attrs["teacher_sha256"]:
             print0(f"--teacher {args.teacher} gives the defaults alone: the labels are of {file.attrs['teacher']}")
         self.temperature = (0 if method == "top-p" else 1) if args.temperature is None else args.temperature
@@ -230,7 +231,7 @@ def main() -> None:
     begun = previous_run(args)
 
     # What the unlabelled images are said to show, and what the student takes over from its teacher unless a flag says
-    # otherwise: the data, the architecture, the image size.
+    # otherwise: the data, the architecture, the image size and the crop mode.
     labels_of = StoredLabels(args) if args.pseudo_labels else TeachersLabels(args, processes)
     source = read_checkpoint(args.teacher) if args.teacher else labels_of.source
     setup = setup_of(args, source)
@@ -269,7 +270,7 @@ def main() -> None:
     model, arch_options, origin = model_of(stage, setup, classes, args)
     steps_per_epoch = len(train_images) / num_labeled if num_labeled else len(pseudo_images) / num_unlabeled
     plan = plan_of(args, recipe.epochs, steps_per_epoch)
-    header = {"stage": stage, "arch": setup.arch, "arch_options": arch_options, "classes": classes, **view._asdict()}
+    header = {"stage": stage, "arch": setup.arch, "arch_options": arch_options, "classes": classes, **view.header}
     header |= {"data": os.path.abspath(data), "inputs": inputs}  # data: the next student's default
     num_images = num_labeled + num_unlabeled
     run = Run(args, processes, model, header, plan, (val_images, val_labels), num_images, bad, begun, setup.noise)

@@ -146,7 +146,7 @@ def main() -> None:
     freeze(model, args.frozen_blocks, args.train)
     plan = plan_of(args, args.epochs, len(train_images) / args.batch_size, DECAYED)
     header = {key: value for key, value in source.items() if key not in ("training", "metrics", "model")}
-    header |= {"stage": "fixres", "data": os.path.abspath(data), "inputs": inputs, **view._asdict()}
+    header |= {"stage": "fixres", "data": os.path.abspath(data), "inputs": inputs, **view.header}
     run = Run(args, processes, model, header, plan, (val_images, val_labels), args.batch_size, bad, begun)
     run.announce(f"fine-tuned from {old_size} px", f"{len(train_images)} labelled images, {args.batch_size} a step")
 

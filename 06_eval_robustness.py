@@ -528,7 +528,7 @@ def images_of(folder: Path, classes: list[str]) -> tuple[ImageList, np.ndarray]:
 
 def stored(view: View) -> View:
     """The view of an image that was cropped before it was stored: all of it, resized if it has another size."""
-    return view._replace(crop_fraction=1.0, interpolation="bicubic")
+    return view._replace(crop_mode="squash", interpolation="bicubic")
 
 
 def measure_folder(folder: Path, subset: bool, tested: TestedModel, item: str, args, processes: Processes) -> dict:

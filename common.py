@@ -11,7 +11,7 @@ noise             RandAugment on whole uint8 batches, by tables and by moving pi
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
 listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
 batches           views as a dataset, keys (which images a step gets, in what order), loaders, the unreadable images
-label files       opening logits.h5 and balanced.h5, which may be a stranger's; mapping their columns; selected images
+label files       creating logits.h5; opening it and balanced.h5, a stranger's too; as CSV; selected images
 optimization      the plan of a run and its learning rate, plateaus, RMSprop, averaged weights, soft cross-entropy
 checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed, their inputs compared; metrics
 training          a model as the flags want it, precision, DDP, random numbers of a step, parts of a batch, evaluation
@@ -37,6 +37,7 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import signal
 import stat
 import sys
@@ -47,7 +48,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -142,6 +143,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--arch", help="efficientnet_b0..b7, _l0.._l2, also after tf_, or torchvision's; None: --init's, teacher's, B0")
     add("--image-size", type=at_least(1, int), help="training resolution, pixels; None: --init's, teacher's, model's")
+    crop_mode = "the view of images that are no squares: middle, all, all in a grey square; None: --init's, teacher's"
+    add("--crop-mode", choices=CROP_MODES, help=crop_mode)
     add("--small-images", action=SWITCH, help="model and noise for 32 pixels; None: as --init or the teacher has it")
     add("--dropout", type=at_least(0), help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=at_least(0), help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
@@ -773,6 +776,27 @@ def timm_to_own(name: str) -> str:
     return f"{TIMM_TOP.get(layer, layer)}.{tensor}"
 
 
+def timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of an EfficientNet, `tf_` or not, by the names of timm's model of the same name: see docs/use.md.
+
+    ValueError for another model: those of `timm/NAME` have timm's names, all others torchvision's.
+    """
+    top = {own: theirs for theirs, own in TIMM_TOP.items()}
+    first, later = ({own: theirs for theirs, own in table.items()} for table in (TIMM_FIRST, TIMM_BLOCK))
+    renamed = {}
+    for name, tensor in weights.items():
+        layer, _, last = name.rpartition(".")
+        theirs = top.get(layer)
+        if found := re.fullmatch(r"features\.(\d)\.(\d+)\.block\.(.+)", layer):
+            stage, block, part = found.groups()
+            if part := (first if stage == "1" else later).get(part):
+                theirs = f"blocks.{int(stage) - 1}.{block}.{part}"
+        if theirs is None:
+            raise ValueError(f"{name!r} is not of an EfficientNet of this toolkit or torchvision")
+        renamed[f"{theirs}.{last}"] = tensor
+    return renamed
+
+
 def own_names(weights: dict, like: Iterable[str] = ()) -> dict[str, Tensor]:
     """A state_dict by our names: out of its containers, without the prefixes of wrappers, timm's names translated.
 
@@ -862,11 +886,11 @@ def published_weights(arch: str, num_pixels: int | None) -> dict:
             view = view.at(num_pixels or view.image_size)
             size = img_size_option(arch, view.image_size)  # the positions of a ViT are resized
             model = import_timm().create_model(arch.removeprefix("timm/"), pretrained=True, **size)
-            return {"arch": arch, "model": model.state_dict(), **view._asdict()}
+            return {"arch": arch, "model": model.state_dict(), **view.header}
         if arch not in models.list_models(module=models):
             fail(f"--init published: --arch {arch} has no published weights that torchvision or timm can download")
         weights = models.get_model_weights(arch).DEFAULT
-        return {"arch": arch, "model": weights.get_state_dict(), **torchvision_view(weights)._asdict()}
+        return {"arch": arch, "model": weights.get_state_dict(), **torchvision_view(weights).header}
     except (OSError, RuntimeError, ValueError) as error:  # no network, and what each makes of it
         fail(f"--init published: the weights of {arch} cannot be downloaded ({str(error)[:150]})")
 
@@ -907,7 +931,7 @@ def initial_weights(init: str | Path, arch: str | None, num_pixels: int | None) 
             fail(f"--arch {arch}: neither an EfficientNet nor one of torchvision's classification models")
         published = list(models.get_model_weights(arch))
         view = torchvision_view(next((one for one in published if Path(one.url).name == Path(init).name), published[0]))
-    return {"arch": arch, "model": source, **view._asdict()}
+    return {"arch": arch, "model": source, **view.header}
 
 
 def has_names(classes: list[str]) -> bool:
@@ -983,7 +1007,8 @@ def img_size_option(arch: str, image_size: int) -> dict[str, int]:
 
 def timm_view(config) -> "View":
     """How images must look for a model of timm."""
-    return View(config.input_size[-1], config.crop_pct, config.interpolation, tuple(config.mean), tuple(config.std))
+    look = config.interpolation, tuple(config.mean), tuple(config.std), config.crop_mode
+    return View(config.input_size[-1], config.crop_pct, *look)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1318,6 +1343,15 @@ def default_crop_fraction(image_size: int) -> float:
     return image_size / (image_size + 32) if image_size > 64 else 1.0
 
 
+CROP_MODES = ("center", "squash", "border")
+
+
+def crop_mode_of(source: Mapping) -> str:
+    """The crop mode of a checkpoint or of the attributes of a logits file; where none is said it is the papers'."""
+    mode = source.get("crop_mode", "center")
+    return mode if mode in CROP_MODES else fail(f"crop_mode is {mode!r}, expected one of {', '.join(CROP_MODES)}")
+
+
 class View(NamedTuple):
     """How a model sees an image when it labels or is tested. It travels in every checkpoint under these names."""
 
@@ -1326,14 +1360,27 @@ class View(NamedTuple):
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of values in 0..1
     std: tuple[float, float, float] = IMAGENET_STD
+    # center: the centre square. squash: the whole image, whatever its shape. border: the whole image in a grey square.
+    crop_mode: str = "center"
 
     @classmethod
     def of(cls, checkpoint: dict) -> "View":
-        return cls(**{name: checkpoint[name] for name in cls._fields if name in checkpoint})
+        known = {name: checkpoint[name] for name in cls._fields if name in checkpoint}
+        return cls(**known | {"crop_mode": crop_mode_of(checkpoint)})
 
     @classmethod
-    def default(cls, image_size: int) -> "View":
-        return cls(image_size, default_crop_fraction(image_size))
+    def default(cls, image_size: int, crop_mode: str = "center") -> "View":
+        return cls(image_size, default_crop_fraction(image_size), crop_mode=crop_mode)
+
+    @property
+    def header(self) -> dict:
+        """The view as a checkpoint has it: the papers' crop mode is not written."""
+        return {name: value for name, value in self._asdict().items() if (name, value) != ("crop_mode", "center")}
+
+    @property
+    def enough(self) -> int:
+        """Pixels of the short side of an image that leave the resize enough to average: twice what it needs."""
+        return math.ceil(2 * self.image_size / (self.crop_fraction if self.crop_mode == "center" else 1))
 
     def at(self, image_size: int) -> "View":
         """The same view at another size. The crop belongs to the size: at its own size a view keeps the one it has."""
@@ -1356,14 +1403,42 @@ class Crop(NamedTuple):
     image_size: int  # pixels
     min_area: float | None  # smallest share of the area; None: the clean view, which `small_image_noise` shifts
     hflip: bool
+    crop_mode: str = "center"  # border: a part of the padded image; otherwise of the image as it is
+
+
+def square_around(image: Image.Image) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """(image, the box of the smallest square around it, in pixels of the image: it begins left of it or above it).
+
+    A square of more pixels than an image may have, around a long strip, would fill the memory: that image is shrunk.
+    """
+    if (side := max(image.size)) ** 2 > Image.MAX_IMAGE_PIXELS:
+        scale = math.isqrt(Image.MAX_IMAGE_PIXELS) / side
+        image = image.resize([max(1, int(scale * length)) for length in image.size])
+        side = max(image.size)
+    left, top = -((side - image.width) // 2), -((side - image.height) // 2)
+    return image, (left, top, left + side, top + side)
+
+
+def cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The part of an RGB image in a box, in whole pixels: grey 128 where the box is outside (Pillow's crop: black)."""
+    left, top, right, bottom = box
+    if left >= 0 and top >= 0 and right <= image.width and bottom <= image.height:
+        return image.crop(box)
+    part = Image.new("RGB", (right - left, bottom - top), (128, 128, 128))
+    part.paste(image, (-left, -top))
+    return part
 
 
 def eval_view(image: Image.Image, view: View) -> np.ndarray:
-    """The clean view, what a teacher labels: the centre square, antialiased, uint8 (size, size, 3)."""
+    """The clean view, what a teacher labels: see `View.crop_mode`. Antialiased, uint8 (size, size, 3)."""
+    if view.crop_mode == "border":
+        image = cut(*square_around(image))
     width, height = getattr(image, "full_size", image.size)
-    side = max(1, int(view.crop_fraction * min(width, height)))
-    left, top = (width - side + 1) // 2, (height - side + 1) // 2  # official preprocessing.py:104-134
-    box = (left, top, left + side, top + side)
+    box = (0, 0, width, height)
+    if view.crop_mode == "center":
+        side = max(1, int(view.crop_fraction * min(width, height)))
+        left, top = (width - side + 1) // 2, (height - side + 1) // 2  # official preprocessing.py:104-134
+        box = (left, top, left + side, top + side)
     if (scale := round(width / image.width)) > 1:
         box = tuple(edge / scale for edge in box)
     else:  # resize(box=...) alone would look at pixels around the box
@@ -1374,24 +1449,25 @@ def eval_view(image: Image.Image, view: View) -> np.ndarray:
 def random_view(image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.ndarray:
     """Inception crop: `min_area` to all of the area, aspect 3/4 to 4/3, bicubic, half of them mirrored.
 
-    Official preprocessing.py:81-102 tries 10 times and then takes the centre. Areas and log-aspects are uniform, as in
-    torchvision; TensorFlow's sampler draws heights uniformly (deviation).
+    Official preprocessing.py:81-102 tries 10 times and then takes the clean view. Areas and log-aspects are uniform, as
+    in torchvision; TensorFlow's sampler draws heights uniformly (deviation).
     """
-    size = crop.image_size
+    size, clean = crop.image_size, View.default(crop.image_size, crop.crop_mode)
     if crop.min_area is None:
-        return eval_view(image, View.default(size))
-    width, height = image.size
+        return eval_view(image, clean)
+    image, (x, y, right, bottom) = square_around(image) if crop.crop_mode == "border" else (image, (0, 0, *image.size))
+    width, height = right - x, bottom - y
     for _ in range(10):
         area = width * height * rng.uniform(crop.min_area, 1)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
-            box = (left, top, left + crop_width, top + crop_height)
-            view = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+            box = (x + left, y + top, x + left + crop_width, y + top + crop_height)
+            view = np.asarray(cut(image, box).resize((size, size), Image.Resampling.BICUBIC))
             break
     else:
-        view = eval_view(image, View.default(size))
+        view = eval_view(image, clean)
     return view[:, ::-1] if crop.hflip and rng.random() < 0.5 else view
 
 
@@ -1675,11 +1751,20 @@ def unlabeled_images(folder: str | Path, data: str | Path | None = None) -> Imag
     return images
 
 
-def root_of(folder: str) -> str:
-    """Where the images of `unlabeled_images(folder)` lie: a held-out tenth is in train/."""
-    parent, name = os.path.split(folder)
+def images_at(path: str, data: str | Path | None = None) -> ImageList:
+    """What stage 02 labels: a single image file, whatever its name, or `unlabeled_images` of a folder."""
+    if not os.path.isfile(path):
+        return unlabeled_images(path, data)
+    return ImageList(os.path.dirname(path), *image_columns([(os.fsencode(os.path.basename(path)), 0, 0)]))
+
+
+def root_of(path: str) -> str:
+    """Where the images of `images_at(path)` lie: a held-out tenth is in train/, a file in its folder."""
+    parent, name = os.path.split(path)
+    if os.path.isfile(path):
+        return parent
     train = os.path.join(parent, "train")
-    return train if name == "val" and not os.path.isdir(folder) and os.path.isdir(train) else folder
+    return train if name == "val" and not os.path.isdir(path) and os.path.isdir(train) else path
 
 
 def digests_of(images: ImageList) -> frozenset[bytes]:
@@ -1691,12 +1776,15 @@ def digests_of(images: ImageList) -> frozenset[bytes]:
     return frozenset(digests)
 
 
-def digests_of_val(data: str | None, folder: str) -> frozenset[bytes]:
-    """The digests of DATA/val, whose images must not become training images; none where `folder` is val/ or in it."""
+def digests_of_val(data: str | None, path: str) -> frozenset[bytes]:
+    """The digests of DATA/val, whose images must not become training images; none where `path` is val/, in it, or one
+    image: nobody trains on that."""
+    if os.path.isfile(path):
+        return frozenset()
     if not data or not any(os.path.isdir(os.path.join(data, split)) for split in ("train", "val")):
         print0(f"the teacher's data directory is not there ({data}): images of its val/ cannot be told from others")
         return frozenset()
-    val, folder = Path(os.path.realpath(data), "val"), Path(os.path.realpath(folder))
+    val, folder = Path(os.path.realpath(data), "val"), Path(os.path.realpath(path))
     return frozenset() if val in (folder, *folder.parents) else digests_of(labeled_images(data, "val")[0])
 
 
@@ -1767,8 +1855,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, row = key if isinstance(key, tuple) else (0, key)
         try:
-            # Twice what the view needs leaves its resize enough to average. A random crop may need every pixel.
-            enough = 0 if self.noised else math.ceil(2 * self.clean.image_size / self.clean.crop_fraction)
+            enough = 0 if self.noised else self.clean.enough  # a random crop may need every pixel
             if self.held_out:
                 with self.images.open(row) as file:
                     data = file.read()  # once, for the comparison and for the decoder
@@ -1874,7 +1961,7 @@ def report_bad(num_bad: int, first: list[str], num: int, max_bad: float) -> None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# label files: reading logits.h5 (one row an image) and balanced.h5 (one row a training example)
+# label files: creating and reading logits.h5 (one row an image), reading balanced.h5 (one row a training example)
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGITS_FORMAT, SELECTION_FORMAT = "noisy-student-logits-1", "noisy-student-selection-1"
@@ -1885,6 +1972,37 @@ LABEL_FILE_COLUMNS = {  # of one row an image or example, beside `classes`; path
 }
 LABEL_FILE_TEXTS = {LOGITS_FORMAT: ("root", "teacher", "teacher_sha256"), SELECTION_FORMAT: ("files", "method")}
 TODO, DONE, UNREADABLE, HELD_OUT = 0, 1, 2, 3  # status of a row of logits.h5; HELD_OUT: an image of val
+
+
+def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int, held_out=(), **attributes) -> None:
+    """Write a logits.h5 in which no row is done; `num_wanted` rows will be filled.
+
+    Every dataset is contiguous and has its place from the start (sparse on disk). So any number of processes can fill
+    it with os.pwrite: the HDF5 structure does not change, and the file opens at any moment, after a `kill -9` too.
+    """
+    num, text = len(images), h5py.string_dtype("utf-8", images.path.dtype.itemsize)
+    needed = num * (text.itemsize + 17) + num_wanted * (2 * len(classes) + 8)  # bytes of all columns
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        fail(f"{path}: {num_wanted} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # h5py's own calls cannot ask for these three
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    columns = {name: (np.dtype(dtype), (num,)) for name, dtype in LABEL_FILE_COLUMNS[LOGITS_FORMAT].items()}
+    columns |= {"path": (text, (num,)), "logits": (np.dtype("f2"), (num, len(classes)))}
+    columns |= {"held_out": (np.dtype("u1"), (len(held_out), 16))} if held_out else {}
+    aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
+    with write_atomically(path) as temporary, h5py.File(temporary, "w", **aligned) as file:
+        for name, (dtype, shape) in columns.items():
+            kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape)
+            h5py.h5d.create(file.id, name.encode(), kind, space, creation)
+        file["path"][:] = images.path.astype(text)
+        file["offset"][:], file["size"][:] = images.offset, images.size
+        file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
+        if held_out:
+            file["held_out"][:] = np.frombuffer(b"".join(sorted(held_out)), np.uint8).reshape(-1, 16)
+        file.attrs.update(format=LOGITS_FORMAT, root=images.root, **attributes)
 
 
 def open_label_file(path: str | Path, kind: str) -> h5py.File:
@@ -2055,6 +2173,28 @@ def read_held_out(file: h5py.File) -> frozenset[bytes]:
     if digests.dtype != np.uint8 or digests.shape[1:] != (16,) or digests.nbytes > os.path.getsize(file.filename):
         fail(f"{file.filename}: held_out has the shape {digests.shape} of {digests.dtype}, expected (V, 16) of uint8")
     return frozenset(row.tobytes() for row in digests[:])
+
+
+def write_csv(path: Path, labels: Path, wanted: np.ndarray | range) -> None:
+    """Write `path,class,confidence`, a line an image that has a label, in the order of the rows.
+
+    Names stand in it byte for byte as on the disk, in quotation marks where they hold a comma, a quote or a new line.
+    """
+    with open_label_file(labels, LOGITS_FORMAT) as file:
+        images, classes = image_list(file), read_classes(file)
+        status, label, confidence = (map_dataset(file, name) for name in ("status", "label", "confidence"))
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with write_atomically(path) as temporary, open(temporary, "w", **text) as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "confidence"])
+        num = 0
+        for begin in range(0, len(wanted), 1 << 20):
+            rows = np.asarray(wanted[begin : begin + (1 << 20)])
+            rows = rows[status[rows] == DONE]
+            names = map(os.fsdecode, images.path[rows].tolist())
+            writer.writerows(zip(names, (classes[c] for c in label[rows]), confidence[rows], strict=True))
+            num += len(rows)
+    print0(f"{path}: the labels of {num} images")
 
 
 class SelectedImages:
@@ -2579,7 +2719,10 @@ def setup_of(args: argparse.Namespace, teacher: dict) -> Setup:
         small_images = source.get("arch_options", {}).get("small_images")
     view = View.of(initial) if initial else view_of(arch)
     view = view.at(args.image_size or source.get("image_size", view.image_size))
-    crop = Crop(view.image_size, None if small_images else args.min_crop_area, args.hflip)
+    # Foreign weights say nothing of a crop mode, unless it is another one than the papers'.
+    say = (crop_mode_of(one) for one in (initial, teacher) if {"format", "crop_mode"} & one.keys())
+    view = view._replace(crop_mode=args.crop_mode or next(say, view.crop_mode))
+    crop = Crop(view.image_size, None if small_images else args.min_crop_area, args.hflip, view.crop_mode)
     recipe = recipe_of(arch, args)
     words = {"recipe": recipe, "resolution": resolution_of(arch), "small_images": small_images, "hflip": args.hflip}
     return Setup(arch, small_images, view, crop, recipe, partial(add_noise, **words), initial)

@@ -60,6 +60,7 @@ from common import (
     at_least,
     autocast,
     build_model,
+    create_logits,
     fuse_batch_norms,
     init_processes,
     load_weights,
@@ -68,8 +69,6 @@ from common import (
     rand_augment,
     save_checkpoint,
 )
-
-create_logits = load_stage("02_pseudo_label").create_logits
 
 
 def parse_args() -> argparse.Namespace:

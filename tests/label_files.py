@@ -8,9 +8,7 @@ import h5py
 import numpy as np
 
 import common
-from conftest import load_stage
-
-create_logits = load_stage("02_pseudo_label").create_logits
+from common import create_logits
 
 CLASSES = ["ant", "bee", "cat"]  # of these files
 COLUMNS = ("logits", "label", "confidence", "status", "path", "offset", "size")

@@ -1,9 +1,11 @@
 """Stage 02: labels that are the teacher's, rows that never shift, runs that are killed, files that go away, a selection
 that is labelled again."""
 
+import csv
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -629,12 +631,13 @@ def test_a_file_without_digests_of_val_is_filled_as_before(with_copies, label, t
         assert "held_out" not in file
 
 
-@pytest.mark.parametrize("folder", ["val", "val/disc"])
+@pytest.mark.parametrize("folder", ["val", "val/disc", "val/disc/0.png"])
 def test_val_itself_is_labelled_when_it_is_asked_for(folder, with_copies, label, tmp_path):
     data, teacher, _ = with_copies
     assert label("--teacher", teacher, "--unlabeled", data / folder, "--out", tmp_path / "l.h5").returncode == 0
     status = read_logits(tmp_path / "l.h5")["status"]
-    assert len(status) == len(list((data / folder).rglob("*.png"))) and (status == common.DONE).all()
+    num = 1 if folder.endswith(".png") else len(list((data / folder).rglob("*.png")))
+    assert len(status) == num and (status == common.DONE).all()
 
 
 def test_the_held_out_tenth_is_labelled_as_val(with_copies, label, tmp_path):
@@ -660,6 +663,122 @@ def test_labelled_images_among_the_unlabelled_are_refused(with_copies, label, ca
     assert not (tmp_path / "l.h5").exists()
     done = call_main("04_train_student", "--teacher", teacher, "--unlabeled", data, "--out", tmp_path / "s")
     assert_mistake(done, "--unlabeled", data / "train")
+
+
+# the labels as text, and a single image
+
+ODD_NAMES = ["a,b.png", 'say "x".png', "two\nlines.png", "back\rto.png", " spaces .png", "=1+1.png", "ü/é.png", "'.png"]
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.reader(file))
+
+
+def expected_csv(logits: Path) -> list[list[str]]:
+    got, lines = read_logits(logits), [["path", "class", "confidence"]]
+    with h5py.File(logits) as file:
+        classes = [name.decode() for name in file["classes"][:]]
+    columns = (got[name][got["status"] == 1] for name in ("path", "label", "confidence"))
+    return lines + [[os.fsdecode(path), classes[c], str(p)] for path, c, p in zip(*columns, strict=True)]
+
+
+@pytest.mark.parametrize("nproc", [1, 3])
+def test_the_labels_as_csv(nproc, run_stage, tmp_path):
+    """Names byte for byte, whatever they hold; again with the finished file, and with several processes."""
+    names = [*ODD_NAMES, os.fsdecode(b"latin1-\xe9.png"), "no image.png"]
+    files = dict(zip(names, pictures(len(names)).values(), strict=True))
+    folder = write_files(tmp_path / "u", files | {"no image.png": b"no"})
+    make_tar(folder / "z.tar", {"in a,shard.png": pictures(1)["000.png"]})
+    teacher = save_model(tmp_path / "t.pt", CHEAP, ["a,b", 'c"d', "ü"], seed=1)
+    words = ["--teacher", teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5", "--max-bad", 50]
+    table = tmp_path / "new" / "labels.csv"
+    run_stage(STAGE, *words, "--csv", table, nproc=nproc)
+    lines = read_csv(table)
+    assert lines == expected_csv(tmp_path / "l.h5")
+    assert {line[0] for line in lines[1:]} == {*names, "z.tar/in a,shard.png"} - {"no image.png"}
+    assert len({line[1] for line in lines[1:]}) > 1 and table.read_bytes().startswith(b"path,class,confidence\r\n")
+    assert np.float32(lines[1][2]) == read_logits(tmp_path / "l.h5")["confidence"][0]
+    whole, labels = table.read_bytes(), (tmp_path / "l.h5").read_bytes()
+    table.unlink()
+    done = run_stage(STAGE, *words, "--csv", table, nproc=nproc)
+    assert f"{table}: the labels of {len(lines) - 1} images" in done.stdout
+    assert table.read_bytes() == whole and (tmp_path / "l.h5").read_bytes() == labels
+    assert [path.name for path in table.parent.iterdir()] == ["labels.csv"]
+
+
+def test_a_csv_of_a_selection_has_the_selected_images_alone(selected, label, tmp_path):
+    _, better = selected
+    selection = select(tmp_path / "one.h5", {tmp_path / "old-a.h5": [1, 2, 7]})
+    words = ["--teacher", better, "--only", selection, "--out", tmp_path / "n.h5", "--csv", tmp_path / "n.csv"]
+    assert label(*words).returncode == 0
+    assert [line[0] for line in read_csv(tmp_path / "n.csv")] == ["path", "a001.png", "a002.png", "a007.png"]
+    assert read_csv(tmp_path / "n.csv") == expected_csv(tmp_path / "n.h5")
+
+
+def test_a_csv_never_costs_another_file(random_teacher, label, tmp_path):
+    folder = write_files(tmp_path / "u", pictures(3))
+    words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5", "--csv"]
+    for path in (tmp_path / "l.h5", random_teacher):
+        assert_mistake(label(*words, path), "--csv", path)
+    assert not (tmp_path / "l.h5").exists()
+    assert_mistake(label(*words, folder), folder, "expected the name of a file")  # the labels are there all the same
+    assert (read_logits(tmp_path / "l.h5")["status"] == 1).all()
+    assert label(*words, tmp_path / "l.csv").returncode == 0
+    (folder / "bad.png").write_bytes(b"bad")
+    done = label(*words[:-2], tmp_path / "m.h5", "--csv", tmp_path / "m.csv")
+    assert_mistake(done, "bad.png", "--max-bad")
+    assert len(read_csv(tmp_path / "m.csv")) == 4
+
+
+def test_of_a_single_image_the_five_best_classes_are_printed(tiny_data, label, tmp_path):
+    """Even if it is one of val, whose copies among the unlabelled images are left out."""
+    classes = [f"class {c}" for c in range(7)]
+    teacher = save_model(tmp_path / "t.pt", CHEAP, classes, data=str(tiny_data), seed=3)
+    picture = shutil.copy(tiny_data / "val" / "disc" / "0.png", tmp_path / "a photo,1")  # with no ending
+    words = ["--teacher", teacher, "--unlabeled", picture, "--out", tmp_path / "l.h5", "--csv", tmp_path / "l.csv"]
+    for _ in range(2):
+        done = label(*words)
+        assert done.returncode == 0, done
+        model, saved = common.load_model(teacher)
+        view = common.View.of(saved)
+        pixels = torch.from_numpy(common.eval_view(common.load_image(picture), view).copy())
+        with torch.no_grad():
+            probs = model(common.normalize(pixels.permute(2, 0, 1)[None], view)).softmax(1)[0]
+        lines = re.findall(r"^ *([\d.]+)%  (.+)$", done.stdout, re.M)
+        assert [name for _, name in lines] == [classes[c] for c in probs.argsort(descending=True)[:5]]
+        assert [float(share) for share, _ in lines] == pytest.approx(
+            probs.sort(descending=True).values[:5].mul(100).tolist(), abs=0.03
+        )
+    assert read_csv(tmp_path / "l.csv") == expected_csv(tmp_path / "l.h5") and len(read_csv(tmp_path / "l.csv")) == 2
+    with h5py.File(tmp_path / "l.h5") as file:
+        assert file.attrs["root"] == str(tmp_path) and file["path"][:].tolist() == [b"a photo,1"]
+        assert file["status"][:].tolist() == [1] and "held_out" not in file
+    # neither another image nor the whole folder is what this file is of
+    shutil.copy(tiny_data / "val" / "disc" / "1.png", tmp_path / "other.png")
+    for path in (tmp_path / "other.png", tmp_path):
+        words[3] = path
+        assert_mistake(label(*words), tmp_path / "l.h5", path, "--out")
+
+
+def test_a_single_image_that_cannot_be_read_or_is_not_there(random_teacher, label, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    words = ["--teacher", random_teacher, "--unlabeled", tmp_path / "bad.jpg", "--out", tmp_path / "l.h5"]
+    done = label(*words)
+    assert_mistake(done, "1 of 1 images are unreadable", "bad.jpg")
+    assert "%  " not in done.stdout and read_logits(tmp_path / "l.h5")["status"].tolist() == [2]
+    words[3] = tmp_path / "nowhere.jpg"
+    assert_mistake(label(*words[:-1], tmp_path / "n.h5"), "nowhere.jpg", "no such folder")
+
+
+def test_a_single_image_with_fewer_classes_and_several_processes(own_teacher, tiny_data, run_stage, label, tmp_path):
+    picture = tiny_data / "val" / "disc" / "0.png"
+    words = ["--teacher", own_teacher, "--unlabeled", picture, "--out", tmp_path / "l.h5"]
+    done = run_stage(STAGE, *words, nproc=2)
+    assert len(re.findall(r"^ *[\d.]+%  (?:disc|square|triangle)$", done.stdout, re.M)) == 3
+    selection = select(tmp_path / "s.h5", {tmp_path / "l.h5": [0]})
+    done = label(*words[:-1], tmp_path / "n.h5", "--only", selection)
+    assert_mistake(done, "--unlabeled", "one image", "--only")
 
 
 # what a resumed file was begun with, and other systems

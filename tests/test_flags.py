@@ -115,7 +115,8 @@ def test_the_loss_is_the_weighted_sum(weights_of):
 def test_no_flag_is_forgotten_here(name, capsys, monkeypatch):
     """What --help lists is either in the tables above or tested where it belongs."""
     elsewhere = {"--help", "--data", "--out", "--init", "--teacher", "--checkpoint", "--pseudo-labels", "--logits",
-                 "--unlabeled", "--unlabeled-only", "--eval-every", "--compile", "--hflip", "--patience"}  # fmt: skip
+                 "--unlabeled", "--unlabeled-only", "--eval-every", "--compile", "--hflip", "--patience",
+                 "--crop-mode"}  # fmt: skip
     elsewhere |= {"--no-small-images"} | ({"--decays"} if name == "05_fixres_finetune" else set())
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit):

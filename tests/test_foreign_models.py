@@ -59,7 +59,7 @@ def test_a_model_of_timm_goes_through_every_stage(name, tiny_data, call_main, tm
     done = call_main("04_train_student", "--teacher", out / "model.pt", "--init", out / "model.pt", *words)
     assert done.returncode == 0 and "no model noise" in done.stdout, done
     trained = checkpoint_of(student / "model.pt")
-    assert trained["arch"] == arch and {k: trained[k] for k in view._fields} == view._asdict()
+    assert trained["arch"] == arch and common.View.of(trained) == view
 
     words = ["--data", tiny_data, "--out", tmp_path / "r"]
     assert call_main("06_eval_robustness", out / "model.pt", *words).returncode == 0
