@@ -16,11 +16,13 @@ optimization      the plan of a run and its learning rate, plateaus, RMSprop, av
 checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed, their inputs compared; metrics
 training          a model as the flags want it, precision, DDP, random numbers of a step, parts of a batch, evaluation
 the training run  Run, which keeps the books of a run: rate, logs, evaluation, saving, stopping, too many bad images
+results           robustness.json of several models and seeds: intervals, paired differences, a table, a picture
 pictures          matplotlib, sheets of thumbnails, curves.png
 """
 
 import argparse
 import atexit
+import base64
 import contextlib
 import copy
 import csv
@@ -1888,6 +1890,41 @@ class ImageDataset(torch.utils.data.Dataset):
         return Batch(rows, [torch.from_numpy(stack).permute(0, 3, 1, 2) for stack in stacks], errors, held_out)
 
 
+class Videos(ImageDataset):
+    """Videos, such as those of ImageNet-P: a key is a video, its views are its frames. Needs PyAV."""
+
+    def __getitem__(self, row: int):
+        try:
+            with import_av().open(self.images.name(row)) as file:
+                frames = [frame.to_image() for frame in file.decode(video=0)]
+            if len(frames) < 2:
+                raise ValueError(f"{len(frames)} frames")
+            return row, [eval_view(frame, self.clean) for frame in frames], None
+        except Exception as error:  # decoders raise anything
+            return row, None, f"{self.images.name(row)}: {type(error).__name__}: {error}"
+
+
+def import_av():
+    try:
+        import av
+    except ImportError:
+        fail("--imagenet-p: its videos need a package: pip install av")
+    av.logging.set_level(av.logging.PANIC)  # what is wrong with a broken video is said once, by us
+    return av
+
+
+class StoredViews(ImageDataset):
+    """The images of a .npy file of CIFAR-10-C, uint8 (5 N, H, W, 3): the five severities of an image are its views."""
+
+    def __init__(self, array: np.ndarray, view: View):
+        super().__init__(range(len(array) // 5), clean=view)
+        self.array = array
+
+    def __getitem__(self, row: int):
+        rows = range(row, len(self.array), len(self))
+        return row, [eval_view(Image.fromarray(self.array[r]), self.clean) for r in rows], None
+
+
 @lru_cache(maxsize=4)
 def permutation(num: int, seed: int, stream: str, epoch: int) -> np.ndarray:
     return np.random.default_rng(seed_words(seed, f"{stream} order", epoch)).permutation(num)
@@ -3302,6 +3339,174 @@ class Run:
         if self.stop():
             raise SystemExit(143)
         return self.metrics
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results: the rows of robustness.json, seeds together, with their intervals; a table and a picture of them
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Student's t at 97.5 percent, 1 to 10 degrees of freedom.
+T_95 = [12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139]
+
+
+class Row(NamedTuple):
+    """A row of the table: a model, or the same model with several seeds."""
+
+    name: str
+    entries: list[dict]  # one a seed
+    seeds: list[str]
+    values: dict[str, list[float]]  # {heading: a value a seed}, of what all of them have
+    nums: dict[str, int]  # {heading: images behind the value}, where it is a share of images
+
+    def cell(self, heading: str) -> str:
+        """Of several seeds mean +- standard deviation, of one the value +- half of its 95 percent interval."""
+        values = self.values.get(heading, [])
+        if len(values) == 1 and heading in self.nums:
+            return f"{values[0]:.2f} ± {half_interval(values[0] / 100, self.nums[heading]):.2f}"
+        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.2f}{spread}" if values else "-"
+
+
+def half_interval(share: float, num: int) -> float:
+    """Half the width, in points, of the 95 percent interval of a share of `num` images."""
+    return 196 * math.sqrt(share * (1 - share) / num)
+
+
+def interval_over_seeds(differences: np.ndarray) -> tuple[float, float]:
+    """(mean, half of the 95 percent t interval) of one difference a seed, n >= 2."""
+    freedom, z = len(differences) - 1, 1.959964
+    # Above 10 degrees of freedom Cornish and Fisher's series is right to 0.002.
+    series = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t = T_95[freedom - 1] if freedom <= len(T_95) else series
+    return float(differences.mean()), float(t * differences.std(ddof=1) / math.sqrt(len(differences)))
+
+
+def paired_difference(one: dict, other: dict) -> tuple[float, float]:
+    """How much better `one` is than `other`, both `details_of` the same images: (points, half the 95 percent interval).
+
+    b and c images are right in one alone: (b - c) / n +- 1.96 sqrt(b + c - (b - c)^2 / n) / n.
+    """
+    bits = (np.frombuffer(base64.b64decode(entry["right"]), np.uint8) for entry in (one, other))
+    first, second = (np.unpackbits(packed).astype(bool) for packed in bits)
+    num = sum(of_class["num"] for of_class in one["per_class"].values())
+    b, c = int((first & ~second).sum()), int((second & ~first).sum())
+    return 100 * (b - c) / num, 196 * math.sqrt(b + c - (b - c) ** 2 / num) / num
+
+
+def rows_of(results: dict[str, dict], shown: list[tuple[dict, dict]]) -> list[Row]:
+    """The rows of the table. Paths that differ in one folder seedN alone are one model.
+
+    shown: of each entry the values and the numbers of images as a Row has them, one a heading.
+    """
+    groups = {}
+    for (path, entry), columns in zip(results.items(), shown, strict=True):
+        seed = re.search(r"(?<![^/])seed\d+(?=/)", path)
+        model = path[: seed.start()] + "seed*" + path[seed.end() :] if seed else path
+        groups.setdefault(model, []).append((path, seed and seed.group(), entry, *columns))
+    paths = [model if len(entries) > 1 else entries[0][0] for model, entries in groups.items()]
+    rows = []
+    for found, name in zip(groups.values(), short_names(paths), strict=True):
+        _, seeds, entries, values, nums = zip(*found, strict=True)
+        shared = [heading for heading in values[0] if all(heading in of_seed for of_seed in values)]
+        name += f" ({len(entries)} seeds)" if len(entries) > 1 else ""
+        values = {heading: [of_seed[heading] for of_seed in values] for heading in shared}
+        rows.append(Row(name, list(entries), list(seeds), values, nums[0]))
+    return rows
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """runs/demo/student1/model.pt -> student1; the whole path where two share that name."""
+    folders = [Path(path).absolute().parent.name for path in paths]
+    return [path if folders.count(folder) > 1 else folder for path, folder in zip(paths, folders, strict=True)]
+
+
+def compare(rows: list[Row]) -> list[str]:
+    """A line with the differences of the clean top-1 to `control`, or to the first row: image by image, or by seed."""
+    rows = [row for row in rows if "clean top-1" in row.values]
+    base = next((row for row in rows if row.name.split()[0] == "control"), rows[0] if rows else None)
+    found, kind = [], "image by image"
+    for row in rows:
+        seeds = [seed for seed in row.seeds if seed in base.seeds] if row is not base else []
+        if len(seeds) > 1:
+            kind = f"over {len(seeds)} seeds"
+            one, other = (np.array([r.values["clean top-1"][r.seeds.index(s)] for s in seeds]) for r in (row, base))
+            found.append((row.name, *interval_over_seeds(one - other)))
+        elif row is not base and len(row.entries) == len(base.entries) == 1:
+            found.append((row.name, *paired_difference(row.entries[0]["clean"], base.entries[0]["clean"])))
+    if not found:
+        return []
+    differences = ", ".join(f"{name} {points:+.2f} ± {half:.2f}" for name, points, half in found)
+    return [f"Clean top-1 against {base.name}, {kind}, with 95 percent intervals: {differences}."]
+
+
+def worst_pairs(row: Row, num: int = 10) -> list[str]:
+    """A line with the pairs of classes that the model confuses most: true -> said, how many of the true one."""
+    clean = row.entries[0].get("clean", {})
+    if "confusion" not in clean or "clean top-1" not in row.values:
+        return []
+    images, names = np.array(clean["confusion"]), list(clean["per_class"])
+    wrong = images - np.diag(images.diagonal())
+    pairs = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:num], wrong.shape), strict=True)
+    words = [f"{names[t]} -> {names[s]} {wrong[t, s]} of {images[t].sum()}" for t, s in pairs if wrong[t, s]]
+    return [f"- {row.name}: {', '.join(words)}"] if words else []
+
+
+def markdown_table(rows: list[Row], headings: list[str]) -> str:
+    """A line a model, a column for what was measured of any, aligned for reading in a terminal too."""
+    table = [["model", "parameters", *headings]]
+    for row in rows:
+        parameters = f"{row.entries[0]['parameters'] / 1e6:.2f}M" if "parameters" in row.entries[0] else "-"
+        table.append([row.name, parameters, *map(row.cell, headings)])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    lines = [[cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in table]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw_rows(rows: list[Row], headings: list[str], extra: tuple[str, ...], file: Path) -> None:
+    """Bars for the top-1 columns; with corruptions top-1 against severity (without the `extra` ones), and of each; the
+    confusion matrix of the last row, of up to 40 classes."""
+    if (plt := pyplot()) is None:
+        return
+    headings = [heading for heading in headings if not re.search("mCE|mFR|mFP", heading)]
+    corrupted = "corrupted top-1" in headings
+    confused = next((row for row in reversed(rows) if "confusion" in row.entries[0].get("clean", {})), None)
+    confused = confused and (confused if len(confused.entries[0]["clean"]["per_class"]) <= 40 else None)
+    num_panels = 1 + 2 * corrupted + bool(confused)
+    figure, ((bars, *panels),) = plt.subplots(
+        ncols=num_panels, figsize=(3 + 4 * num_panels, 4.4), squeeze=False, layout="constrained"
+    )
+    places, width = np.arange(len(headings)), 0.84 / len(rows)
+    for number, row in enumerate(rows):
+        color, found = f"C{number % 10}", [row.values.get(heading, [np.nan]) for heading in headings]
+        spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in found]
+        heights = [np.mean(values) for values in found]
+        group = bars.bar(places + width * number, heights, width, yerr=spread, color=color, label=row.name)
+        bars.bar_label(group, fmt="%.0f", fontsize=7, padding=1)
+        if "corrupted top-1" in row.values:
+            found = [entry["corrupt"]["per_corruption"] for entry in row.entries]
+            names = list(found[0])
+            top1 = np.mean([[of_seed[name] for name in names] for of_seed in found], axis=0)  # (corruptions, 5)
+            drawn = [name not in extra for name in names]
+            panels[0].plot(range(1, 6), top1[drawn].mean(axis=0), "o-", color=color)
+            panels[1].plot(top1.mean(axis=1), range(len(names)), "o", color=color, alpha=0.8)
+    bars.set_xticks(places + width * (len(rows) - 1) / 2, [heading.replace(" ", "\n") for heading in headings])
+    bars.set_ylabel("top-1 in percent")
+    if corrupted:
+        panels[0].set(xlabel="severity", ylabel="top-1 in percent, mean of the corruptions", xticks=range(1, 6))
+        panels[1].set(xlabel="top-1 in percent, mean of the severities", yticks=range(len(names)))
+        panels[1].set_yticklabels([name.replace("_", " ") for name in names])
+        panels[1].invert_yaxis()
+        panels[1].grid(alpha=0.3)
+    if confused:
+        clean = confused.entries[0]["clean"]
+        images, names = np.array(clean["confusion"]), list(clean["per_class"])
+        panels[-1].imshow(images / images.sum(axis=1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
+        panels[-1].set(xlabel="said", ylabel="true class", title=f"{confused.name}, share of the class")
+        panels[-1].set_xticks(range(len(names)), names, rotation=90)
+        panels[-1].set_yticks(range(len(names)), names)
+    figure.legend(loc="outside upper center", ncols=min(5, len(rows)), frameon=False)
+    save_figure(plt, file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

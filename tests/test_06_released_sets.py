@@ -382,22 +382,6 @@ def test_seeds_are_one_row_and_the_differences_are_paired(work, run_stage, tmp_p
     assert f"student1 (3 seeds) {differences.mean():+.2f} ± {half:.2f}" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("num", "t"), [(2, 12.7062), (5, 2.7764), (11, 2.2281), (12, 2.2010), (21, 2.0860), (61, 2.0003)]
-)
-def test_the_t_interval(num, t):
-    values = np.random.default_rng(num).normal(size=num)
-    mean, half = stage.interval_over_seeds(values)
-    assert mean == pytest.approx(values.mean())
-    assert half == pytest.approx(t * values.std(ddof=1) / num**0.5, rel=1e-3)
-
-
-def test_the_worst_pairs_by_hand():
-    clean = {"per_class": {name: {} for name in "abc"}, "confusion": [[5, 1, 0], [3, 2, 0], [0, 0, 7]]}
-    row = stage.Row("m", [{"clean": clean}], [""], {"clean top-1": [77.8]}, {})
-    assert stage.worst_pairs(row) == ["- m: b -> a 3 of 5, a -> b 1 of 6"]
-
-
 def test_half_of_val(work, run_stage, tmp_path):
     """The halves are disjoint, and both together are val."""
     for half in ("choose", "judge"):

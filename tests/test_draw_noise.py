@@ -7,15 +7,18 @@ import matplotlib.cbook
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_stage
 from PIL import Image
 
 from common import RAND_AUGMENT_OPS, View, eval_view, load_image
 
+stage = load_stage("06_eval_robustness")
 PHOTO = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
 
 
-def test_the_picture_shows_each_op(monkeypatch, tmp_path):
+@pytest.fixture
+def panels(monkeypatch):
+    """{title: image} of the picture that was drawn last."""
     panels = {}
 
     def look(plt, path):
@@ -23,6 +26,10 @@ def test_the_picture_shows_each_op(monkeypatch, tmp_path):
         plt.close("all")
 
     monkeypatch.setattr(draw_noise, "save_figure", look)
+    return panels
+
+
+def test_the_picture_shows_each_op(panels, tmp_path):
     draw_noise.draw_noise(load_image(PHOTO), tmp_path / "noise.png", 100)
     view = eval_view(load_image(PHOTO), View(100, 1.0))
     np.testing.assert_array_equal(panels.pop("as it is"), view)
@@ -33,6 +40,18 @@ def test_the_picture_shows_each_op(monkeypatch, tmp_path):
         batch = torch.from_numpy(view[None].copy()).permute(0, 3, 1, 2)
         noised = RAND_AUGMENT_OPS[name](batch, int(magnitude), torch.tensor([1]), torch.Generator().manual_seed(0))
         np.testing.assert_array_equal(seen, noised[0].permute(1, 2, 0).numpy(), title)
+
+
+def test_another_picture_shows_each_corruption(panels, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["draw_noise.py", PHOTO, "--image-size", "40", "--corruptions"])
+    draw_noise.main()
+    view = eval_view(load_image(PHOTO), View(40, 1.0))
+    np.testing.assert_array_equal(panels.pop("as it is"), view)
+    assert len(panels) == 18 * 3
+    for name in stage.CORRUPTIONS:
+        for severity in (1, 3, 5):
+            expected = stage.corrupt(view, name, severity, np.random.default_rng(0))
+            np.testing.assert_array_equal(panels[f"{name.replace('_', ' ')} {severity}"], expected, name)
 
 
 def test_the_script_draws_a_picture(run_stage, tmp_path):
