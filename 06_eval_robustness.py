@@ -31,10 +31,8 @@ writes  OUT/robustness.json (every number), saved after each corruption and each
 """
 
 import argparse
-import base64
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -56,9 +54,19 @@ from common import fuse_batch_norms, has_names  # models and weights
 from common import View, normalize  # views
 from common import ImageList, images_by_class, judged_half, labeled_images  # listing
 from common import ImageDataset, StoredViews, Videos, grid_keys, load_batches, rows_per_batch  # batches
-from common import load_model, read_checkpoint  # checkpoints
+from common import load_model, read_checkpoint, read_metrics  # checkpoints
 from common import autocast, in_halves, precision_of  # training
-from common import compare, draw_rows, markdown_table, rows_of, short_names, worst_pairs  # results
+from common import (
+    Row,
+    compare,
+    details_of,
+    draw_rows,
+    markdown_table,
+    rows_of,
+    short_names,
+    verdict,
+    worst_pairs,
+)  # results
 
 NUM_BINS = 15  # of the calibration error
 
@@ -655,30 +663,6 @@ def measure_attack(name: str, steps: int, tested: TestedModel, item: str, args, 
     return {item: metrics["top1"]}
 
 
-def details_of(labels: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict:
-    """What is behind a top-1: how sure it is, and which classes it comes from. `predicted`: -1 of unreadable images.
-
-    interval95: half the width of the 95 percent interval of top1, in points. balanced_top1: the mean recall of the
-    classes that val has. `right`: a bit an image, in the order of val, base64. confusion: images, true class by row.
-    """
-    seen, num_classes = predicted >= 0, len(classes)
-    true, said = labels[seen], predicted[seen]
-    num, named = (np.bincount(column, minlength=num_classes) for column in (true, said))
-    right = np.bincount(true[true == said], minlength=num_classes)
-    share = right.sum() / num.sum()
-    details = {"balanced_top1": 100 * float((right[num > 0] / num[num > 0]).mean())}
-    details["interval95"] = 196 * math.sqrt(share * (1 - share) / num.sum())
-    counts = zip(classes, num.tolist(), named.tolist(), right.tolist(), strict=True)
-    details["per_class"] = {
-        name: {"num": n, "recall": 100 * k / n if n else None, "precision": 100 * k / m if m else None}
-        for name, n, m, k in counts
-    }
-    if num_classes <= 100:
-        confusion = np.bincount(true * num_classes + said, minlength=num_classes**2)
-        details["confusion"] = confusion.reshape(num_classes, num_classes).tolist()
-    return details | {"right": base64.b64encode(np.packbits(predicted == labels).tobytes()).decode()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the released sets, in the layouts in which they are released
 # ---------------------------------------------------------------------------------------------------------------------
@@ -966,7 +950,26 @@ def report(results: dict[str, dict], parts: list[Part], val, num_chosen: int, ar
     with write_atomically(args.out / "robustness.md") as temporary:
         temporary.write_text("\n".join([*words, *pairs, "", table]) + "\n")
     draw_rows(rows, headings, EXTRA, args.out / "robustness.png")
-    print0("\n".join([f"{args.out / 'robustness.json'}:", *words, "", table]))
+    last_words = verdict(rows, *history_of(rows))
+    if last_words:
+        with write_atomically(args.out / "verdict.md") as temporary:
+            temporary.write_text("\n\n".join([*words, table, last_words]) + "\n")
+    print0(
+        "\n".join([f"{args.out / 'robustness.json'}:", *words, "", table, *(["", last_words] if last_words else [])])
+    )
+
+
+def history_of(rows: list[Row]) -> tuple[dict, bool]:
+    """Of the last student: what 03 says of its images, balanced.json beside the file in its `inputs`, and whether its
+    val top-1 still rose, by more than half a point, between the last two evaluations."""
+    students = [row for row in rows if row.model.startswith("student")]
+    if not students:
+        return {}, False
+    path = Path(students[-1].paths[-1])
+    reports = [Path(name).with_suffix(".json") for name in read_checkpoint(path).get("inputs", {}) if ".h5" in name]
+    selection = next((json.loads(report.read_text()) for report in reports if report.is_file()), {})
+    top1 = [line["val_top1"] for line in read_metrics(path.parent) if "val_top1" in line]
+    return selection, len(top1) > 1 and top1[-1] > top1[-2] + 0.5
 
 
 def val_of(args, data: Path | None) -> tuple[ImageList, np.ndarray, list[str]] | None:

@@ -3353,10 +3353,16 @@ class Row(NamedTuple):
     """A row of the table: a model, or the same model with several seeds."""
 
     name: str
-    entries: list[dict]  # one a seed
+    paths: list[str]  # of checkpoints, one a seed
+    entries: list[dict]
     seeds: list[str]
     values: dict[str, list[float]]  # {heading: a value a seed}, of what all of them have
     nums: dict[str, int]  # {heading: images behind the value}, where it is a share of images
+
+    @property
+    def model(self) -> str:
+        """The folder of the checkpoints: teacher, control, student1 ..."""
+        return Path(self.paths[0]).absolute().parent.name
 
     def cell(self, heading: str) -> str:
         """Of several seeds mean +- standard deviation, of one the value +- half of its 95 percent interval."""
@@ -3381,6 +3387,29 @@ def interval_over_seeds(differences: np.ndarray) -> tuple[float, float]:
     return float(differences.mean()), float(t * differences.std(ddof=1) / math.sqrt(len(differences)))
 
 
+def details_of(labels: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict:
+    """What is behind a top-1: how sure it is, and which classes it comes from. `predicted`: -1 of unreadable images.
+
+    interval95: half the width of the 95 percent interval of top1, in points. balanced_top1: the mean recall of the
+    classes that val has. `right`: a bit an image, in the order of val, base64. confusion: images, true class by row.
+    """
+    seen, num_classes = predicted >= 0, len(classes)
+    true, said = labels[seen], predicted[seen]
+    num, named = (np.bincount(column, minlength=num_classes) for column in (true, said))
+    right = np.bincount(true[true == said], minlength=num_classes)
+    details = {"balanced_top1": 100 * float((right[num > 0] / num[num > 0]).mean())}
+    details["interval95"] = half_interval(right.sum() / num.sum(), num.sum())
+    counts = zip(classes, num.tolist(), named.tolist(), right.tolist(), strict=True)
+    details["per_class"] = {
+        name: {"num": n, "recall": 100 * k / n if n else None, "precision": 100 * k / m if m else None}
+        for name, n, m, k in counts
+    }
+    if num_classes <= 100:
+        confusion = np.bincount(true * num_classes + said, minlength=num_classes**2)
+        details["confusion"] = confusion.reshape(num_classes, num_classes).tolist()
+    return details | {"right": base64.b64encode(np.packbits(predicted == labels).tobytes()).decode()}
+
+
 def paired_difference(one: dict, other: dict) -> tuple[float, float]:
     """How much better `one` is than `other`, both `details_of` the same images: (points, half the 95 percent interval).
 
@@ -3403,14 +3432,14 @@ def rows_of(results: dict[str, dict], shown: list[tuple[dict, dict]]) -> list[Ro
         seed = re.search(r"(?<![^/])seed\d+(?=/)", path)
         model = path[: seed.start()] + "seed*" + path[seed.end() :] if seed else path
         groups.setdefault(model, []).append((path, seed and seed.group(), entry, *columns))
-    paths = [model if len(entries) > 1 else entries[0][0] for model, entries in groups.items()]
+    names = short_names([model if len(found) > 1 else found[0][0] for model, found in groups.items()])
     rows = []
-    for found, name in zip(groups.values(), short_names(paths), strict=True):
-        _, seeds, entries, values, nums = zip(*found, strict=True)
+    for found, name in zip(groups.values(), names, strict=True):
+        paths, seeds, entries, values, nums = zip(*found, strict=True)
         shared = [heading for heading in values[0] if all(heading in of_seed for of_seed in values)]
         name += f" ({len(entries)} seeds)" if len(entries) > 1 else ""
         values = {heading: [of_seed[heading] for of_seed in values] for heading in shared}
-        rows.append(Row(name, list(entries), list(seeds), values, nums[0]))
+        rows.append(Row(name, list(paths), list(entries), list(seeds), values, nums[0]))
     return rows
 
 
@@ -3420,23 +3449,81 @@ def short_names(paths: list[str]) -> list[str]:
     return [path if folders.count(folder) > 1 else folder for path, folder in zip(paths, folders, strict=True)]
 
 
+def difference(one: Row, other: Row, heading: str = "clean top-1") -> tuple[float, float, int] | None:
+    """(points by which `one` is better, half the 95 percent interval, seeds) over the seeds that both have; with one
+    seed image by image, which says nothing of other seeds, and 0. None where neither can be said."""
+    seeds = [seed for seed in one.seeds if seed in other.seeds]
+    if not (heading in one.values and heading in other.values):
+        return None
+    if len(seeds) > 1:
+        first, second = (np.array([r.values[heading][r.seeds.index(seed)] for seed in seeds]) for r in (one, other))
+        return *interval_over_seeds(first - second), len(seeds)
+    if heading == "clean top-1" and len(one.entries) == len(other.entries) == 1:
+        return *paired_difference(one.entries[0]["clean"], other.entries[0]["clean"]), 0
+    return None
+
+
 def compare(rows: list[Row]) -> list[str]:
-    """A line with the differences of the clean top-1 to `control`, or to the first row: image by image, or by seed."""
-    rows = [row for row in rows if "clean top-1" in row.values]
-    base = next((row for row in rows if row.name.split()[0] == "control"), rows[0] if rows else None)
-    found, kind = [], "image by image"
-    for row in rows:
-        seeds = [seed for seed in row.seeds if seed in base.seeds] if row is not base else []
-        if len(seeds) > 1:
-            kind = f"over {len(seeds)} seeds"
-            one, other = (np.array([r.values["clean top-1"][r.seeds.index(s)] for s in seeds]) for r in (row, base))
-            found.append((row.name, *interval_over_seeds(one - other)))
-        elif row is not base and len(row.entries) == len(base.entries) == 1:
-            found.append((row.name, *paired_difference(row.entries[0]["clean"], base.entries[0]["clean"])))
-    if not found:
-        return []
-    differences = ", ".join(f"{name} {points:+.2f} ± {half:.2f}" for name, points, half in found)
-    return [f"Clean top-1 against {base.name}, {kind}, with 95 percent intervals: {differences}."]
+    """A line with the differences of the clean top-1 to `control`, or to the first row."""
+    base = next((row for row in rows if row.model == "control"), rows[0])
+    found = [(row.name, difference(row, base)) for row in rows if row is not base]
+    words = [f"{name} {known[0]:+.2f} ± {known[1]:.2f}" for name, known in found if known]
+    kind = f"over {len(base.seeds)} seeds" if len(base.seeds) > 1 else "image by image"
+    head = f"Clean top-1 against {base.name}, {kind}, with 95 percent intervals:"
+    return [f"{head} {', '.join(words)}."] if words else []
+
+
+def verdict(rows: list[Row], selection: dict, is_rising: bool) -> str:
+    """A paragraph on what self-training gained over `control`, from the numbers alone; "" where one of them is missing.
+
+    selection: what balanced.json says of the last student's images. is_rising: it was still getting better at the end.
+    """
+    models = {row.model: row for row in rows}
+    students = [row for row in rows if row.model.startswith("student")]
+    if "control" not in models or not students or not (found := difference(students[-1], models["control"])):
+        return ""
+    student, (points, half, num_seeds) = students[-1], found
+    over = f"Over {num_seeds} seeds" if num_seeds else "With one seed"
+    better = f"{abs(points):.1f} points {'better' if points >= 0 else 'worse'} than control"
+    words = [
+        f"{over} {student.model} is {better}, the same training on the labelled images alone (clean top-1, 95 percent "
+        f"interval {points - half:+.1f} to {points + half:+.1f} points{'' if num_seeds else ', image by image'})."
+    ]
+    advice = []
+    if not num_seeds:
+        words.append("One seed is no evidence: equal trainings with other random numbers lie points apart.")
+        advice.append('several seeds (SEEDS="0 1 2 3 4")')
+    elif abs(points) <= half:
+        words.append("The interval holds 0: these seeds do not show that the unlabelled images changed anything.")
+        advice.append("more seeds")
+    else:
+        kind = "helped" if points > 0 else "did harm"
+        words.append(f"The interval leaves out 0, as chance alone seldom does: the unlabelled images {kind}.")
+    for other, heading in (("teacher", "clean top-1"), ("control", "corrupted top-1")):
+        if other in models and (found := difference(student, models[other], heading)):
+            words.append(f"Against {other}, {heading}: {found[0]:+.1f} ± {found[1]:.1f} points.")
+    if selection:
+        share = selection["unique_images"] / max(selection["images"], 1)
+        right = selection.get("truth", {}).get("accuracy_after")
+        by_val = selection.get("calibration", {}).get("at", {}).get("precision")
+        known = f", {right:.1f} percent of their labels right" if right is not None else ""
+        if right is None and by_val is not None:
+            right = 100 * by_val
+            known = f"; of images of val above the threshold {right:.1f} percent were right"
+        words.append(
+            f"The last selection kept {selection['unique_images']} of {selection['images']} unlabelled images "
+            f"({100 * share:.0f} percent; confidence above {selection['threshold']:g}){known}."
+        )
+        if right is not None and right < 85:
+            advice.append("a higher threshold or more labelled images, for many pseudo-labels are wrong")
+        if share < 0.3:
+            advice.append("more labelled images or a lower threshold, for most unlabelled images are left out")
+    top1 = np.mean(models.get("teacher", student).values["clean top-1"])
+    if top1 < 60:
+        advice.append(f"more labelled images, for the teacher is right on {top1:.0f} percent alone")
+    if is_rising:
+        advice.append("longer runs (STEPS), for the student was still getting better")
+    return " ".join(words) + (f" To try next: {'; '.join(advice)}." if advice else "")
 
 
 def worst_pairs(row: Row, num: int = 10) -> list[str]:
@@ -3483,6 +3570,8 @@ def draw_rows(rows: list[Row], headings: list[str], extra: tuple[str, ...], file
         heights = [np.mean(values) for values in found]
         group = bars.bar(places + width * number, heights, width, yerr=spread, color=color, label=row.name)
         bars.bar_label(group, fmt="%.0f", fontsize=7, padding=1)
+        for place, values in zip(places + width * number, found, strict=True):  # every seed a dot
+            bars.plot([place] * len(values), values, "k.", markersize=3 * (len(values) > 1))
         if "corrupted top-1" in row.values:
             found = [entry["corrupt"]["per_corruption"] for entry in row.entries]
             names = list(found[0])

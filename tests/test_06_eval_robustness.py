@@ -41,9 +41,7 @@ def corrupt(image, name, severity, seed=0):
 
 
 def test_the_table_is_complete():
-    assert (
-        len(stage.DRAWN) == 14 and len(stage.EXTRA) == 4 and list(stage.CORRUPTION_OPS) == list(stage.CORRUPTIONS)
-    )
+    assert len(stage.DRAWN) == 14 and len(stage.EXTRA) == 4 and list(stage.CORRUPTION_OPS) == list(stage.CORRUPTIONS)
     assert list(stage.CORRUPTIONS) == [*stage.DRAWN, *stage.EXTRA] and len(stage.CORRUPTIONS) == 18
     for sets in stage.CORRUPTIONS.values():
         assert list(sets) == [32, 64, 224] and all(len(values) == 5 for values in sets.values())
@@ -627,7 +625,7 @@ def test_the_details_are_a_brute_force_count():
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 4, 200), rng.integers(-1, 5, 200)  # no image of class 4, some unreadable
     predicted = np.where(rng.random(200) < 0.5, labels, predicted)
-    details = stage.details_of(labels, predicted, list("abcde"))
+    details = common.details_of(labels, predicted, list("abcde"))
     pairs = [(t, p) for t, p in zip(labels.tolist(), predicted.tolist(), strict=True) if p >= 0]
     recalls = []
     for c, name in enumerate("abcde"):
@@ -642,7 +640,7 @@ def test_the_details_are_a_brute_force_count():
     assert details["balanced_top1"] == pytest.approx(sum(recalls) / 4)
     share = sum(t == p for t, p in pairs) / len(pairs)
     assert details["interval95"] == pytest.approx(196 * (share * (1 - share) / len(pairs)) ** 0.5)
-    many = stage.details_of(labels, predicted, [str(c) for c in range(101)])
+    many = common.details_of(labels, predicted, [str(c) for c in range(101)])
     assert "confusion" not in many and many["right"] == details["right"]
 
 

@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import load_stage
-
 import common
-
-stage = load_stage("06_eval_robustness")
 
 
 def test_models_of_one_folder_name_are_shown_by_path():
@@ -20,7 +16,7 @@ def test_the_paired_difference_by_hand_and_its_interval():
     labels = np.zeros(10, np.int64)
 
     def right(rows):
-        return stage.details_of(labels, np.where(np.isin(np.arange(len(labels)), rows), 0, 1), ["a", "b"])
+        return common.details_of(labels, np.where(np.isin(np.arange(len(labels)), rows), 0, 1), ["a", "b"])
 
     points, half = common.paired_difference(right([0, 1, 2, 3, 4]), right([4, 5]))  # b = 4, c = 1 of 10
     assert points == pytest.approx(30) and half == pytest.approx(196 * (5 - 9 / 10) ** 0.5 / 10)
@@ -47,5 +43,78 @@ def test_the_t_interval(num, t):
 
 def test_the_worst_pairs_by_hand():
     clean = {"per_class": {name: {} for name in "abc"}, "confusion": [[5, 1, 0], [3, 2, 0], [0, 0, 7]]}
-    row = common.Row("m", [{"clean": clean}], [""], {"clean top-1": [77.8]}, {})
+    row = common.Row("m", ["m/model.pt"], [{"clean": clean}], [""], {"clean top-1": [77.8]}, {})
     assert common.worst_pairs(row) == ["- m: b -> a 3 of 5, a -> b 1 of 6"]
+
+
+def rows(**models) -> list:
+    """Rows of the clean top-1 of each model, one value a seed."""
+    found = []
+    for model, top1 in models.items():
+        seeds = [f"seed{seed}" for seed in range(len(top1))]
+        paths = [f"{seed}/{model}/model.pt" for seed in seeds]
+        labels = np.zeros(1000, np.int64)
+        entries = [{"clean": common.details_of(labels, np.arange(1000) // 10 >= value, ["a", "b"])} for value in top1]
+        found.append(common.Row(model, paths, entries, seeds, {"clean top-1": list(top1)}, {"clean top-1": 1000}))
+    return found
+
+
+KEPT = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accuracy_after": 71.0}}
+
+
+@pytest.mark.parametrize(
+    ("models", "selection", "rising", "expected", "absent"),
+    [
+        # Differences 4, 6, 5: mean 5, deviation 1, t 4.3027 of 2 degrees of freedom: +- 4.3027 / sqrt(3) = 2.48.
+        (
+            {"teacher": [70, 70, 70], "control": [70, 71, 72], "student1": [0, 0, 0], "student2": [74, 77, 77]},
+            {},
+            False,
+            ["Over 3 seeds student2 is 5.0 points better than control", "+2.5 to +7.5", "helped", "Against teacher"],
+            ["One seed", "To try next"],
+        ),
+        (
+            {"control": [70, 71, 72], "student1": [60, 76, 71]},
+            KEPT,
+            True,
+            [
+                "student1 is 2.0 points worse",
+                "The interval holds 0",
+                "120 of 1000",
+                "(12 percent",
+                "71.0 percent of their",
+                "more seeds",
+                "a higher threshold",
+                "a lower threshold",
+                "longer runs",
+            ],
+            ["did harm", "One seed"],
+        ),
+        ({"control": [70, 71, 72], "student1": [60, 61, 62.5]}, {}, False, ["did harm"], ["holds 0"]),
+        (
+            {"teacher": [50], "control": [70], "student1": [80]},
+            {"unique_images": 900, "images": 1000, "threshold": 0.8, "calibration": {"at": {"precision": 0.91}}},
+            False,
+            [
+                "With one seed student1 is 10.0 points better",
+                "image by image",
+                "One seed is no evidence",
+                "91.0 percent",
+                "several seeds",
+                "the teacher is right on 50 percent",
+            ],
+            ["helped", "a higher threshold"],
+        ),
+    ],
+)
+def test_the_verdict(models, selection, rising, expected, absent):
+    words = common.verdict(rows(**models), selection, rising)
+    for part in expected:
+        assert part in words, (part, words)
+    for part in absent:
+        assert part not in words, (part, words)
+
+
+def test_no_verdict_without_control_or_student():
+    assert common.verdict(rows(teacher=[1], student1=[2]), {}, False) == ""
+    assert common.verdict(rows(teacher=[1], control=[2]), {}, False) == ""
