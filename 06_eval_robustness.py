@@ -446,7 +446,7 @@ def saturate(image, factor_plus, rng):
     v, low = x.max(axis=2, keepdims=True), x.min(axis=2, keepdims=True)
     share = np.where(v > low, (v - x) / np.where(v > low, v - low, 1), [0, 1, 1])  # of the largest distance
     s = (v - low) / np.where(v > 0, v, 1) * factor_plus[0] + factor_plus[1]
-    return v - v * np.clip(s, 0, 1) * share
+    return v * (1 - share * np.clip(s, 0, 1))
 
 
 def spatter(image, values, rng):

@@ -11,6 +11,8 @@ balance    seconds and memory of stage 03's two selections over made-up logits, 
 memory     peak of training steps of stage 01, with and without --accumulate and --checkpoint-activations
 noise      RandAugment with 2 ops of magnitude 9, each applied always: torchvision's and timm's image by image, kornia's
            (if it is installed) and ours on a batch of the same images
+robustness what stage 06 adds to the time of its model, EfficientNet-B0: a row for each kind of images, and the time of
+           each corruption
 
     python tests/benchmark.py inference --compile
     python tests/benchmark.py train --threads 1
@@ -18,6 +20,7 @@ noise      RandAugment with 2 ops of magnitude 9, each applied always: torchvisi
     python tests/benchmark.py balance --tmp /folder/with/5/GB
     python tests/benchmark.py memory --models efficientnet_b7:224:8
     python tests/benchmark.py noise --threads 1
+    python tests/benchmark.py robustness
 
 Variants take turns in one process, and the median of the rounds counts. On a machine that others use
 too, absolute numbers mean little, also from one run to the next: quote ratios within one table.
@@ -111,6 +114,10 @@ def parse_args() -> argparse.Namespace:
     add = command(noise, "speed of RandAugment, others' and ours")
     add("--rounds", type=at_least(1, int), default=7, help="over which the median is taken")
     add("--sizes", type=at_least(8, int), nargs="+", default=[32, 96, 224], help="pixels, a row each")
+    add = command(robustness, "cost of what stage 06 evaluates on, against its model")
+    add("--rounds", type=at_least(1, int), default=5, help="over which the median is taken")
+    add("--number", type=at_least(1, int), default=64, help="of images")
+    add("--workers", type=at_least(0, int), help="loaders; None: stage 06's own choice")
     return parser.parse_args()
 
 
@@ -675,6 +682,69 @@ def noise(args: argparse.Namespace) -> None:
         if size == args.sizes[0]:
             print_rows(("pixels", *speed), ["---:"] * (1 + len(speed)))
         print_rows((size, *(f"{s:.0f} ({s / speed['torchvision v1 on PIL']:.2f})" for s in speed.values())))
+
+
+def drawing_at_32(folder: Path, args: argparse.Namespace):
+    """(stage 06's loaders draw all corruptions of images of 32 pixels, its model takes as many images)"""
+    stage, processes = load_stage("06_eval_robustness"), init_processes(args.device, args.workers)
+    rng, view = np.random.default_rng(0), common.View(32, 1.0)
+    for i in range(args.number):  # blurred noise: photographs in little
+        grid = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        grid.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{i:05}.png")
+    images, batch = common.unlabeled_images(folder), common.rows_per_batch(32, processes.device)
+    model = build_model("efficientnet_b0").eval()
+    fuse_batch_norms(model)
+    model.to(processes.device, memory_format=torch.channels_last)
+    pixels = torch.randint(0, 256, (90 * args.number, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    def draw() -> None:
+        for name in stage.CORRUPTIONS:
+            dataset = stage.CorruptedImages(images, view, np.arange(args.number), name, seed=0)
+            for _ in common.load_batches(dataset, common.grid_keys(args.number, batch, processes), processes):
+                pass
+
+    def evaluate() -> None:
+        normalized = (common.normalize(part.to(processes.device).float(), view) for part in pixels.split(batch))
+        with torch.inference_mode():
+            sum(model(part).sum() for part in normalized).item()
+
+    return draw, evaluate
+
+
+def robustness(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {"drawing all 18 at 32 px against the model's own time": drawing_at_32(Path(folder), args)}
+        seconds = {name: ([], []) for name in rows}
+        for turn in range(args.rounds + 1):
+            for name, pair in rows.items():
+                for call, times in zip(pair, seconds[name], strict=True):
+                    began = time.perf_counter()
+                    call()
+                    if turn:  # the first warms up
+                        times.append(time.perf_counter() - began)
+    print(f"{machine(args)}, median of {args.rounds} rounds, {args.number} images\n")
+    print_rows(("what", "seconds", "against", "ratio", "least", "most"), ("---", *["---:"] * 5))
+    for name, (ours, theirs) in seconds.items():
+        ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
+        cells = [f"{number:.2f}" for number in (median(ours), median(theirs), median(ratios), min(ratios), max(ratios))]
+        print_rows((name, *cells))
+    print("\nMicroseconds a view, of a single image, mean of the severities, least of the rounds\n")
+    stage, rng = load_stage("06_eval_robustness"), np.random.default_rng(0)
+    grid = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    images = [np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC)) for size in (32, 224)]
+    print_rows(("corruption", "32 px", "224 px"), ("---", "---:", "---:"))
+    for name in stage.CORRUPTIONS:
+        cells = []
+        for image in images:
+            times = []
+            for _ in range(args.rounds):
+                began = time.perf_counter()
+                for severity in range(1, 6):
+                    stage.corrupt(image, name, severity, rng)
+                times.append((time.perf_counter() - began) / 5)
+            cells.append(f"{1e6 * min(times):.0f}")
+        print_rows((name, *cells))
 
 
 if __name__ == "__main__":

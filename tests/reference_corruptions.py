@@ -90,7 +90,7 @@ def versions() -> dict[str, str]:
     from wand.version import MAGICK_VERSION
 
     packages = ("numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow", "Wand")
-    return {name: importlib.metadata.version(name) for name in packages} | {"ImageMagick": MAGICK_VERSION}
+    return {name: importlib.metadata.version(name) for name in packages} | {"ImageMagick": MAGICK_VERSION.split()[1]}
 
 
 def make(folder: Path) -> None:
