@@ -146,15 +146,16 @@ def calibrate(args: argparse.Namespace, val: h5py.File, classes: list[str]) -> d
 
     def percent(point: dict, what: str) -> str:
         low, high = point[f"{what}_interval"]
-        return f"{100 * point[what]:.1f} ({100 * low:.1f} to {100 * high:.1f})" if point["kept"] else "-"
+        return f"{100 * point[what]:.1f} ({100 * low:.1f} to {100 * high:.1f})" if point["kept"] else "none"
 
-    print0(f"{len(right)} images of val ({args.val_half}); percent and their 95 percent intervals")
-    print0(f"above {'are left':>21} {'right of these':>21}")
-    for point in (*curve[::5], curve[-1]):
-        print0(f"{point['threshold']:5.2f} {percent(point, 'share'):>21} {percent(point, 'precision'):>21}")
+    print0(f"{len(right)} images of val (--val-half {args.val_half}), percent with 95 percent intervals:")
+    print0(f"above {'are so many':>21} {'of these right':>21}")
+    for point, before in zip((*curve[::5], curve[-1]), (None, *curve[::5]), strict=True):
+        if point["kept"] != (before and before["kept"]):  # otherwise all is as in the line before
+            print0(f"{point['threshold']:5.2f} {percent(point, 'share'):>21} {percent(point, 'precision'):>21}")
     why = {True: f", the lowest that reaches --min-precision {wanted}", None: ""}
     why[False] = f", at which the most are right: --min-precision {wanted} is not reached"
-    found = f"{at['right']} of {at['kept']}, {percent(at, 'precision')} percent, are right"
+    found = f"{at['right']} of {at['kept']} right, {percent(at, 'precision')} percent"
     print0(f"threshold {at['threshold']:g}{why[reached]}: {found}")
     report = {"file": os.path.abspath(args.calibration), "images": len(right), "val_half": args.val_half}
     return report | {"min_precision": wanted, "reached": reached, "at": at, "curve": curve}
@@ -332,10 +333,10 @@ def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> N
         words = f"{beyond} images beyond the K of their class are left out, {copies} copies fill smaller classes"
         print0(f"K = {per_class}: {why}; {words} (--per-class says otherwise)")
     if empty := report["empty_classes"]:
-        found = [(name, classes[name]["candidates"], classes[name]["highest_confidence"]) for name in empty[:10]]
-        words = ", ".join(f"{name} ({num} labelled so, the surest {best:.3f})" for name, num, best in found)
-        help_line = "a lower threshold lets them in, more labelled images of them make the teacher surer"
-        print0(f"without any image above the threshold, and left out: {words}; {help_line}")
+        found = [(c, classes[c]["candidates"], classes[c]["highest_confidence"]) for c in empty[:10]]
+        words = [f"{c} ({num} labelled so, the surest {best:.3f})" if num else f"{c} (0)" for c, num, best in found]
+        help_line = "a threshold below the surest lets them in; more labelled images of them make a surer teacher"
+        print0(f"left out, without any image above the threshold: {', '.join(words)}; {help_line}")
     if truth := report.get("truth"):
         no_class = f", {truth['passed_no_class']} of those of no class" if "passed_no_class" in truth else ""
         print0(

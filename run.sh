@@ -7,24 +7,36 @@
 #
 # Without torch a .venv is made first. Interrupted and started again, it continues; a finished stage is not run twice.
 # What changes often is a variable:  STEPS=5000 ARCHS="efficientnet_b0 efficientnet_b1" ./run.sh DATA_DIR
-set -euo pipefail
+# What is not set is chosen for the images, and it says what and why.
+set -euo pipefail # all of this in bash 3.2 too: macOS has no newer one
 data=${1:-}
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; } # macOS has no realpath -m
 [ -z "$data" ] || [ "$data" = test ] || data=$(absolute "$data")
 [ -z "${INIT:-}" ] || [ "$INIT" = published ] || INIT=$(absolute "$INIT")
+[ -z "${OUT:-}" ] || OUT=$(absolute "$OUT")
 cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------------------------------------------- python
-new_enough="
-import h5py, numpy, PIL, torch, torchvision
-from importlib.metadata import version
-for name, low in ('torch', (2, 11)), ('torchvision', (0, 26)), ('pillow', (13, 0)):
-    assert tuple(map(int, version(name).split('+')[0].split('.')[:2])) >= low
-"
+floors='
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("error: Python %d.%d was found, 3.11 or newer is needed: put one first in PATH" % sys.version_info[:2])
+from importlib.metadata import distributions
+found, short = {package.name.lower(): package.version for package in distributions() if package.name}, 0
+for name, low in ("torch", "2.11"), ("torchvision", "0.26"), ("pillow", "13.0"), ("numpy", "1.0"), ("h5py", "3.0"):
+    if name not in found or [*map(int, found[name].split(".")[:2])] < [*map(int, low.split("."))]:
+        words, short = (name, found.get(name, "none"), low, sys.executable, name, low), 3
+        print("%s: %s was found, %s or newer is needed: %s -m pip install \"%s>=%s\"" % words, file=sys.stderr)
+sys.exit(short)'
 packages() { # packages REQUIREMENTS_FILE: a .venv with these packages, unless python3 has torch and all else already
-    local stamp=.venv/.installed-${1//\//-}
-    if [ ! -e .venv ] && [ "$1" = requirements.txt ] && python3 -c "$new_enough" 2>/dev/null; then return; fi
-    [ -e .venv/bin/python ] || python3 -m venv .venv
+    local stamp=.venv/.installed-${1//\//-} short=0
+    if [ ! -e .venv/bin/python ]; then
+        python3 -c "$floors" || short=$?
+        if [ $short = 0 ] && [ "$1" = requirements.txt ]; then return; fi
+        [ $short = 0 ] || [ $short = 3 ] || exit 2 # the line above says why
+        echo "$1 is installed into .venv" >&2
+        python3 -m venv .venv
+    fi
     if ! cmp -s "$1" "$stamp"; then
         .venv/bin/python -m pip install --quiet -r "$1"
         cp "$1" "$stamp" # an interrupted installation is done again
@@ -32,37 +44,32 @@ packages() { # packages REQUIREMENTS_FILE: a .venv with these packages, unless p
 }
 packages requirements.txt
 [ "$data" = test ] && packages tests/requirements.txt
-[ -e .venv/bin/python ] && PATH=$PWD/.venv/bin:$PATH
+[ ! -e .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
+python3 -c "$floors" || exit 2
 if [ "$data" = test ]; then exec python3 -m pytest -q -n 2 --dist loadgroup tests; fi
 
 # ---------------------------------------------------------------------------------------------------- settings
 SEED=${SEED:-0}
 ROUNDS=${ROUNDS:-2}                 # self-training rounds
+CHOOSE=${CHOOSE:-1}                 # 0: nothing is chosen on val; THRESHOLD is 0.5, the last student teaches the next one
 # Lists: the teacher, then one student a round; the last one repeats.
 ARCHS=${ARCHS:-efficientnet_b0}
-IMAGE_SIZE=${IMAGE_SIZE:-32}        # pixels; the fine-tuning at the end adds a quarter
+IMAGE_SIZE=${IMAGE_SIZE:-}          # pixels, chosen below; the fine-tuning at the end adds a quarter
 RATIO=${RATIO:-3}                   # unlabelled images for each labelled one; the teacher gets as many labelled ones in all
-STEPS=${STEPS:-1012}                # of a student; the teacher and the control get as many (54 passes over the demo's labels)
+STEPS=${STEPS:-}                    # of a student, chosen below; the teacher and the control get as many
 EPOCHS=${EPOCHS:-}                  # passes over the labelled images, in place of STEPS
 BATCH=${BATCH:-16}                  # labelled images a step
 INIT=${INIT:-}                      # weights that every model starts from: a file, or published (of ARCHS)
-RECIPE=${RECIPE:-recipes/$([ -z "$INIT" ] && echo small || echo finetune).txt} # the flags of 01 and 04
+RECIPE=${RECIPE:-}                  # the flags of 01 and 04, chosen below
 NOISE=${NOISE:-}                    # flags after those, such as "--num-ops 2 --magnitude 9"
-THRESHOLD=${THRESHOLD:-0.5}         # of the confidence; the paper's 0.3 is for 1,000 classes
+THRESHOLD=${THRESHOLD:-}            # of the confidence, chosen in each round; the paper's 0.3 is for 1,000 classes
 RELABEL=${RELABEL:-0}               # 1: each student relabels what the first teacher selected, as in the paper
 FIXRES_STEPS=${FIXRES_STEPS:-200}   # of the fine-tuning, for a set as small as the demo; 0: none (a ViT has one size alone)
 CONTROL=${CONTROL:-1}               # 0 leaves out the fair comparison: the same training on the labelled images alone
-gpus=$(python3 -c "import torch; print(torch.cuda.device_count())")
-NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))} # processes; on 2 CPU cores one of two threads is faster than two: 27 s against 30
 if [ -z "$data" ]; then demo=demo && [ "$SEED" = 0 ] || demo=demo-seed$SEED; fi
 data=${data:-data/$demo}
-OUT=$(absolute "${OUT:-runs/$(basename "$data")}")
+OUT=${OUT:-$PWD/runs/$(basename "$data")}
 
-# Small data in minutes is not ImageNet in days. The stages' defaults are the paper's; the recipe says what works here.
-# Its flags stand in the commands, so that another recipe is another command.
-recipe=$(sed 's/#.*//' "$RECIPE" | xargs)
-
-# ---------------------------------------------------------------------------------------------------- the loop
 stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the very same command
     local name=$1 done=$OUT/.done/$1 command=${*:2}
     if [ -e "$done" ]; then
@@ -71,7 +78,7 @@ stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the 
         exit 2
     fi
     echo "== $name: $command"
-    case "$NPROC $2" in # drawing and selecting are the work of one process
+    case "${NPROC:-1} $2" in # drawing and selecting are the work of one process
     "1 "* | *" 00_"* | *" 03_"*) python3 "${@:2}" ;;
     *) python3 -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "${@:2}" ;;
     esac
@@ -82,16 +89,66 @@ of_round() { # of_round ROUND LIST...: the entry of a round, of which 0 is the t
     local list=("${@:2}")
     echo "${list[$(($1 < ${#list[@]} ? $1 : ${#list[@]} - 1))]}"
 }
-
-[ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --out "$data" --seed "$SEED"
-images=$(find -L "$data/train" -type f | wc -l)
 calc() { awk "BEGIN { printf \"%.12g\", $1 }"; }
+
+# ---------------------------------------------------------------------------------------------------- choices
+[ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --out "$data" --seed "$SEED"
+look='
+import contextlib, io, sys, warnings, numpy, torch, PIL.Image
+from common import judged_half, labeled_images
+with contextlib.redirect_stdout(io.StringIO()): # the stages will say it
+    train, _, classes = labeled_images(sys.argv[1], "train")
+    judged, sides = judged_half(labeled_images(sys.argv[1], "val", classes)[0]), [0]
+warnings.simplefilter("ignore")
+for row in numpy.linspace(0, len(train) - 1, 300).astype(int):
+    with contextlib.suppress(Exception), train.open(row) as file: # the stages count what is unreadable
+        sides.append(min(PIL.Image.open(file).size))
+print(torch.cuda.device_count(), len(train), int(numpy.median(sides[1:] or sides)), (~judged).sum(), judged.sum())'
+found=$(python3 -c "$look" "$data")
+read -r gpus images side num_choose num_judge <<<"$found"
+[ -e "$data/unlabeled" ] || { echo "error: $data: no folder unlabeled/ with images that have no label" >&2; exit 2; }
+NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))} # processes; on 2 CPU cores one of two threads is faster than two: 27 s against 30
+
+if [ -z "$IMAGE_SIZE" ]; then
+    most=224 why=""
+    [ -n "$INIT" ] || [ "$gpus" != 0 ] || most=64 why=", at most 64 without INIT and without a GPU"
+    IMAGE_SIZE=$((side < 64 ? 32 : side < most ? side / 32 * 32 : most))
+    echo "IMAGE_SIZE=$IMAGE_SIZE: the labelled images' short side is $side in the median; 32 to 224 in steps of 32$why"
+fi
+# The length, in one place: 1,012 steps up to 300 labelled images (measured on the demo), then with the root of their
+# number up to ten times as many (by judgement). So many passes as for 300 are too few for 100, and a week for 30,000.
+if [ -z "$STEPS$EPOCHS" ]; then
+    STEPS=$(calc "int(1012 * sqrt($images < 300 ? 1 : $images > 30000 ? 100 : $images / 300))")
+    echo "STEPS=$STEPS: for $images labelled images, $BATCH a step: $(calc "int($STEPS * $BATCH / $images)") passes"
+fi
+crop=""
+if [ -z "$RECIPE" ]; then
+    RECIPE=recipes/finetune.txt why="from INIT's weights"
+    [ -n "$INIT" ] || RECIPE=recipes/small.txt why="from scratch" crop="--min-crop-area 0.08" # above 64 pixels: the paper's
+    echo "RECIPE=$RECIPE: $why"
+fi
+recipe=$(sed 's/#.*//' "$RECIPE" | xargs) # stands in the commands, so that another recipe is another command
+if [ "$CHOOSE" != 0 ] && [ $((num_choose < num_judge ? num_choose : num_judge)) -lt 20 ]; then
+    CHOOSE=0 && echo "CHOOSE=0: half of the $((num_choose + num_judge)) images in val is too few to choose on"
+fi
+judge=""
+if [ "$CHOOSE" != 0 ]; then
+    judge="--val-half judge" why="the next teacher and, if not given, THRESHOLD, the lowest above which 90 percent are right"
+    echo "CHOOSE=$CHOOSE: on $num_choose images of val, $why; the other $num_judge judge in the table"
+fi
+better='import json, sys
+top1 = {path: results["clean"]["top1"] for path, results in json.load(open(sys.argv[1])).items()}
+teacher, student = (top1[path] for path in sys.argv[2:])
+print("teacher" if teacher > student else "student", f"{student:.2f} percent against its teacher at {teacher:.2f}")'
+
+# ---------------------------------------------------------------------------------------------------- the loop
 epochs() { # epochs ROUND: of a student
     echo "${EPOCHS:-$(calc "$(of_round "$1" $STEPS) * $BATCH / $images")}"
 }
 train() { # train ROUND BATCH EPOCHS: the flags that all trainings share
-    echo "$recipe $NOISE --arch $(of_round "$1" $ARCHS) --image-size $(of_round "$1" $IMAGE_SIZE) --batch-size $2"
-    echo "--epochs $3 --eval-every $(calc "int($3 / 5) + 1") ${INIT:+--init $INIT}"
+    local size=$(of_round "$1" $IMAGE_SIZE)
+    echo "$recipe $([ "$size" -le 64 ] || echo "$crop") $NOISE --arch $(of_round "$1" $ARCHS) --image-size $size"
+    echo "--batch-size $2 --epochs $3 --eval-every $(calc "int($3 / 5) + 1") ${INIT:+--init $INIT}"
     # 50 steps of warm-up in short runs, if the recipe does not say
     [[ $recipe == *--warmup-epochs* ]] || echo "--warmup-epochs $((50 * $2 / images + 1))"
 }
@@ -99,39 +156,52 @@ supervised() { # supervised ROUND: as many images in as many steps, with the sam
     local parts=$((1 + $(of_round "$1" $RATIO)))
     train "$1" $((BATCH * parts)) "$(calc "$(epochs "$1") * $parts")"
 }
-truth=""
-[ ! -e "$data/unlabeled_truth.csv" ] || truth="--truth $data/unlabeled_truth.csv"
 
 stage teacher 01_train_teacher.py --data "$data" $(supervised 0) --seed "$SEED" --out "$OUT/teacher"
-models="$OUT/teacher/model.pt"
+models=("$OUT/teacher/model.pt")
 if [ "$CONTROL" != 0 ]; then # the last student's architecture, and other random numbers than the teacher's
     stage control 01_train_teacher.py --data "$data" $(supervised "$ROUNDS") --seed $((SEED + 1000)) --out "$OUT/control"
-    models="$models $OUT/control/model.pt"
+    models+=("$OUT/control/model.pt")
 fi
-teacher=$OUT/teacher
+teacher=$OUT/teacher student=$OUT/teacher labeled_by="" taught=""
 for round in $(seq "$ROUNDS"); do
-    student=$OUT/student$round selection=$OUT/balanced$round.h5 newer=""
-    if [ "$RELABEL" = 0 ] || [ "$round" = 1 ]; then
-        stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --unlabeled "$data/unlabeled" --out "$OUT/logits$round.h5"
-        stage "balance$round" 03_balance.py "$OUT/logits$round.h5" --threshold "$THRESHOLD" $truth --out "$selection"
-    else
-        selection=$OUT/balanced1.h5 newer="--logits $OUT/logits$round.h5"
-        stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --only "$selection" --out "$OUT/logits$round.h5"
+    student=$OUT/student$round logits=$OUT/logits$round.h5 val=$OUT/val$round.h5
+    if [ "$RELABEL" != 0 ] && [ "$round" != 1 ]; then
+        labels=(--pseudo-labels "$selection" --logits "$logits")
+        stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --only "$selection" --out "$logits"
+    elif [ "$labeled_by" != "$teacher" ]; then # one that teaches again has labelled already
+        selection=$OUT/balanced$round.h5 labeled_by=$teacher rule=(--threshold "${THRESHOLD:-0.5}")
+        labels=(--pseudo-labels "$selection")
+        stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --unlabeled "$data/unlabeled" --out "$logits"
+        if [ "$CHOOSE" != 0 ] && [ -z "$THRESHOLD" ]; then
+            stage "val$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --unlabeled "$data/val" --out "$val"
+            rule=(--calibration "$val" --val-half choose --min-precision 0.9)
+        fi
+        [ ! -e "$data/unlabeled_truth.csv" ] || rule+=(--truth "$data/unlabeled_truth.csv")
+        stage "balance$round" 03_balance.py "$logits" "${rule[@]}" --out "$selection"
     fi
-    stage "student$round" 04_train_student.py --teacher "$teacher/model.pt" --pseudo-labels "$selection" $newer \
+    stage "student$round" 04_train_student.py --teacher "$teacher/model.pt" "${labels[@]}" \
         --data "$data" --ratio "$(of_round "$round" $RATIO)" $(train "$round" "$BATCH" "$(epochs "$round")") \
         --seed $((SEED + 100 * round)) --out "$student"
-    teacher=$student models="$models $student/model.pt"
+    models+=("$student/model.pt") both=("$teacher/model.pt" "$student/model.pt") next=student
+    taught="$taught, student$round by $(basename "$teacher")"
+    if [ "$CHOOSE" != 0 ] && [ "$round" -lt "$ROUNDS" ]; then
+        stage "choice$round" 06_eval_robustness.py "${both[@]}" --data "$data" --val-half choose --out "$OUT/choice"
+        found=$(python3 -c "$better" "$OUT/choice/robustness.json" "${both[@]}")
+        read -r next why <<<"$found"
+        echo "the $next of round $round teaches in round $((round + 1)): student$round has $why"
+    fi
+    [ "$next" = teacher ] || teacher=$student
 done
 # The last student at a larger resolution, untuned and tuned.
 size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$((BATCH * (1 + $(of_round "$ROUNDS" $RATIO))))
 if [ "$FIXRES_STEPS" != 0 ]; then
-    larger=(--checkpoint "$teacher/model.pt" --image-size $((size * 5 / 4)) --data "$data" --batch-size $all)
+    larger=(--checkpoint "$student/model.pt" --image-size $((size * 5 / 4)) --data "$data" --batch-size $all)
     stage untuned 05_fixres_finetune.py "${larger[@]}" --epochs 0 --out "$OUT/untuned"
-    stage fixres 05_fixres_finetune.py "${larger[@]}" --epochs $((FIXRES_STEPS * all / images + 1)) --optimizer adamw --lr 1e-3 \
-        --schedule cosine --bn-momentum 0.1 --seed "$SEED" --out "$OUT/fixres"
-    models="$models $OUT/untuned/model.pt $OUT/fixres/model.pt"
+    stage fixres 05_fixres_finetune.py "${larger[@]}" --epochs $((FIXRES_STEPS * all / images + 1)) --optimizer adamw \
+        --lr 1e-3 --schedule cosine --bn-momentum 0.1 --seed "$SEED" --out "$OUT/fixres"
+    models+=("$OUT/untuned/model.pt" "$OUT/fixres/model.pt")
 fi
-# It keeps what it measured: again, it prints the table in seconds.
-python3 06_eval_robustness.py $models --data "$data" --corrupt --fgsm 2 --num-images 500 \
-    --out "$OUT/robustness"
+[ -z "$taught" ] || echo "Taught: ${taught#, }."
+# It keeps what it measured: again, it prints the table in seconds. With CHOOSE it is of images on which nothing was chosen.
+python3 06_eval_robustness.py "${models[@]}" --data "$data" --corrupt --fgsm 2 --num-images 500 $judge --out "$OUT/robustness"

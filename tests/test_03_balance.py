@@ -394,7 +394,7 @@ def test_calibration_is_a_count(two_files, tmp_path, run, half, most):
         assert point["precision_interval"] == pytest.approx(interval_of(right, len(kept)), abs=1e-6)
     assert report["at"]["threshold"] == 0.4 and report["min_precision"] is None
     at = report["curve"][40]
-    assert f"threshold 0.4: {at['right']} of {at['kept']}, {100 * at['precision']:.1f} (" in done.stdout
+    assert f"threshold 0.4: {at['right']} of {at['kept']} right, {100 * at['precision']:.1f} (" in done.stdout
     without = tmp_path / "without.h5"
     assert run(*two_files, "--out", without, "--max-confidence", most, "--threshold", 0.4).returncode == 0
     assert data_of(out) == data_of(without), "the curve alone chooses nothing"
@@ -451,7 +451,7 @@ def test_min_precision_sets_the_threshold_of_the_selection(two_files, tmp_path, 
     assert chosen(0.95)[:2] == (0.55, True)
     threshold, reached, printed = chosen(0.96)
     assert (threshold, reached) == (0.55, False)
-    assert "--min-precision 0.96 is not reached" in printed and "38 of 40, 95.0 (83.5 to 98.6) percent" in printed
+    assert "--min-precision 0.96 is not reached" in printed and "38 of 40 right, 95.0 (83.5 to 98.6) percent" in printed
 
 
 def test_what_cannot_calibrate_is_a_mistake(two_files, tmp_path, run):
@@ -501,7 +501,7 @@ def test_an_empty_class_is_named_with_what_to_do(two_files, tmp_path, run):
     done = run(*two_files, "--out", tmp_path / "o.h5", "--threshold", 0.4)
     assert done.returncode == 0
     (line,) = [line for line in done.stdout.splitlines() if "without any image" in line]
-    assert "cat (2 labelled so, the surest 0.380)" in line and "a lower threshold" in line and "bee" not in line
+    assert "cat (2 labelled so, the surest 0.380)" in line and "below the surest" in line and "bee" not in line
     assert "K = 2: class 'bee' is the lower median of 2 with 2 to 5" in done.stdout, "the empty class counts not"
 
 

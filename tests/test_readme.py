@@ -11,12 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CHEAP, ROOT, checkpoint_of, save_model
 from torchvision import models
+
+import common
 
 # ----------------------------------------------------------------------------------------------------------------------
 # README
@@ -55,6 +59,8 @@ def test_every_command_of_the_readme(run_stage, tiny_data, tmp_path):
     for command, stage in zip(commands, stages, strict=True):
         words = [*shlex.split(command)[2:], *SMALLER.get(stage, "").split()]
         words += ["--arch", CHEAP, "--image-size", "32"] if "published" in words else []
+        if "--min-precision" in words:  # in place of --threshold 0
+            words[-2:] = ["--min-precision", "0.01"]
         script = "small_demo.py" if stage == "00_prepare_data.py" else stage
         run_stage(tmp_path / script, *words, cwd=tmp_path, TORCH_HOME=tmp_path / "cache")
     for name in ("teacher/model.pt", "logits.h5", "balanced.png", "student/model.pt", "fixres/resolution.png"):
@@ -97,8 +103,8 @@ def run_sh(start_stage, tmp_path):
             words, nproc = request["words"], 1
             if words[0] == "-c":
                 script = scripts / f"{threading.get_ident()}.py"
-                script.write_text(words[1])
-                words = [script]
+                script.write_text(f"import sys\nsys.path[0] = {request['cwd']!r}\n{words[1]}")
+                words = [script, *words[2:]]
             elif words[0] == "-m":  # torch.distributed.run --standalone --nproc-per-node N
                 nproc, words = int(words[4]), words[5:]
             script = os.path.join(request["cwd"], words[0])
@@ -163,6 +169,7 @@ def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
     table = table_of(first)
     assert [line.split()[1] for line in table[2:]] == ["teacher", "control", "student1", "untuned", "fixres"]
     assert table == table_of(again)
+    assert "CHOOSE=0: half of the 3 images in val is too few to choose on" in first
     _, stderr = finished(run_sh(data, **small | {"EPOCHS": "2"}), status=2)
     assert "another command" in stderr
 
@@ -215,3 +222,184 @@ def test_every_model_starts_from_the_weights_of_init(tiny_data, run_sh, tmp_path
     for name in ("teacher", "control", "student1"):
         checkpoint = checkpoint_of(out / name / "model.pt")
         assert checkpoint["inputs"][str(weights)] and checkpoint["args"]["average"] == 0.999  # recipes/finetune.txt
+
+
+def test_a_run_that_chooses_ends_with_the_table_of_the_other_half(tiny_data, run_sh, tmp_path):
+    """Set is only what makes it short. Each choice is that of the files: the threshold's, the next teacher's."""
+    data, out = shutil.copytree(tiny_data, tmp_path / "my pictures"), tmp_path / "out"
+    for path in data.glob("val/*/*.png"):
+        for copy in range(5):  # 60 images
+            shutil.copy(path, path.with_name(f"{copy}-{path.name}"))
+        path.unlink()
+    (tmp_path / "recipe.txt").write_text("--optimizer sgd --lr 0.01")
+    small = {"EPOCHS": "1", "CONTROL": "0", "FIXRES_STEPS": "0", "OUT": str(out), "WITHOUT": "matplotlib", "NPROC": "1"}
+    stdout, _ = finished(run_sh(data, ARCHS=CHEAP, RECIPE=str(tmp_path / "recipe.txt"), **small))
+    assert "IMAGE_SIZE=32: the labelled images' short side is 32 in the median" in stdout
+    judged = int(common.judged_half(common.list_images(data / "val")).sum())
+    assert f"on {60 - judged} images of val" in stdout and f"the other {judged} judge" in stdout
+    for number in (1, 2):
+        if (out / f"balanced{number}.json").exists():
+            calibration = json.loads((out / f"balanced{number}.json").read_text())["calibration"]
+            assert (calibration["images"], calibration["min_precision"]) == (60 - judged, 0.9)
+    top1 = [clean["top1"] for clean in cleans_of(out / "choice")]
+    teacher = "teacher" if top1[0] > top1[1] else "student1"
+    assert f"student2 by {teacher}." in stdout and (out / "balanced2.h5").exists() == (teacher == "student1")
+    assert [line.split()[1] for line in table_of(stdout)[-3:]] == ["teacher", "student1", "student2"]
+    cleans = [*cleans_of(out / "choice"), *cleans_of(out / "robustness")]
+    nums = [sum(of_class["num"] for of_class in clean["per_class"].values()) for clean in cleans]
+    assert nums == [60 - judged] * 2 + [judged] * 3
+
+
+def cleans_of(folder):
+    return [entry["clean"] for entry in json.loads((folder / "robustness.json").read_text()).values()]
+
+
+# What run.sh finds as python3 where no stage runs: what it learns of the images is in FOUND, of two models in TOP1.
+NO_STAGES = """#!/bin/sh
+for last; do :; done
+case "$1 $*" in
+-c*device_count*) echo "$FOUND" ;;
+-c*version_info*) exit "${{FLOORS:-0}}" ;;
+-c*) exec {python} -IS "$@" ;;
+06*"--val-half choose"*)
+    mkdir -p "$last"
+    clean='"%s": {{"clean": {{"top1": %s}}}}'
+    printf "{{$clean, $clean}}" "$2" "${{TOP1% *}}" "$3" "${{TOP1#* }}" >"$last/robustness.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def commands_of(tmp_path):
+    """commands_of(found, NAME="value") -> ({stage: its command}, what was printed); no stage runs."""
+    toolkit, data = tmp_path / "toolkit", tmp_path / "my data"
+    (toolkit / ".venv" / "bin").mkdir(parents=True)
+    (data / "unlabeled").mkdir(parents=True)
+    for name in ("python3", "python"):
+        (toolkit / ".venv" / "bin" / name).write_text(NO_STAGES.format(python=sys.executable))
+        (toolkit / ".venv" / "bin" / name).chmod(0o755)
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, toolkit)
+    shutil.copy(ROOT / "requirements.txt", toolkit / ".venv" / ".installed-requirements.txt")
+    shutil.copytree(ROOT / "recipes", toolkit / "recipes")
+
+    def commands(found="0 300 500 500 500", status=0, data=data, **settings):
+        """found: GPUs, labelled images, their short side, images of val that choose, that judge"""
+        shutil.rmtree(toolkit / "runs", ignore_errors=True)
+        env = os.environ | {"FOUND": found, "TOP1": "70 71"} | settings
+        done = subprocess.run(["bash", toolkit / "run.sh", data], env=env, text=True, capture_output=True, timeout=60)
+        assert done.returncode == status, done
+        lines = [line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith("== ")]
+        return {name.removeprefix("== "): command for name, command in lines}, done.stdout + done.stderr
+
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("side", "gpus", "init", "size", "crop"),
+    [
+        (20, 0, "", 32, "0.7"),
+        (500, 0, "", 64, "0.7"),
+        (63, 1, "", 32, "0.7"),
+        (100, 1, "", 96, "0.08"),
+        (500, 8, "", 224, "0.08"),
+        (130, 0, "published", 128, "0.25"),
+    ],
+)
+def test_image_size_and_recipe_are_chosen_for_the_images(commands_of, side, gpus, init, size, crop):
+    """`crop`: the smallest one, the last on the command line."""
+    commands, printed = commands_of(f"{gpus} 300 {side} 500 500", INIT=init, NPROC="1")
+    assert f"IMAGE_SIZE={size}: the labelled images' short side is {side}" in printed
+    assert ("without INIT and without a GPU" in printed) == (gpus == 0 and not init)
+    for name in ("teacher", "control", "student1", "student2"):
+        words = shlex.split(commands[name])
+        assert words[words.index("--image-size") + 1] == str(size)
+        assert words[len(words) - words[::-1].index("--min-crop-area")] == crop
+        assert ("--init" in words) == bool(init)
+
+
+@pytest.mark.parametrize(("num", "steps"), [(10, 1012), (1200, 2024), (10**6, 10_120)])
+def test_the_length_grows_with_the_root_of_the_images(commands_of, num, steps):
+    commands, printed = commands_of(f"0 {num} 32 500 500")
+    assert f"STEPS={steps}: for {num} labelled images" in printed
+    words = {name: shlex.split(commands[name]) for name in ("teacher", "student1")}
+    epochs = {name: float(words[name][words[name].index("--epochs") + 1]) for name in words}
+    assert epochs["student1"] * num / 16 == pytest.approx(steps) == epochs["teacher"] * num / 64
+
+
+def test_what_is_given_is_not_chosen(commands_of):
+    given = {"IMAGE_SIZE": "96", "RECIPE": "recipes/svhn.txt", "STEPS": "7", "THRESHOLD": "0.7", "TOP1": "72 71"}
+    commands, printed = commands_of("1 300 500 500 500", NPROC="1", **given)
+    words = shlex.split(commands["student1"])
+    last = {word: value for word, value in pairwise(words) if word.startswith("--")}  # of a flag given twice it counts
+    assert last["--image-size"] == "96" and "--min-crop-area" not in last
+    assert float(last["--epochs"]) == pytest.approx(7 * 16 / 300)
+    assert "--threshold 0.7" in commands["balance1"] and "val1" not in commands and "choice1" in commands
+    assert not any(f"{name}=" in printed for name in ("IMAGE_SIZE", "RECIPE", "STEPS"))
+    commands, printed = commands_of("1 300 500 500 500", NPROC="1", EPOCHS="7")
+    assert "--epochs 7 " in commands["student1"] and "STEPS=" not in printed
+
+
+def test_threshold_and_teacher_are_chosen_on_half_of_val(commands_of):
+    commands, printed = commands_of("0 300 32 500 400", TOP1="70 71")
+    assert "on 500 images of val" in printed and "the other 400 judge" in printed
+    for number, teacher in ((1, "/teacher/model.pt"), (2, "/student1/model.pt")):
+        assert all(f"{teacher} " in commands[f"{name}{number}"] for name in ("label", "val", "student"))
+        assert "/my data/val --out" in commands[f"val{number}"]
+        rule = f"/val{number}.h5 --val-half choose --min-precision 0.9"
+        assert rule in commands[f"balance{number}"] and "--threshold" not in commands[f"balance{number}"]
+    assert "Taught: student1 by teacher, student2 by student1." in printed and "71.00 percent" in printed
+
+    # the teacher is better: it teaches again, and what it has labelled is used again
+    commands, printed = commands_of(TOP1="72 71")
+    assert "Taught: student1 by teacher, student2 by teacher." in printed and "label2" not in commands
+    assert "/teacher/model.pt --pseudo-labels" in commands["student2"] and "/balanced1.h5" in commands["student2"]
+    assert "student2/model.pt --image-size 80" in commands["fixres"], "the last student is fine-tuned"
+    commands, _ = commands_of(TOP1="72 71", RELABEL="1")
+    assert "/teacher/model.pt --only" in commands["label2"] and "/logits2.h5" in commands["student2"]
+
+
+@pytest.mark.parametrize(
+    ("found", "settings"), [("0 300 32 500 500", {"CHOOSE": "0"}), ("0 300 32 19 300", {}), ("0 300 32 300 19", {})]
+)
+def test_nothing_is_chosen_on_too_few_images_or_if_told_so(commands_of, found, settings):
+    commands, printed = commands_of(found, **settings, TOP1="72 71")
+    assert "--threshold 0.5" in commands["balance1"] and not {"val1", "choice1"} & commands.keys()
+    assert "student2 by student1" in printed and ("is too few to choose on" in printed) == (settings == {})
+
+
+def test_floors_are_a_line_each_and_status_2(commands_of, monkeypatch, capsys):
+    """In the code that run.sh gives to python3; of what it says with that status, the end."""
+    code = (ROOT / "run.sh").read_text().split("floors='")[1].split("'\n")[0]
+
+    def run(python=(3, 11, 0), **installed):
+        versions = {
+            "torch": "2.11.0+cpu",
+            "torchvision": "0.26.0",
+            "Pillow": "13.0.0",
+            "numpy": "2.1.0",
+            "h5py": "3.12",
+        }
+        versions = {name: number for name, number in (versions | installed).items() if number}
+        packages = [SimpleNamespace(name=name, version=number) for name, number in versions.items()]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "version_info", python)
+            patch.setattr("importlib.metadata.distributions", lambda: packages)
+            with pytest.raises(SystemExit) as stop:
+                exec(code, {})
+        return stop.value.code, capsys.readouterr().err.splitlines()
+
+    assert run() == (0, [])
+    assert run((3, 14, 1), torch="2.12.0.dev20261101", torchvision="1.0") == (0, [])
+    assert "Python 3.10 was found, 3.11 or newer is needed" in run((3, 10, 9))[0]
+    status, lines = run(torch="2.9.1", torchvision="0.9.2", Pillow=None)
+    assert status == 3 and len(lines) == 3
+    for line, words in zip(lines, ("torch: 2.9.1 was", "torchvision: 0.9.2 was", "pillow: none was"), strict=True):
+        assert line.startswith(words) and "pip install" in line and " or newer is needed" in line
+    assert commands_of(FLOORS="3", status=2)[0] == {} == commands_of(FLOORS="1", status=2)[0]
+
+
+def test_a_folder_without_unlabeled_is_said_before_anything_is_trained(commands_of, tmp_path):
+    (tmp_path / "mine").mkdir()
+    commands, printed = commands_of(data=tmp_path / "mine", status=2)
+    assert commands == {} and "error: " in printed and "no folder unlabeled/" in printed
