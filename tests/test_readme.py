@@ -72,6 +72,18 @@ def test_every_command_of_the_readme(run_stage, tiny_data, tmp_path):
     assert "| student" in (tmp_path / "runs" / "robustness" / "robustness.md").read_text()
 
 
+def test_the_constraints_name_a_version_of_each_requirement():
+    """One that the requirement allows; and the README names the file."""
+    texts = [(ROOT / name).read_text() for name in ("requirements.txt", "tests/requirements.txt")]
+    wanted = dict(re.findall(r"^([\w-]+)(?:>=([\d.]+))?$", "\n".join(texts), re.M))
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests/constraints.txt").read_text(), re.M))
+    assert len(wanted) > 10 and wanted.keys() <= pinned.keys()
+    for name, low in wanted.items():
+        at_least, found = ([int(part) for part in text.split(".") if part] for text in (low, pinned[name]))
+        assert found >= at_least, name
+    assert "-c tests/constraints.txt" in (ROOT / "README.md").read_text()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the use of the result: blocks of Python in the README and in docs/use.md
 # ----------------------------------------------------------------------------------------------------------------------
