@@ -272,6 +272,10 @@ def seed_words(seed: int, stream: str, *numbers: int) -> list[int]:
     return [seed, zlib.crc32(stream.encode()), *numbers]
 
 
+# Of loaders. A fork shares millions of paths, where spawn copies them; but libraries of macOS do not survive a fork.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
 class Processes(NamedTuple):
     """This process's place among those that torchrun started."""
 
@@ -1643,7 +1647,7 @@ def list_images(root: str | Path) -> ImageList:
     processes = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(shards) // 8)
     try:
         if processes > 1:
-            with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+            with ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD)) as pool:
                 columns += pool.map(index, shards)
         else:
             columns += map(index, shards)
@@ -1966,7 +1970,7 @@ def load_batches(dataset: ImageDataset, keys: Iterable[list], processes: Process
         num_workers=processes.workers,
         collate_fn=dataset.collate,
         pin_memory=processes.device.type == "cuda",
-        multiprocessing_context="fork" if processes.workers else None,  # millions of paths are shared, not copied
+        multiprocessing_context=START_METHOD if processes.workers else None,
         worker_init_fn=ignore_signals,
     )
 

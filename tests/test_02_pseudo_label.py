@@ -5,7 +5,9 @@ import csv
 import errno
 import hashlib
 import os
+import pickle
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -18,7 +20,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, ROOT, assert_mistake, encoded, load_stage, make_tar, noise_image, save_model, write_files
+from conftest import CHEAP, ROOT, assert_mistake, assert_same_weights, encoded, load_stage, make_tar, noise_image
+from conftest import save_model, write_files
 from label_files import CLASSES, COLUMNS, new_file, read_logits, select, undo
 from PIL import Image
 
@@ -798,11 +801,76 @@ def test_a_file_is_continued_with_the_precision_it_was_begun_with(random_teacher
     assert label(*words, "--precision", "bf16").returncode == 0
 
 
-def test_a_system_without_fdatasync(random_teacher, label, tmp_path, monkeypatch):
-    monkeypatch.delattr(os, "fdatasync")  # macOS
-    folder = write_files(tmp_path / "images", pictures(3))
-    assert label("--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5").returncode == 0
+LINUX_ALONE = "copy_file_range eventfd fdatasync getrandom memfd_create posix_fadvise posix_fallocate sched_getaffinity"
+LINUX_ALONE += " sched_setaffinity splice O_DIRECT O_TMPFILE"  # of os; macOS has none of them
+
+
+def test_a_system_without_what_linux_alone_has(tiny_data, call_main, tmp_path, monkeypatch):
+    for name in LINUX_ALONE.split():
+        monkeypatch.delattr(os, name)
+    flags = ["--data", tiny_data, "--arch", CHEAP, "--image-size", 32, "--batch-size", 8, "--epochs", 0.4]
+    flags += ["--num-ops", 1, "--magnitude", 5, "--out", tmp_path / "t"]
+    assert call_main("01_train_teacher", *flags).returncode == 0
+    words = ["--teacher", tmp_path / "t" / "model.pt", "--out", tmp_path / "l.h5", "--csv", tmp_path / "l.csv"]
+    assert call_main("02_pseudo_label", *words).returncode == 0
     assert (read_logits(tmp_path / "l.h5")["status"] == common.DONE).all()
+
+
+def test_where_processes_are_spawned_and_not_forked(tiny_data, run_stage, tmp_path):
+    """As on macOS: loaders get what they need by pickle, and everything stays the same."""
+    text, fork = (ROOT / "common.py").read_text(), 'START_METHOD = "fork" if sys.platform == "linux" else "spawn"'
+    assert text.count(fork) == 1
+    for name in ("01_train_teacher.py", STAGE):
+        shutil.copy(ROOT / name, tmp_path)
+    spawns = "import os\nos.fork = None\n"  # who forks all the same crashes
+    (tmp_path / "common.py").write_text(spawns + text.replace(fork, 'START_METHOD = "spawn"'))
+    for name, folder, workers in (("plain", ROOT, 0), ("spawned", tmp_path, 1)):
+        out, more = tmp_path / name, ["--workers", workers]
+        flags = ["--data", tiny_data, "--arch", CHEAP, "--image-size", 32, "--batch-size", 8, "--epochs", 0.4]
+        flags += ["--num-ops", 1, "--magnitude", 5, "--out", out]
+        run_stage(folder / "01_train_teacher.py", *flags, *more, WITHOUT="matplotlib")
+        run_stage(folder / STAGE, "--teacher", tmp_path / "plain" / "model.pt", "--out", out / "l.h5", *more)
+    assert_same_weights(tmp_path / "plain" / "model.pt", tmp_path / "spawned" / "model.pt")
+    assert_same_labels(tmp_path / "plain" / "l.h5", tmp_path / "spawned" / "l.h5")
+
+
+def test_what_a_spawned_process_gets(tiny_data, own_teacher, label, tmp_path, monkeypatch):
+    """Mapped lists and selections by pickle, and the index of shards from a pool of such processes."""
+    assert label("--teacher", own_teacher, "--out", tmp_path / "l.h5").returncode == 0
+    with h5py.File(tmp_path / "l.h5") as file:
+        images = common.image_list(file)
+    chosen = common.SelectedImages({3: images}, np.full(2, 3, np.uint16), np.array([4, 7]))
+    for source, row in ((images, 7), (chosen, 1)):
+        dataset = common.ImageDataset(source, noised=common.Crop(32, 0.3, True, "border"), stream="s")
+        (expected,), (got,) = (one[0, row][1] for one in (dataset, pickle.loads(pickle.dumps(dataset))))
+        np.testing.assert_array_equal(got, expected)
+
+    class Pool:  # a process for each task would import torch, for seconds
+        def __init__(self, num, context):
+            assert num == 2 and context.get_start_method() == "spawn"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def map(self, function, tasks):
+            return map(pickle.loads(pickle.dumps(function)), tasks)
+
+    for i in range(16):
+        make_tar(tmp_path / "u" / f"{i:02}.tar", {"a.png": b"1"})
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    monkeypatch.setattr(common, "START_METHOD", "spawn")
+    monkeypatch.setattr(common, "ProcessPoolExecutor", Pool)
+    assert len(common.list_images(tmp_path / "u")) == 16
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_unit_of_memory_is_the_systems(platform, unit, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
+    assert common.peak_memory(torch.device("cpu")) == 5000 * unit
 
 
 # a noised teacher

@@ -2,14 +2,15 @@
 
 import io
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, encoded, make_tar, noise_image, write_files
-from PIL import Image
+from conftest import CHEAP, ROOT, encoded, make_tar, noise_image, write_files
+from PIL import Image, features
 
 import common
 from common import ImageDataset, View, labeled_images, list_images, unlabeled_images
@@ -297,6 +298,34 @@ def test_files_that_are_left_out_for_their_names_are_counted(tmp_path, capsys):
         (tmp_path / name).unlink()
     list_images(tmp_path)
     assert not capsys.readouterr().out
+
+
+def test_avif_counts_as_an_image_where_pillow_has_a_decoder_for_it(tmp_path, capsys, run_stage):
+    image = Image.linear_gradient("L").convert("RGB")
+    if features.check("avif"):
+        image.save(tmp_path / "a.AVIF", quality=95)
+        rows = list_images(tmp_path)
+        assert names_of(rows) == ["a.AVIF"] and errors_of(rows) == [None] and not capsys.readouterr().out
+        assert np.abs(np.asarray(rows.load(0)).astype(int) - np.asarray(image)).mean() < 3
+    (tmp_path / "b.avif").write_bytes(b"no image")
+    code = "from PIL import features; features.check = lambda name: name != 'avif'; import common\n"
+    code += f"print(len(common.list_images({str(tmp_path)!r})), 'listed')"
+    (tmp_path / "script.py").write_text(code)
+    assert run_stage(tmp_path / "script.py", PYTHONPATH=ROOT).stdout.count(" of .avif") == 1
+
+
+def test_01_and_02_say_what_they_leave_out(tiny_data, call_main, tmp_path, monkeypatch):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for name in ("train/disc/a.heic", "train/disc/b.heic", "val/disc/c.txt", "unlabeled/d.heic", "unlabeled/e.pdf"):
+        (data / name).write_bytes(b"1")
+    monkeypatch.setattr(common.Run, "steps", lambda run, *_: iter(()))
+    flags = ["--arch", CHEAP, "--image-size", 32, "--batch-size", 8, "--epochs", 1, "--out", tmp_path / "t"]
+    printed = call_main("01_train_teacher", "--data", data, *flags).stdout
+    assert "train: 2 files are left out for their names: 2 of .heic" in printed
+    assert "val: 1 files are left out for their names: 1 of .txt" in printed
+    words = ["--teacher", tmp_path / "t" / "model.pt", "--out", tmp_path / "l.h5"]
+    printed = call_main("02_pseudo_label", *words).stdout
+    assert "unlabeled: 2 files are left out for their names: 1 of .heic, 1 of .pdf" in printed
 
 
 def test_a_flat_val_as_in_imagenets_archive_says_how_to_sort_it(tmp_path, mistake):

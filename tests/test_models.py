@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import common
-from common import EFFICIENTNETS, build_model, fuse_batch_norms, load_model, load_weights, own_names
+from common import EFFICIENTNETS, build_model, fuse_batch_norms, load_model, load_weights, own_names, timm_names
 
 
 SMALL = [f"efficientnet_b{i}" for i in range(8)]
@@ -115,6 +115,12 @@ def test_torchvisions_weights_fit_as_they_are_and_ours_fit_torchvision(arch):
     assert_same_logits(model, oracle, (64, 64))
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "timm/efficientnet_b0", "convnext_tiny"])
+def test_of_other_models_there_is_nothing_to_rename_for_timm(arch):
+    with pytest.raises(ValueError, match="is not of an EfficientNet"):
+        timm_names(on_meta(arch).state_dict())
+
+
 @pytest.mark.parametrize("arch", [f"tf_{arch}" for arch in (*SMALL, "efficientnet_l2")])
 def test_timms_names_and_shapes_are_ours(arch):
     with torch.device("meta"):
@@ -122,6 +128,7 @@ def test_timms_names_and_shapes_are_ours(arch):
     model, theirs = on_meta(arch), own_names(oracle.state_dict())
     ours = model.state_dict()  # timm has the same order
     assert [(name, tensor.shape) for name, tensor in ours.items()] == [(name, t.shape) for name, t in theirs.items()]
+    assert list(timm_names(ours)) == list(oracle.state_dict())  # and the other way around
     strides, eps = (
         [[getattr(module, name) for module in net.modules() if isinstance(module, kind)] for net in (model, oracle)]
         for kind, name in ((nn.Conv2d, "stride"), (nn.BatchNorm2d, "eps"))

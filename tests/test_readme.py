@@ -1,8 +1,11 @@
-"""The README's commands are run as they stand there, only smaller; and run.sh, the loop over the stages."""
+"""The README's commands are run as they stand there, only smaller, the blocks of Python too; and run.sh, the loop over
+the stages."""
 
 import contextlib
+import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,7 +20,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHEAP, ROOT, checkpoint_of, save_model
+from conftest import CHEAP, ROOT, checkpoint_of, noise_image, save_model
+from safetensors import safe_open
 from torchvision import models
 
 import common
@@ -70,6 +74,136 @@ def test_every_command_of_the_readme(run_stage, tiny_data, tmp_path):
     )
     assert taught["args"]["init"] == student["args"]["init"] == "published"
     assert "| student" in (tmp_path / "runs" / "robustness" / "robustness.md").read_text()
+
+
+def test_the_constraints_name_a_version_of_each_requirement():
+    """One that the requirement allows; and the README names the file."""
+    texts = [(ROOT / name).read_text() for name in ("requirements.txt", "tests/requirements.txt")]
+    wanted = dict(re.findall(r"^([\w-]+)(?:>=([\d.]+))?$", "\n".join(texts), re.M))
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests/constraints.txt").read_text(), re.M))
+    assert len(wanted) > 10 and wanted.keys() <= pinned.keys()
+    for name, low in wanted.items():
+        at_least, found = ([int(part) for part in text.split(".") if part] for text in (low, pinned[name]))
+        assert found >= at_least, name
+    assert "-c tests/constraints.txt" in (ROOT / "README.md").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the use of the result: blocks of Python in the README and in docs/use.md
+# ----------------------------------------------------------------------------------------------------------------------
+
+SIGNS = [
+    "load_model",
+    "torch.onnx.export",
+    "safetensors",
+    "torchvision.models",
+    "timm_names",
+    "pandas",
+]  # of the blocks
+
+
+def blocks() -> list[str]:
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/use.md")]
+    return [block for text in texts for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
+
+
+@pytest.fixture
+def use(tiny_data, call_main, tmp_path, monkeypatch, capsys):
+    """use(sign, arch) -> (the names that the README's lines and the block with this sign leave, what it printed)."""
+
+    def run(sign: str, arch: str = "efficientnet_b0", **header) -> tuple[dict, str]:
+        path = tmp_path / "runs" / "student" / "model.pt"
+        save_model(path, arch, seed=1, image_size=64, data=str(tiny_data), **header)
+        noise_image(90, 60).save(tmp_path / "photo.jpg")
+        monkeypatch.chdir(tmp_path)
+        names = {}
+        for block in blocks():
+            if SIGNS[0] in block or sign in block:
+                capsys.readouterr()
+                exec(compile(block, sign, "exec"), names)
+        return names, capsys.readouterr().out
+
+    return run
+
+
+def same_logits(names: dict, other, dtype=torch.float64) -> bool:
+    """Whether the checkpoint's model and another give the same. In double: fresh weights blow rounding up."""
+    images, model = torch.randn(3, 3, 64, 64, dtype=dtype), names["model"].to(dtype)
+    with torch.no_grad():
+        expected = model(images)
+        assert expected.std(0).min() > 0.01
+        limit = {torch.float64: 1e-8, torch.float32: 1e-3}[dtype] * expected.abs().max()
+        return bool((other(images) - expected).abs().max() < limit)
+
+
+def test_each_block_has_a_test():
+    assert len(blocks()) == len(SIGNS) and all(sign in block for sign, block in zip(SIGNS, blocks(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_a_prediction_in_five_lines(mode, use, call_main, tmp_path):
+    """It is that of stage 02."""
+    lines = blocks()[0].split("\n\n")[1].splitlines()
+    assert len(lines) == 5
+    _, printed = use(SIGNS[0], crop_mode=mode)
+    name, confidence = printed.split()
+    words = ["--unlabeled", tmp_path / "photo.jpg", "--out", tmp_path / "l.h5", "--csv", tmp_path / "l.csv"]
+    assert call_main("02_pseudo_label", "--teacher", tmp_path / "runs/student/model.pt", *words).returncode == 0
+    with open(tmp_path / "l.csv", newline="") as file:
+        _, line = csv.reader(file)
+    assert line[:2] == ["photo.jpg", name] and float(line[2]) == pytest.approx(float(confidence), rel=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", CHEAP])
+def test_onnx(arch, use):
+    """The exporter, and, where it is installed, what its file gives in ONNX Runtime for a batch of another size."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    names, _ = use("torch.onnx.export", arch)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession("runs/student/model.onnx")
+
+    def model(images):
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    assert same_logits(names, model, torch.float32)
+
+
+def test_safetensors(use, tmp_path):
+    names, _ = use("safetensors")
+    path = tmp_path / "runs" / "student" / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == names["checkpoint"]["classes"]
+    model = common.build_model("efficientnet_b0", 3)
+    common.load_weights(model, path)
+    assert same_logits(names, model.eval().double())
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", CHEAP])
+def test_the_model_of_torchvision(arch, use):
+    names, _ = use("torchvision.models", arch)
+    assert same_logits(names, names["theirs"].double()) and type(names["theirs"]).__module__.startswith("torchvision.")
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "tf_efficientnet_b0", "tf_efficientnet_b2"])
+def test_the_model_of_timm(arch, use):
+    names, _ = use("timm_names", arch)
+    assert same_logits(names, names["of_timm"].double()) and type(names["of_timm"]).__module__.startswith("timm.")
+
+
+def test_logits_in_pandas(use, call_main, tiny_data, tmp_path):
+    pytest.importorskip("pandas")
+    use("load_model")
+    data = shutil.copytree(tiny_data / "unlabeled", tmp_path / "u")
+    (data / os.fsdecode(b"caf\xe9.png")).write_bytes((data / "part0/000.png").read_bytes())
+    (data / "bad.png").write_bytes(b"")
+    words = ["--unlabeled", data, "--out", tmp_path / "runs/logits.h5", "--csv", tmp_path / "l.csv", "--max-bad", 50]
+    assert call_main("02_pseudo_label", "--teacher", tmp_path / "runs/student/model.pt", *words).returncode == 0
+    names, printed = use("pandas")
+    with open(tmp_path / "l.csv", newline="", errors="surrogateescape") as file:
+        lines = list(csv.reader(file))
+    assert names["labels"][["path", "class"]].values.tolist() == [line[:2] for line in lines[1:]] and len(lines) == 22
+    assert lines[1][1] in printed and "mean" in printed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
