@@ -7,6 +7,7 @@
 #
 # Without torch a .venv is made first. Interrupted and started again, it continues; a finished stage is not run twice.
 # What changes often is a variable:  STEPS=5000 ARCHS="efficientnet_b0 efficientnet_b1" ./run.sh DATA_DIR
+# With SEEDS="0 1 2 3 4" the whole loop runs once for each, into OUT/seed0 ..., and the table is of all of them.
 # What is not set is chosen for the images, and it says what and why.
 set -euo pipefail # all of this in bash 3.2 too: macOS has no newer one
 data=${1:-}
@@ -49,7 +50,8 @@ python3 -c "$floors" || exit 2
 if [ "$data" = test ]; then exec python3 -m pytest -q -n 2 --dist loadgroup tests; fi
 
 # ---------------------------------------------------------------------------------------------------- settings
-SEED=${SEED:-0}
+SEEDS=${SEEDS:-${SEED:-0}}          # several: the whole loop for each, on the same data
+SEED=${SEEDS%% *}
 ROUNDS=${ROUNDS:-2}                 # self-training rounds
 CHOOSE=${CHOOSE:-1}                 # 0: nothing is chosen on val; THRESHOLD is 0.5, the last student teaches the next one
 # Lists: the teacher, then one student a round; the last one repeats.
@@ -66,7 +68,9 @@ THRESHOLD=${THRESHOLD:-}            # of the confidence, chosen in each round; t
 RELABEL=${RELABEL:-0}               # 1: each student relabels what the first teacher selected, as in the paper
 FIXRES_STEPS=${FIXRES_STEPS:-200}   # of the fine-tuning, for a set as small as the demo; 0: none (a ViT has one size alone)
 CONTROL=${CONTROL:-1}               # 0 leaves out the fair comparison: the same training on the labelled images alone
-if [ -z "$data" ]; then demo=demo && [ "$SEED" = 0 ] || demo=demo-seed$SEED; fi
+several=$([ "$SEEDS" = "$SEED" ] || echo yes)
+demo_seed=$([ -n "$several" ] && echo 0 || echo "$SEED")
+if [ -z "$data" ]; then demo=demo$([ "$demo_seed" = 0 ] || echo "-seed$demo_seed"); fi
 data=${data:-data/$demo}
 OUT=${OUT:-$PWD/runs/$(basename "$data")}
 
@@ -92,7 +96,7 @@ of_round() { # of_round ROUND LIST...: the entry of a round, of which 0 is the t
 calc() { awk "BEGIN { printf \"%.12g\", $1 }"; }
 
 # ---------------------------------------------------------------------------------------------------- choices
-[ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --out "$data" --seed "$SEED"
+[ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --out "$data" --seed "$demo_seed"
 look='
 import contextlib, io, sys, warnings, numpy, torch, PIL.Image
 from common import judged_half, labeled_images
@@ -121,7 +125,7 @@ if [ -z "$STEPS$EPOCHS" ]; then
     STEPS=$(calc "int(1012 * sqrt($images < 300 ? 1 : $images > 30000 ? 100 : $images / 300))")
     echo "STEPS=$STEPS: for $images labelled images, $BATCH a step: $(calc "int($STEPS * $BATCH / $images)") passes"
 fi
-crop=""
+crop=${crop:-}
 if [ -z "$RECIPE" ]; then
     RECIPE=recipes/finetune.txt why="from INIT's weights"
     [ -n "$INIT" ] || RECIPE=recipes/small.txt why="from scratch" crop="--min-crop-area 0.08" # above 64 pixels: the paper's
@@ -140,6 +144,24 @@ better='import json, sys
 top1 = {path: results["clean"]["top1"] for path, results in json.load(open(sys.argv[1])).items()}
 teacher, student = (top1[path] for path in sys.argv[2:])
 print("teacher" if teacher > student else "student", f"{student:.2f} percent against its teacher at {teacher:.2f}")'
+
+# ---------------------------------------------------------------------------------------------------- several seeds
+table() { # table MODELS...: it keeps what it measured, so that again it takes seconds; the verdict beside the results
+    python3 06_eval_robustness.py "$@" --data "$data" --corrupt --fgsm 2 --num-images 500 $judge --out "$OUT/robustness"
+    [ ! -e "$OUT/robustness/verdict.md" ] || cp "$OUT/robustness/verdict.md" "$OUT/verdict.md"
+}
+if [ -n "$several" ]; then
+    export IMAGE_SIZE STEPS RECIPE CHOOSE NPROC crop
+    models=()
+    for seed in $SEEDS; do
+        SEEDS=$seed OUT=$OUT/seed$seed TABLE=0 bash run.sh "$data"
+        for model in "$OUT/seed$seed"/{teacher,control,student*,untuned,fixres}/model.pt; do
+            [ ! -e "$model" ] || models+=("$model")
+        done
+    done
+    table "${models[@]}"
+    exit
+fi
 
 # ---------------------------------------------------------------------------------------------------- the loop
 epochs() { # epochs ROUND: of a student
@@ -203,5 +225,4 @@ if [ "$FIXRES_STEPS" != 0 ]; then
     models+=("$OUT/untuned/model.pt" "$OUT/fixres/model.pt")
 fi
 [ -z "$taught" ] || echo "Taught: ${taught#, }."
-# It keeps what it measured: again, it prints the table in seconds. With CHOOSE it is of images on which nothing was chosen.
-python3 06_eval_robustness.py "${models[@]}" --data "$data" --corrupt --fgsm 2 --num-images 500 $judge --out "$OUT/robustness"
+[ "${TABLE:-1}" = 0 ] || table "${models[@]}"

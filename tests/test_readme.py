@@ -384,6 +384,33 @@ def test_a_run_that_chooses_ends_with_the_table_of_the_other_half(tiny_data, run
     assert nums == [60 - judged] * 2 + [judged] * 3
 
 
+def test_seeds_end_with_a_verdict(tiny_data, run_sh, tmp_path):
+    """SEEDS="0 1": the loop for each, one table, and a verdict whose numbers are those of robustness.json by hand."""
+    out = tmp_path / "out"
+    small = {"EPOCHS": "1", "ROUNDS": "1", "FIXRES_STEPS": "0", "THRESHOLD": "0", "ARCHS": CHEAP, "NPROC": "1"}
+    small |= {"RECIPE": str(tmp_path / "recipe.txt"), "WITHOUT": "matplotlib", "OUT": str(out), "SEEDS": "0 1"}
+    (tmp_path / "recipe.txt").write_text("--optimizer sgd --lr 0.01")
+    stdout, _ = finished(run_sh(tiny_data, **small))
+    results = json.loads((out / "robustness" / "robustness.json").read_text())
+    names = ("teacher", "control", "student1")
+    assert [Path(path).parts[-3:-1] for path in results] == [(f"seed{s}", name) for s in (0, 1) for name in names]
+    clean = {name: [results[f"{out}/seed{s}/{name}/model.pt"]["clean"]["top1"] for s in (0, 1)] for name in names}
+    for line, (name, (first, second)) in zip(table_of(stdout)[-3:], clean.items(), strict=True):
+        mean, deviation = (first + second) / 2, abs(first - second) / 2**0.5
+        assert line.split()[1] == name and f" {mean:.2f} ± {deviation:.2f} " in line
+    differences = [student - control for student, control in zip(clean["student1"], clean["control"], strict=True)]
+    mean, half = sum(differences) / 2, 12.7062 * abs(differences[0] - differences[1]) / 2  # t of 1 degree of freedom
+    words = f"Over 2 seeds student1 is {abs(mean):.1f} points {'better' if mean >= 0 else 'worse'} than control"
+    verdict = (out / "verdict.md").read_text()
+    for text in (stdout, verdict):
+        assert words in text and f"interval {mean - half:+.1f} to {mean + half:+.1f} points" in text
+    balanced = json.loads((out / "seed1" / "balanced1.json").read_text())
+    assert f"kept {balanced['unique_images']} of {balanced['images']} unlabelled images" in verdict
+    assert len(list(out.glob("seed*/robustness"))) == 0  # one table, of all
+    again, _ = finished(run_sh(tiny_data, **small))
+    assert again.count("done: student1") == 2 and table_of(again) == table_of(stdout)
+
+
 def cleans_of(folder):
     return [entry["clean"] for entry in json.loads((folder / "robustness.json").read_text()).values()]
 
