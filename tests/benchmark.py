@@ -711,10 +711,36 @@ def drawing_at_32(folder: Path, args: argparse.Namespace):
     return draw, evaluate
 
 
+def imagenet_c_against_02(folder: Path, args: argparse.Namespace):
+    """(06 evaluates stored images of 224 pixels in ImageNet-C's layout, 02 labels the same files)"""
+    rng, num_classes = np.random.default_rng(0), 10
+    for i in range(args.number):
+        layers = [Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((224, 224)) for n in (5, 60)]
+        file = folder / "fog" / f"{1 + i % 5}" / f"{i // 5 % num_classes}" / f"{i:05}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.blend(*layers, 0.3).save(file, quality=85)
+    torch.manual_seed(0)
+    model = build_model("efficientnet_b0", num_classes)
+    header = {"format": CHECKPOINT_FORMAT, "stage": "teacher", "arch": "efficientnet_b0", "arch_options": {}}
+    header |= {"classes": [f"{c}" for c in range(num_classes)], "image_size": 224, "crop_fraction": 1.0}
+    header |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "metrics": {}, "args": {}, "model": model.state_dict()}
+    save_checkpoint(folder / "model.pt", header)
+    more = ["--device", args.device, *([] if args.workers is None else ["--workers", args.workers])]
+
+    def call(stage: str, *words) -> None:
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+            sys.argv = [stage, *map(str, (*words, *more, "--out", f"{out}/out"))]
+            load_stage(stage).main()
+
+    of_06 = partial(call, "06_eval_robustness", folder / "model.pt", "--imagenet-c", folder)
+    return of_06, partial(call, "02_pseudo_label", "--teacher", folder / "model.pt", "--unlabeled", folder / "fog")
+
+
 def robustness(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
         rows = {"drawing all 18 at 32 px against the model's own time": drawing_at_32(Path(folder), args)}
+        rows["06 on images of ImageNet-C against 02 on the same files"] = imagenet_c_against_02(Path(other), args)
         seconds = {name: ([], []) for name in rows}
         for turn in range(args.rounds + 1):
             for name, pair in rows.items():
