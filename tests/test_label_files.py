@@ -202,5 +202,5 @@ def test_evil_files_are_refused_by_03_and_04(file, name, how, whole_files, tmp_p
 
 def test_whole_files_are_read(whole_files, tmp_path, call_main, monkeypatch):
     assert read_all(whole_files / "balanced.h5").label.tolist() == [0, 1]
-    monkeypatch.setattr(load_stage("03_balance"), "draw", lambda *args: None)
+    monkeypatch.setattr(load_stage("03_balance"), "draw_selection", lambda *args: None)
     assert call_main("03_balance", whole_files / "logits.h5", "--out", tmp_path / "o.h5").returncode == 0
