@@ -35,9 +35,9 @@ from common import rand_augment  # noise
 from common import View, normalize  # views
 from common import digests_of_val, images_at, is_lost, root_of  # listing
 from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
-from common import DONE, HELD_OUT, LOGITS_FORMAT, TODO, UNREADABLE  # label files
+from common import DONE, HELD_OUT, LOGITS_FORMAT, TODO, UNREADABLE, status_of, write_csv  # label files
 from common import create_logits, image_list, map_dataset, open_label_file, read_classes, read_held_out
-from common import selected_images, status_of, write_csv
+from common import selected_images  # selections
 from common import load_model  # checkpoints
 from common import autocast, noise_model, precision_of, step_generator  # training
 

@@ -33,7 +33,8 @@ import torch
 from common import argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
 from common import judged_half  # listing
 from common import DONE, NO_CLASS, UNKNOWN, classes_of_folders, draw_fraction, image_list, in_chunks  # label files
-from common import Examples, open_finished, read_classes, read_truth, sorted_examples, write_selection
+from common import open_finished, read_classes, read_truth
+from common import Examples, sorted_examples, write_selection  # selections
 from common import draw_selection  # pictures
 
 

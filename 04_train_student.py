@@ -36,7 +36,8 @@ from common import View, crop_mode_of, normalize  # views
 from common import ImageList, digests_of, labeled_images, unlabeled_images  # listing
 from common import Batch, unreadable_images  # batches
 from common import DONE, LOGITS_FORMAT, TODO, image_list, map_dataset, open_label_file  # label files
-from common import SelectedImages, columns_of, newer_file, options_of, read_classes, read_selection
+from common import columns_of, options_of, read_classes
+from common import SelectedImages, newer_file, read_selection  # selections
 from common import plan_of, soft_cross_entropy  # optimization
 from common import data_inputs, data_of, input_digests, load_model, previous_run, read_checkpoint  # checkpoints
 from common import resume_or_exit

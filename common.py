@@ -11,7 +11,8 @@ noise             RandAugment on whole uint8 batches, by tables and by moving pi
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
 listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
 batches           views as a dataset, keys (which images a step gets, in what order), loaders, the unreadable images
-label files       creating logits.h5; opening it and balanced.h5, a stranger's too; as CSV; selected images
+label files       creating logits.h5; opening it and balanced.h5, a stranger's too; mapping their columns; as CSV
+selections        writing and reading balanced.h5, the images of a selection
 optimization      the plan of a run and its learning rate, plateaus, RMSprop, averaged weights, soft cross-entropy
 checkpoints       model.pt and last.pt: read safely, loaded as a model, saved, resumed, their inputs compared; metrics
 training          a model as the flags want it, precision, DDP, random numbers of a step, parts of a batch, evaluation
@@ -2002,7 +2003,7 @@ def report_bad(num_bad: int, first: list[str], num: int, max_bad: float) -> None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# label files: creating and reading logits.h5 (one row an image), reading balanced.h5 (one row a training example)
+# label files: creating and reading logits.h5 (one row an image); opening balanced.h5, which may be a stranger's too
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOGITS_FORMAT, SELECTION_FORMAT = "noisy-student-logits-1", "noisy-student-selection-1"
@@ -2130,6 +2131,104 @@ def in_chunks(*columns: list, num_rows: int):
         first += len(parts[0])
 
 
+def read_classes(file: h5py.File) -> list[str]:
+    return [name.decode() for name in file["classes"][:]]
+
+
+def options_of(file: h5py.File) -> dict:
+    """The teacher's arch_options, which older files do not have."""
+    try:
+        return dict(json.loads(file.attrs.get("arch_options", "{}")))
+    except (TypeError, ValueError):
+        fail(f"{file.filename}: attribute 'arch_options' is {str(file.attrs['arch_options'])[:100]!r}, expected JSON")
+
+
+def read_held_out(file: h5py.File) -> frozenset[bytes]:
+    """The digests of the images of val that stage 02 compared with; older files have none."""
+    if "held_out" not in file:
+        return frozenset()
+    digests = file["held_out"]
+    if digests.dtype != np.uint8 or digests.shape[1:] != (16,) or digests.nbytes > os.path.getsize(file.filename):
+        fail(f"{file.filename}: held_out has the shape {digests.shape} of {digests.dtype}, expected (V, 16) of uint8")
+    return frozenset(row.tobytes() for row in digests[:])
+
+
+def write_csv(path: Path, labels: Path, wanted: np.ndarray | range) -> None:
+    """Write `path,class,confidence`, a line an image that has a label, in the order of the rows.
+
+    Names stand in it byte for byte as on the disk, in quotation marks where they hold a comma, a quote or a new line.
+    """
+    with open_label_file(labels, LOGITS_FORMAT) as file:
+        images, classes = image_list(file), read_classes(file)
+        status, label, confidence = (map_dataset(file, name) for name in ("status", "label", "confidence"))
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with write_atomically(path) as temporary, open(temporary, "w", **text) as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "confidence"])
+        num = 0
+        for begin in range(0, len(wanted), 1 << 20):
+            rows = np.asarray(wanted[begin : begin + (1 << 20)])
+            rows = rows[status[rows] == DONE]
+            names = map(os.fsdecode, images.path[rows].tolist())
+            writer.writerows(zip(names, (classes[c] for c in label[rows]), confidence[rows], strict=True))
+            num += len(rows)
+    print0(f"{path}: the labels of {num} images")
+
+
+def columns_of(classes: list[str], known: list[str], data: Path) -> list[int]:
+    """Where the classes of the data stand among those of the pseudo-labels."""
+    if sorted(known) != sorted(classes):
+        few = " ".join(known[:5])
+        fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {few}")
+    return [known.index(name) for name in classes]
+
+
+NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
+
+
+def classes_of_folders(paths: np.ndarray, classes: list[str]) -> np.ndarray:
+    """The number of the class that an image's first folder names, int64 (N,), or UNKNOWN: the truth of val."""
+    number = {os.fsencode(name): c for c, name in enumerate(classes)}
+    return np.array([number.get(path.split(b"/")[0], UNKNOWN) for path in paths.tolist()], dtype=np.int64)
+
+
+def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
+    """(confidence, status) of each file as if the images that are not drawn could not be read."""
+    confidence, status, word = [], [], zlib.crc32(b"fraction %d" % seed)
+    for file in files:
+        hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][:].tolist()), np.int64)
+        drawn = hashes < fraction * 2**32
+        confidence.append(np.where(drawn, file["confidence"][:], np.float32("nan")))
+        status.append(np.where(drawn, file["status"][:], UNREADABLE))
+    return confidence, status
+
+
+def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.ndarray:
+    """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
+    names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
+    try:
+        with open(path, newline="") as file:
+            truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
+    number = {name: c for c, name in enumerate(classes)}
+    true = np.array([number.get(truth[name], NO_CLASS) if name in truth else UNKNOWN for name in names])
+    if (true == UNKNOWN).all():
+        fail(f"--truth {path}: none of its names is in the logits files")
+    return true
+
+
+def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
+    with open_label_file(path, LOGITS_FORMAT) as file:  # network file systems look for changes when a file is opened
+        status = map_dataset(file, "status")
+    return status if isinstance(wanted, range) else status[wanted]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# selections: writing and reading balanced.h5 (one row a training example), and the images that it names
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class Examples(NamedTuple):
     """The selection: one entry a training example, sorted by (file, row, label)."""
 
@@ -2194,50 +2293,6 @@ def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarr
     return image_list(files[numbers[0]], folder), np.unique(selection["row"][selection["file"] == numbers[0]])
 
 
-def read_classes(file: h5py.File) -> list[str]:
-    return [name.decode() for name in file["classes"][:]]
-
-
-def options_of(file: h5py.File) -> dict:
-    """The teacher's arch_options, which older files do not have."""
-    try:
-        return dict(json.loads(file.attrs.get("arch_options", "{}")))
-    except (TypeError, ValueError):
-        fail(f"{file.filename}: attribute 'arch_options' is {str(file.attrs['arch_options'])[:100]!r}, expected JSON")
-
-
-def read_held_out(file: h5py.File) -> frozenset[bytes]:
-    """The digests of the images of val that stage 02 compared with; older files have none."""
-    if "held_out" not in file:
-        return frozenset()
-    digests = file["held_out"]
-    if digests.dtype != np.uint8 or digests.shape[1:] != (16,) or digests.nbytes > os.path.getsize(file.filename):
-        fail(f"{file.filename}: held_out has the shape {digests.shape} of {digests.dtype}, expected (V, 16) of uint8")
-    return frozenset(row.tobytes() for row in digests[:])
-
-
-def write_csv(path: Path, labels: Path, wanted: np.ndarray | range) -> None:
-    """Write `path,class,confidence`, a line an image that has a label, in the order of the rows.
-
-    Names stand in it byte for byte as on the disk, in quotation marks where they hold a comma, a quote or a new line.
-    """
-    with open_label_file(labels, LOGITS_FORMAT) as file:
-        images, classes = image_list(file), read_classes(file)
-        status, label, confidence = (map_dataset(file, name) for name in ("status", "label", "confidence"))
-    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with write_atomically(path) as temporary, open(temporary, "w", **text) as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "class", "confidence"])
-        num = 0
-        for begin in range(0, len(wanted), 1 << 20):
-            rows = np.asarray(wanted[begin : begin + (1 << 20)])
-            rows = rows[status[rows] == DONE]
-            names = map(os.fsdecode, images.path[rows].tolist())
-            writer.writerows(zip(names, (classes[c] for c in label[rows]), confidence[rows], strict=True))
-            num += len(rows)
-    print0(f"{path}: the labels of {num} images")
-
-
 class SelectedImages:
     """The images of a selection: a file number and a row each (mapped), looked up in the label files when needed."""
 
@@ -2265,55 +2320,6 @@ def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_ro
         if fits and np.array_equal(image_list(one).path[rows], images.path[rows]):
             return one
     fail(f"--logits: none of them has the images of {file.filename} in its rows")
-
-
-def columns_of(classes: list[str], known: list[str], data: Path) -> list[int]:
-    """Where the classes of the data stand among those of the pseudo-labels."""
-    if sorted(known) != sorted(classes):
-        few = " ".join(known[:5])
-        fail(f"{data}/train has the classes {' '.join(classes[:5])} ..., the pseudo-labels {few}")
-    return [known.index(name) for name in classes]
-
-
-NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
-
-
-def classes_of_folders(paths: np.ndarray, classes: list[str]) -> np.ndarray:
-    """The number of the class that an image's first folder names, int64 (N,), or UNKNOWN: the truth of val."""
-    number = {os.fsencode(name): c for c, name in enumerate(classes)}
-    return np.array([number.get(path.split(b"/")[0], UNKNOWN) for path in paths.tolist()], dtype=np.int64)
-
-
-def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
-    """(confidence, status) of each file as if the images that are not drawn could not be read."""
-    confidence, status, word = [], [], zlib.crc32(b"fraction %d" % seed)
-    for file in files:
-        hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][:].tolist()), np.int64)
-        drawn = hashes < fraction * 2**32
-        confidence.append(np.where(drawn, file["confidence"][:], np.float32("nan")))
-        status.append(np.where(drawn, file["status"][:], UNREADABLE))
-    return confidence, status
-
-
-def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.ndarray:
-    """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
-    names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
-    try:
-        with open(path, newline="") as file:
-            truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
-    except (OSError, KeyError, UnicodeDecodeError) as error:
-        fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
-    number = {name: c for c, name in enumerate(classes)}
-    true = np.array([number.get(truth[name], NO_CLASS) if name in truth else UNKNOWN for name in names])
-    if (true == UNKNOWN).all():
-        fail(f"--truth {path}: none of its names is in the logits files")
-    return true
-
-
-def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
-    with open_label_file(path, LOGITS_FORMAT) as file:  # network file systems look for changes when a file is opened
-        status = map_dataset(file, "status")
-    return status if isinstance(wanted, range) else status[wanted]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

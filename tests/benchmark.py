@@ -543,7 +543,7 @@ def read_and_softmax(path: Path, num_classes: int) -> int:
 def stage_03(path: Path, *flags) -> int:
     stage, out = load_stage("03_balance"), path.with_name("balanced.h5")
     sys.argv = ["03_balance.py", str(path), "--out", str(out), *map(str, flags)]
-    stage.draw = lambda *args: None
+    stage.draw_selection = lambda *args: None
     with contextlib.redirect_stdout(None):
         stage.main()
     with open_label_file(out, SELECTION_FORMAT) as file:
