@@ -30,8 +30,8 @@ from common import init_processes  # processes
 from common import normalize  # views
 from common import unreadable_images  # batches
 from common import plan_of  # optimization
-from common import data_inputs, input_digests, previous_run, resume_or_exit  # checkpoints
-from common import check_parts, labeled_data, model_noise, model_of, setup_of  # training
+from common import data_inputs, input_digests, labeled_data, previous_run, resume_or_exit  # checkpoints
+from common import check_parts, model_noise, model_of, setup_of  # training
 from common import Run  # the training run
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
 
     # Images and labels. With --epochs 0 train/ gives nothing but the names of the classes, and may be missing.
-    (train_images, labels), (val_images, val_labels), classes = labeled_data(args, setup)
+    (train_images, labels), (val_images, val_labels), classes = labeled_data(args, setup.initial, setup.arch)
     init_file = None if args.init == "published" else args.init
     inputs = {init_file: init_file} | (data_inputs(args.data, train_images, val_images) if args.data else {})
     inputs = input_digests(inputs, processes)

@@ -4,6 +4,7 @@ The rooms, in the order of the file. Each can be lifted out alone, and a stage's
 
 the program       the command line, all flags that stages share, mistakes of the user (status 2), files written whole
 processes         this process's place among those of torchrun, sums over all of them, signals, random seeds, progress
+layers            convolutions, squeeze-excitation; how CPUs train them in bf16
 models            EfficientNet, the tables of sizes and of official recipes, torchvision's models, folded batch norms
 weights           loading weights by name, of this toolkit, torchvision and timm; weights to start from, published ones
 models of timm    built by timm's names, and what it says of how images must look
@@ -432,86 +433,8 @@ def progress(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# models: EfficientNet-B0 to B7 and L0 to L2 (Noisy Student, table 7 of v1), with torchvision's parameter names
+# layers: of an EfficientNet; in fp32 torch's own; for training in bf16 on CPUs written out where that is faster
 # ----------------------------------------------------------------------------------------------------------------------
-
-EFFICIENTNETS = {  # name: (width, depth, training resolution in pixels, rate of the final dropout)
-    "efficientnet_b0": (1.0, 1.0, 224, 0.2),
-    "efficientnet_b1": (1.0, 1.1, 240, 0.2),
-    "efficientnet_b2": (1.1, 1.2, 260, 0.3),
-    "efficientnet_b3": (1.2, 1.4, 300, 0.3),
-    "efficientnet_b4": (1.4, 1.8, 380, 0.4),
-    "efficientnet_b5": (1.6, 2.2, 456, 0.4),
-    "efficientnet_b6": (1.8, 2.6, 528, 0.5),
-    "efficientnet_b7": (2.0, 3.1, 600, 0.5),
-    "efficientnet_l0": (2.8, 3.7, 380, 0.5),  # the dropout of L0 and L1 is B7's: published for L2 only
-    "efficientnet_l1": (3.9, 3.7, 380, 0.5),
-    "efficientnet_l2": (4.3, 5.3, 475, 0.5),
-}
-
-
-class Recipe(NamedTuple):
-    """How the official script trains a model (local_scripts/imagenet/train.sh:37-76)."""
-
-    epochs: float
-    num_ops: int  # of RandAugment
-    magnitude: float  # of RandAugment
-    ratio: float  # unlabelled images a labelled one
-
-
-RECIPES = {
-    "efficientnet_b0": Recipe(700, 0, 0, 1),
-    "efficientnet_b1": Recipe(700, 0, 0, 3),
-    "efficientnet_b2": Recipe(700, 2, 6, 3),
-    "efficientnet_b3": Recipe(700, 2, 12, 3),
-    "efficientnet_b4": Recipe(700, 2, 15, 3),
-    "efficientnet_b5": Recipe(350, 2, 18, 3),
-    "efficientnet_b6": Recipe(350, 2, 24, 3),
-    "efficientnet_b7": Recipe(350, 2, 27, 3),
-    "efficientnet_l0": Recipe(350, 2, 27, 3),  # L0 and L1: B7's
-    "efficientnet_l1": Recipe(350, 2, 27, 3),
-    "efficientnet_l2": Recipe(350, 2, 27, 14),  # the ratio is the paper's; in its last round 28
-}
-OTHER_RECIPE = Recipe(350, 2, 9, 3)  # any other model: RandAugment's own setting for ResNet-50 (1909.13719)
-EPOCHS_FROM_WEIGHTS = 30  # ours
-
-
-def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
-    """The recipe of a model, with the flags that were given in place of its values."""
-    given = {name: getattr(args, name, None) for name in Recipe._fields}
-    recipe = RECIPES.get(arch.removeprefix("tf_"), OTHER_RECIPE)
-    if getattr(args, "init", None):
-        recipe = recipe._replace(epochs=EPOCHS_FROM_WEIGHTS)
-    if not recipe.num_ops and not given["num_ops"] is given["magnitude"] is None:
-        # B0 and B1 have no RandAugment. One flag takes the other's value from those that have it: magnitude 0 would be
-        # violent (5 is what does nothing), and with 0 ops a magnitude would change nothing.
-        recipe = recipe._replace(num_ops=OTHER_RECIPE.num_ops, magnitude=OTHER_RECIPE.magnitude)
-    return recipe._replace(**{name: value for name, value in given.items() if value is not None})
-
-
-def resolution_of(arch: str) -> int:
-    """The training resolution in pixels that a model is meant for."""
-    if arch.startswith("timm/"):
-        return view_of(arch).image_size
-    return EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
-
-
-# B0's stages: repeats, kernel, stride, expansion, output channels (official efficientnet_builder.py:123-131).
-STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
-
-
-def round_channels(channels: float) -> int:
-    """Round to a multiple of 8, but never down by more than 10 percent (official efficientnet_model.py:119-134)."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 def is_bf16_training(module: nn.Module, x: Tensor) -> bool:
@@ -616,6 +539,89 @@ def frozen_statistics(block: nn.Module):
     finally:
         for norm, momentum, num_batches_tracked in kept:
             norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models: EfficientNet-B0 to B7 and L0 to L2 (Noisy Student, table 7 of v1), with torchvision's parameter names
+# ----------------------------------------------------------------------------------------------------------------------
+
+EFFICIENTNETS = {  # name: (width, depth, training resolution in pixels, rate of the final dropout)
+    "efficientnet_b0": (1.0, 1.0, 224, 0.2),
+    "efficientnet_b1": (1.0, 1.1, 240, 0.2),
+    "efficientnet_b2": (1.1, 1.2, 260, 0.3),
+    "efficientnet_b3": (1.2, 1.4, 300, 0.3),
+    "efficientnet_b4": (1.4, 1.8, 380, 0.4),
+    "efficientnet_b5": (1.6, 2.2, 456, 0.4),
+    "efficientnet_b6": (1.8, 2.6, 528, 0.5),
+    "efficientnet_b7": (2.0, 3.1, 600, 0.5),
+    "efficientnet_l0": (2.8, 3.7, 380, 0.5),  # the dropout of L0 and L1 is B7's: published for L2 only
+    "efficientnet_l1": (3.9, 3.7, 380, 0.5),
+    "efficientnet_l2": (4.3, 5.3, 475, 0.5),
+}
+
+
+class Recipe(NamedTuple):
+    """How the official script trains a model (local_scripts/imagenet/train.sh:37-76)."""
+
+    epochs: float
+    num_ops: int  # of RandAugment
+    magnitude: float  # of RandAugment
+    ratio: float  # unlabelled images a labelled one
+
+
+RECIPES = {
+    "efficientnet_b0": Recipe(700, 0, 0, 1),
+    "efficientnet_b1": Recipe(700, 0, 0, 3),
+    "efficientnet_b2": Recipe(700, 2, 6, 3),
+    "efficientnet_b3": Recipe(700, 2, 12, 3),
+    "efficientnet_b4": Recipe(700, 2, 15, 3),
+    "efficientnet_b5": Recipe(350, 2, 18, 3),
+    "efficientnet_b6": Recipe(350, 2, 24, 3),
+    "efficientnet_b7": Recipe(350, 2, 27, 3),
+    "efficientnet_l0": Recipe(350, 2, 27, 3),  # L0 and L1: B7's
+    "efficientnet_l1": Recipe(350, 2, 27, 3),
+    "efficientnet_l2": Recipe(350, 2, 27, 14),  # the ratio is the paper's; in its last round 28
+}
+OTHER_RECIPE = Recipe(350, 2, 9, 3)  # any other model: RandAugment's own setting for ResNet-50 (1909.13719)
+EPOCHS_FROM_WEIGHTS = 30  # ours
+
+
+def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
+    """The recipe of a model, with the flags that were given in place of its values."""
+    given = {name: getattr(args, name, None) for name in Recipe._fields}
+    recipe = RECIPES.get(arch.removeprefix("tf_"), OTHER_RECIPE)
+    if getattr(args, "init", None):
+        recipe = recipe._replace(epochs=EPOCHS_FROM_WEIGHTS)
+    if not recipe.num_ops and not given["num_ops"] is given["magnitude"] is None:
+        # B0 and B1 have no RandAugment. One flag takes the other's value from those that have it: magnitude 0 would be
+        # violent (5 is what does nothing), and with 0 ops a magnitude would change nothing.
+        recipe = recipe._replace(num_ops=OTHER_RECIPE.num_ops, magnitude=OTHER_RECIPE.magnitude)
+    return recipe._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def resolution_of(arch: str) -> int:
+    """The training resolution in pixels that a model is meant for."""
+    if arch.startswith("timm/"):
+        return view_of(arch).image_size
+    return EFFICIENTNETS.get(arch.removeprefix("tf_"), (0, 0, 224))[2]
+
+
+# B0's stages: repeats, kernel, stride, expansion, output channels (official efficientnet_builder.py:123-131).
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+def round_channels(channels: float) -> int:
+    """Round to a multiple of 8, but never down by more than 10 percent (official efficientnet_model.py:119-134)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 class MBConv(nn.Module):
@@ -1548,11 +1554,6 @@ class ImageList:
             return load_image(file, enough)
 
 
-def digest_of_bytes(data: bytes) -> bytes:
-    """What tells the bytes of an image file from those of another: blake2b, 16 bytes."""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
     """The members of a plain .tar file. Of one that is cut off, those before the end, and a line is printed."""
     last = None
@@ -1774,27 +1775,6 @@ def root_of(path: str) -> str:
     return train if name == "val" and not os.path.isdir(path) and os.path.isdir(train) else path
 
 
-def digests_of(images: ImageList) -> frozenset[bytes]:
-    """What tells these images from others, wherever they are found again."""
-    digests = set()
-    for row in range(len(images)):
-        with contextlib.suppress(OSError), images.open(row) as file:  # unreadable: the evaluation counts it
-            digests.add(digest_of_bytes(file.read()))
-    return frozenset(digests)
-
-
-def digests_of_val(data: str | None, path: str) -> frozenset[bytes]:
-    """The digests of DATA/val, whose images must not become training images; none where `path` is val/, in it, or one
-    image: nobody trains on that."""
-    if os.path.isfile(path):
-        return frozenset()
-    if not data or not any(os.path.isdir(os.path.join(data, split)) for split in ("train", "val")):
-        print0(f"the teacher's data directory is not there ({data}): images of its val/ cannot be told from others")
-        return frozenset()
-    val, folder = Path(os.path.realpath(data), "val"), Path(os.path.realpath(path))
-    return frozenset() if val in (folder, *folder.parents) else digests_of(labeled_images(data, "val")[0])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # batches: views as a dataset, the order of the images, loaders, counting the unreadable images
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1833,6 +1813,32 @@ class DecodedImages:
             self.room -= pixels.nbytes
             self.known[name] = stamp, pixels
         return image
+
+
+def digest_of_bytes(data: bytes) -> bytes:
+    """What tells the bytes of an image file from those of another: blake2b, 16 bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def digests_of(images: ImageList) -> frozenset[bytes]:
+    """What tells these images from others, wherever they are found again."""
+    digests = set()
+    for row in range(len(images)):
+        with contextlib.suppress(OSError), images.open(row) as file:  # unreadable: the evaluation counts it
+            digests.add(digest_of_bytes(file.read()))
+    return frozenset(digests)
+
+
+def digests_of_val(data: str | None, path: str) -> frozenset[bytes]:
+    """The digests of DATA/val, whose images must not become training images; none where `path` is val/, in it, or one
+    image: nobody trains on that."""
+    if os.path.isfile(path):
+        return frozenset()
+    if not data or not any(os.path.isdir(os.path.join(data, split)) for split in ("train", "val")):
+        print0(f"the teacher's data directory is not there ({data}): images of its val/ cannot be told from others")
+        return frozenset()
+    val, folder = Path(os.path.realpath(data), "val"), Path(os.path.realpath(path))
+    return frozenset() if val in (folder, *folder.parents) else digests_of(labeled_images(data, "val")[0])
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -2593,6 +2599,26 @@ def digest_of(thing) -> str:
     return sha256.hexdigest()
 
 
+def labeled_data(args: argparse.Namespace, initial: dict, arch: str) -> tuple:
+    """((images, labels) of train/, (images, labels) of val/, classes), each (ImageList, int64 (N,)).
+
+    --init with --epochs 0 needs neither folder: the images of what is not there, or of other classes, are none. What it
+    starts from is `initial`, as `initial_weights` gives it.
+    """
+    data, empty = args.data, (ImageList("", *image_columns([])), np.zeros(0, np.int64))
+    if not data and (args.epochs != 0 or not args.init):
+        fail("--data: a data directory with train/<class>/ is needed, but for --init with --epochs 0")
+    if args.epochs != 0 or not args.init or (data and (data / "train").is_dir()):
+        *train, classes = labeled_images(data, "train")
+        return train, labeled_images(data, "val", classes)[:2], classes
+    val_classes = labeled_images(data, "val")[2] if data else []
+    classes = classes_of_weights(initial, arch, val_classes)
+    if unknown := set(val_classes) - set(classes):
+        print0(f"{data / 'val'} has classes that {args.init} has not, such as {min(unknown)}: it is not evaluated")
+        return empty, empty, classes
+    return empty, labeled_images(data, "val", classes)[:2] if data else empty, classes
+
+
 HELD_OUT_TENTH = " (the held-out tenth)"
 
 
@@ -2773,25 +2799,6 @@ def setup_of(args: argparse.Namespace, teacher: dict) -> Setup:
     recipe = recipe_of(arch, args)
     words = {"recipe": recipe, "resolution": resolution_of(arch), "small_images": small_images, "hflip": args.hflip}
     return Setup(arch, small_images, view, crop, recipe, partial(add_noise, **words), initial)
-
-
-def labeled_data(args: argparse.Namespace, setup: Setup) -> tuple:
-    """((images, labels) of train/, (images, labels) of val/, classes), each (ImageList, int64 (N,)).
-
-    --init with --epochs 0 needs neither folder: the images of what is not there, or of other classes, are none.
-    """
-    data, empty = args.data, (ImageList("", *image_columns([])), np.zeros(0, np.int64))
-    if not data and (args.epochs != 0 or not args.init):
-        fail("--data: a data directory with train/<class>/ is needed, but for --init with --epochs 0")
-    if args.epochs != 0 or not args.init or (data and (data / "train").is_dir()):
-        *train, classes = labeled_images(data, "train")
-        return train, labeled_images(data, "val", classes)[:2], classes
-    val_classes = labeled_images(data, "val")[2] if data else []
-    classes = classes_of_weights(setup.initial, setup.arch, val_classes)
-    if unknown := set(val_classes) - set(classes):
-        print0(f"{data / 'val'} has classes that {args.init} has not, such as {min(unknown)}: it is not evaluated")
-        return empty, empty, classes
-    return empty, labeled_images(data, "val", classes)[:2] if data else empty, classes
 
 
 def model_of(stage: str, setup: Setup, classes: list[str], args: argparse.Namespace) -> tuple[nn.Module, dict, str]:
