@@ -940,6 +940,10 @@ def report(results: dict[str, dict], parts: list[Part], val, num_chosen: int, ar
     if val:
         half = f" (the half to {args.val_half} with)" if args.val_half else ""
         words.append(f"Percent of {len(val[1])} val images{half}; drawn and attacked: {num_chosen} (seed {args.seed}).")
+    if "corrupted top-1" in found:
+        words.append(
+            "Corrupted: 14 of ImageNet-C's 15 corruptions; frost, which needs photographs of ice, is left out."
+        )
     words.append("± is half of the 95 percent interval, at most where a value is a mean over corruptions; of several")
     words[-1] += " seeds the standard deviation."
     words += compare(rows)

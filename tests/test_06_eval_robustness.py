@@ -485,6 +485,7 @@ def test_the_table_and_the_picture(work, finished):
     half = 196 * np.sqrt(0.01 * entry["clean"]["top1"] * (1 - 0.01 * entry["clean"]["top1"]) / 15)
     assert cells[3][2] == f"{entry['clean']['top1']:.2f} ± {half:.2f}"
     assert cells[3][3].startswith(f"{entry['corrupt']['top1']:.2f} ± ")
+    assert "frost, which needs photographs" in (work / "out" / "robustness.md").read_text()
     with Image.open(work / "out" / "robustness.png") as picture:
         assert picture.width > 1000 and np.array(picture.convert("L")).std() > 10
 
