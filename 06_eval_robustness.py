@@ -260,15 +260,16 @@ def smoothed(planes: np.ndarray, sigma: float, border: str = "edge", truncate: i
     return down @ planes @ across.T
 
 
-def zoomed(planes: Tensor, factor: float) -> Tensor:
-    """The middle of planes (1, C, H, W), at their size: scipy's zoom of order 1, in which the corners stay corners."""
-    sides = np.array(planes.shape[2:])
-    cut = np.ceil(sides / factor).astype(int)
-    larger = np.rint(cut * factor).astype(int)
-    (top, left), (above, before) = (sides - cut) // 2, (larger - sides) // 2
-    middle = planes[..., top : top + cut[0], left : left + cut[1]]
-    out = F.interpolate(middle, size=larger.tolist(), mode="bilinear", align_corners=True)
-    return out[..., above : above + sides[0], before : before + sides[1]]
+def zoomed(x: np.ndarray, factor: float) -> np.ndarray:
+    """The middle of x (H, W, channels) at its size: scipy's zoom of order 1, in which the corners stay corners."""
+    for axis, side in enumerate(x.shape[:2]):  # by numpy: torch's rounding depends on the number of threads
+        cut = int(np.ceil(side / factor))
+        larger = round(cut * factor)
+        places = (np.arange(side) + (larger - side) // 2) * (cut - 1) / max(larger - 1, 1) + (side - cut) // 2
+        low = places.astype(int)
+        share = (places - low).astype(x.dtype).reshape(np.roll([-1, 1, 1], axis))
+        x = x.take(low, axis) * (1 - share) + x.take(np.minimum(low + 1, side - 1), axis) * share
+    return x
 
 
 def read_at(image: np.ndarray, x_y: np.ndarray, corners: bool) -> np.ndarray:
@@ -366,18 +367,17 @@ def glass_blur(image, values, rng):
 
 
 def zoom_blur(image, end_step, rng):
-    x, factors = torch.from_numpy(np.float32(image / 255)).permute(2, 0, 1)[None], np.arange(1, *end_step)
-    return ((x + sum(zoomed(x, factor) for factor in factors)) / (len(factors) + 1))[0].permute(1, 2, 0).numpy()
+    x, factors = np.float32(image / 255), np.arange(1, *end_step)
+    return (x + sum(zoomed(x, factor) for factor in factors)) / (len(factors) + 1)
 
 
 def snow(image, values, rng):
     mean, deviation, zoom, least, radius, sigma, kept = values
-    flakes = torch.from_numpy(rng.normal(mean, deviation, image.shape[:2]))
-    flakes = zoomed(flakes[None, None], zoom)[0, 0, :, :, None].numpy()
+    flakes = zoomed(rng.normal(mean, deviation, (*image.shape[:2], 1)), zoom)
     flakes = np.uint8(np.where(flakes < least, 0, flakes.clip(0, 1)) * 255)
     flakes = motion_blur(flakes, (radius, sigma), rng, -135, -45) / 255
     x = np.float32(image / 255)
-    grey = (x @ np.float32([0.299, 0.587, 0.114]))[..., None]
+    grey = (x * np.float32([0.299, 0.587, 0.114])).sum(axis=2, keepdims=True)
     return kept * x + (1 - kept) * np.maximum(x, 1.5 * grey + 0.5) + flakes + flakes[::-1, ::-1]
 
 
@@ -453,7 +453,7 @@ def spatter(image, values, rng):
     mean, deviation, sigma, least, amount, is_mud = values
     x, liquid = image / 255, smoothed(rng.normal(mean, deviation, image.shape[:2]), sigma)
     if is_mud:
-        mask = smoothed((liquid > least).astype(float), amount)[..., None]
+        mask = np.float32(smoothed((liquid > least).astype(float), amount))[..., None]
         mask[mask < 0.8] = 0
         return x * (1 - mask) + mask * np.array([63, 42, 20]) / 255
     # Water is brightest at some distance from the edges of its drops, and lit from one side.
@@ -940,6 +940,10 @@ def report(results: dict[str, dict], parts: list[Part], val, num_chosen: int, ar
     if val:
         half = f" (the half to {args.val_half} with)" if args.val_half else ""
         words.append(f"Percent of {len(val[1])} val images{half}; drawn and attacked: {num_chosen} (seed {args.seed}).")
+    if "corrupted top-1" in found:
+        words.append(
+            "Corrupted: 14 of ImageNet-C's 15 corruptions; frost, which needs photographs of ice, is left out."
+        )
     words.append("± is half of the 95 percent interval, at most where a value is a mean over corruptions; of several")
     words[-1] += " seeds the standard deviation."
     words += compare(rows)
