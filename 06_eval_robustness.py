@@ -38,7 +38,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,21 +52,14 @@ from common import add_device_flags, argument_parser, at_least, fail, file_sha25
 from common import Processes, init_processes, progress, reduce_sum, union_of  # processes
 from common import fuse_batch_norms, has_names  # models and weights
 from common import View, normalize  # views
+from common import canny, defocus_taps, distances, filtered, gaussian_taps  # filters
+from common import motion_taps, read_at, smoothed, weighted_shifts, zoomed
 from common import ImageList, images_by_class, judged_half, labeled_images  # listing
 from common import ImageDataset, StoredViews, Videos, grid_keys, load_batches, rows_per_batch  # batches
 from common import load_model, read_checkpoint, read_metrics  # checkpoints
 from common import autocast, in_halves, precision_of  # training
-from common import (
-    Row,
-    compare,
-    details_of,
-    draw_rows,
-    markdown_table,
-    rows_of,
-    short_names,
-    verdict,
-    worst_pairs,
-)  # results
+from common import Row, compare, details_of, draw_rows, markdown_table  # results
+from common import rows_of, short_names, verdict, worst_pairs
 
 NUM_BINS = 15  # of the calibration error
 
@@ -176,9 +169,7 @@ def parse_args() -> argparse.Namespace:
     add("--pgd", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 16, in pixel values")
     add("--pgd-steps", type=at_least(1, int), default=10, help="steps of 2.5 * EPS / steps; paper: 10, size not given")
     add("--num-images", type=at_least(1, int), help="val images for corruptions and attacks; None: all of them")
-    add(
-        "--batch-size", type=at_least(1, int), help="images at a time in each process; None: what fits a cache or a GPU"
-    )
+    add("--batch-size", type=at_least(1, int), help="images at a time a process; None: what fits a cache or a GPU")
     add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
     add_device_flags(parser)
     return parser.parse_args()
@@ -192,125 +183,9 @@ def name_and_folder(text: str) -> tuple[str, Path]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# corruptions. What the generator takes from scikit-image, scipy, OpenCV and ImageMagick is written out here, and equals
-# them (docs/robustness.md): scikit-image's gaussian (up to 4 standard deviations, edge pixels repeated), OpenCV's
-# GaussianBlur of a disk and filter2D (both mirrored at the border), ImageMagick's motion blur (a one-sided Gaussian
-# along a line of whole pixels, edge pixels repeated). The benchmark's frost needs photographs of ice, and is left out.
+# corruptions. What the generator takes from scikit-image, SciPy, OpenCV and ImageMagick is in common's room of filters.
+# The benchmark's frost needs photographs of ice, and is left out.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def gaussian_taps(sigma: float, radius: int) -> np.ndarray:
-    """Weights of a normalized Gaussian at -radius .. radius."""
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    return weights / weights.sum()
-
-
-def weighted_shifts(x: np.ndarray, taps: list[tuple[int, int, float]], border: str) -> np.ndarray:
-    """Sum over taps (dy, dx, weight) of weight * x[y + dy, x + dx], x (H, W, channels); border: a mode of numpy.pad."""
-    height, width = x.shape[:2]
-    reach = max(max(abs(dy), abs(dx)) for dy, dx, _ in taps)
-    padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode=border)
-    out = np.zeros_like(x)
-    for top in range(0, height, 32):  # a strip that stays in the cache
-        strip = out[top : top + 32]
-        for dy, dx, weight in taps:
-            strip += weight * padded[reach + dy + top :, reach + dx :][: len(strip), :width]
-    return out
-
-
-def defocus_taps(radius: float, alias_sigma: float) -> list[tuple[int, int, float]]:
-    """A disk whose edge is smoothed by a 3x3 (radius <= 8) or 5x5 Gaussian."""
-    side = max(8, int(radius))
-    y, x = np.mgrid[-side : side + 1, -side : side + 1]
-    disk = (x**2 + y**2 <= radius**2).astype(np.float32)
-    edge = gaussian_taps(alias_sigma, 1 if radius <= 8 else 2)
-    reach = len(edge) // 2
-    offsets = range(-reach, reach + 1)
-    smooth = [(dy, dx, edge[dy + reach] * edge[dx + reach]) for dy in offsets for dx in offsets]
-    kernel = weighted_shifts((disk / disk.sum())[..., None], smooth, "reflect")[..., 0]
-    return [(int(dy) - side, int(dx) - side, kernel[dy, dx]) for dy, dx in np.argwhere(kernel > 0)]
-
-
-def motion_taps(radius: float, sigma: float, angle: float) -> list[tuple[int, int, float]]:
-    """One-sided Gaussian of 2 * radius + 1 pixels along a line at `angle` degrees (down from the right)."""
-    steps = np.arange(2 * int(np.ceil(radius)) + 1)
-    weights = np.exp(-(steps**2) / (2 * sigma**2))
-    dx = np.ceil(steps * np.cos(np.deg2rad(angle)) - 0.5).astype(int)
-    dy = np.ceil(steps * np.sin(np.deg2rad(angle)) - 0.5).astype(int)
-    return list(zip(dy.tolist(), dx.tolist(), (weights / weights.sum()).tolist(), strict=True))
-
-
-def filtered(x: np.ndarray, kernel, border: str) -> np.ndarray:
-    """x (H, W) under a 3x3 kernel."""
-    taps = [(dy - 1, dx - 1, weight) for (dy, dx), weight in np.ndenumerate(kernel) if weight]
-    return weighted_shifts(x[..., None], taps, border)[..., 0]
-
-
-@lru_cache(64)
-def smoothing(size: int, sigma: float, border: str, truncate: int) -> np.ndarray:
-    """(size, size): times a column of `size` pixels it is scikit-image's gaussian; for wide ones faster than shifts."""
-    radius = int(truncate * sigma + 0.5)
-    taps = enumerate(gaussian_taps(sigma, radius).tolist(), -radius)
-    return weighted_shifts(np.eye(size)[..., None], [(dy, 0, weight) for dy, weight in taps], border)[..., 0]
-
-
-def smoothed(planes: np.ndarray, sigma: float, border: str = "edge", truncate: int = 4) -> np.ndarray:
-    """Each of the planes (..., H, W) under a Gaussian."""
-    down, across = (smoothing(size, sigma, border, truncate) for size in planes.shape[-2:])
-    return down @ planes @ across.T
-
-
-def zoomed(x: np.ndarray, factor: float) -> np.ndarray:
-    """The middle of x (H, W, channels) at its size: scipy's zoom of order 1, in which the corners stay corners."""
-    for axis, side in enumerate(x.shape[:2]):  # by numpy: torch's rounding depends on the number of threads
-        cut = int(np.ceil(side / factor))
-        larger = round(cut * factor)
-        places = (np.arange(side) + (larger - side) // 2) * (cut - 1) / max(larger - 1, 1) + (side - cut) // 2
-        low = places.astype(int)
-        share = (places - low).astype(x.dtype).reshape(np.roll([-1, 1, 1], axis))
-        x = x.take(low, axis) * (1 - share) + x.take(np.minimum(low + 1, side - 1), axis) * share
-    return x
-
-
-def read_at(image: np.ndarray, x_y: np.ndarray, corners: bool) -> np.ndarray:
-    """float32 (H, W, 3) at the places (H, W, 2), interpolated. The border mirrors: at its pixels' centres if `corners`
-    (OpenCV's REFLECT_101), else at their outer edges (scipy's "reflect")."""
-    sides = np.array(image.shape[1::-1])
-    grid = 2 * x_y / np.maximum(sides - 1, 1) - 1 if corners else (2 * x_y + 1) / sides - 1  # torch's: -1 to 1
-    planes, grid = torch.from_numpy(image).permute(2, 0, 1)[None], torch.from_numpy(np.float32(grid))[None]
-    out = F.grid_sample(planes, grid, padding_mode="reflection", align_corners=corners)
-    return out[0].permute(1, 2, 0).numpy()
-
-
-def canny(layer: np.ndarray) -> np.ndarray:
-    """OpenCV's Canny of uint8 (H, W) with the thresholds 50 and 150 -> bool."""
-    sobel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    x, y = (filtered(layer.astype(int), kernel, "edge") for kernel in (sobel, sobel.T))
-    strength = abs(x) + abs(y)
-    padded = np.pad(strength, 1)
-
-    def is_peak(dy, dx):  # in this direction; OpenCV's rule for ties
-        after, before = (padded[1 + s * dy :, 1 + s * dx :][: len(x), : x.shape[1]] for s in (1, -1))
-        return (strength > before) & (strength >= after + abs(dy * dx))
-
-    flat = abs(y) << 15 < 13573 * abs(x)  # to 22.5 degrees
-    steep = abs(y) << 15 > (13573 + (2 << 15)) * abs(x)  # from 67.5 degrees
-    peak = np.select([flat, steep, x ^ y >= 0], [is_peak(0, 1), is_peak(1, 0), is_peak(1, 1)], is_peak(1, -1))
-    weak, edges, num = peak & (strength > 50), peak & (strength > 150), -1
-    while num != (num := edges.sum()):  # weak edges count where they touch others
-        edges = weak & filtered(edges, np.ones((3, 3), bool), "constant")
-    return edges
-
-
-def distances(edges: np.ndarray) -> np.ndarray:
-    """To the nearest edge pixel of bool (H, W), at most 20, in the steps of OpenCV's 5x5 mask: 1, 1.4 and 2.1969."""
-    rows, width = np.arange(len(edges))[:, None], edges.shape[1]
-    above = rows - np.maximum.accumulate(np.where(edges, rows, -20))
-    below = np.minimum.accumulate(np.where(edges, rows, len(edges) + 20)[::-1])[::-1] - rows
-    in_column = np.pad(np.minimum(above, below).clip(max=20), ((0, 0), (20, 20)), constant_values=20)
-    far, near = (op(np.arange(21)[:, None], np.arange(21)) for op in (np.maximum, np.minimum))
-    steps = np.maximum(65536 * far + 12904 * near, 52226 * far + 39524 * near).clip(max=20 << 16) / 65536
-    return np.min([steps[abs(dx)][in_column[:, 20 + dx :][:, :width]] for dx in range(-20, 21)], axis=0)
 
 
 def gaussian_noise(image, sigma, rng):
@@ -818,11 +693,9 @@ def measure_cifar10_c(tested: TestedModel, item: str, args, processes: Processes
 
 def summarize_cifar10_c(items: dict[str, list[float]], entry: dict) -> dict[str, float]:
     """top1, severity5 of the 15 of the benchmark; _19 with the 4 extra ones (the consistency example's)."""
-    all_19, fifth = (*BENCHMARK, *EXTRA), {name: top1[4:] for name, top1 in items.items()}
-    return {"top1": mean_of(items, BENCHMARK), "top1_19": mean_of(items, all_19)} | {
-        "severity5": mean_of(fifth, BENCHMARK),
-        "severity5_19": mean_of(fifth, all_19),
-    }
+    values = {"top1": items, "severity5": {name: top1[4:] for name, top1 in items.items()}}
+    sets = {"": BENCHMARK, "_19": (*BENCHMARK, *EXTRA)}
+    return {f"{key}{end}": mean_of(of_key, names) for end, names in sets.items() for key, of_key in values.items()}
 
 
 def parts_of(args, data: Path | None, num_images: int, num_chosen: int, baseline: dict, processes) -> list[Part]:

@@ -10,6 +10,7 @@ weights           loading weights by name, of this toolkit, torchvision and timm
 models of timm    built by timm's names, and what it says of how images must look
 noise             RandAugment on whole uint8 batches, by tables and by moving pixels; the noise for small images
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
+filters           Gaussians, disks, motion, zoom, edges and distances, as four image libraries compute them
 listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
 batches           views as a dataset, keys (which images a step gets, in what order), loaders, the unreadable images
 label files       creating logits.h5; opening it and balanced.h5, a stranger's too; mapping their columns; as CSV
@@ -1488,6 +1489,126 @@ def normalize(images: Tensor, view: View) -> Tensor:
     """uint8 (N, 3, H, W) -> float32, standardized, channels_last (2 to 5 times as fast on CPU, and for free)."""
     mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (view.mean, view.std))
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# filters: what the generators of ImageNet-C take from scikit-image, SciPy, OpenCV and ImageMagick, equal to them
+# (docs/robustness.md), on images (H, W, channels). Borders: "edge" repeats the last pixel, "reflect" mirrors at it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def gaussian_taps(sigma: float, radius: int) -> np.ndarray:
+    """Weights of a normalized Gaussian at -radius .. radius."""
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return weights / weights.sum()
+
+
+def weighted_shifts(x: np.ndarray, taps: list[tuple[int, int, float]], border: str) -> np.ndarray:
+    """Sum over taps (dy, dx, weight) of weight * x[y + dy, x + dx], x (H, W, channels); border: a mode of numpy.pad."""
+    height, width = x.shape[:2]
+    reach = max(max(abs(dy), abs(dx)) for dy, dx, _ in taps)
+    padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode=border)
+    out = np.zeros_like(x)
+    for top in range(0, height, 32):  # a strip that stays in the cache
+        strip = out[top : top + 32]
+        for dy, dx, weight in taps:
+            strip += weight * padded[reach + dy + top :, reach + dx :][: len(strip), :width]
+    return out
+
+
+def defocus_taps(radius: float, alias_sigma: float) -> list[tuple[int, int, float]]:
+    """A disk whose edge is smoothed by a 3x3 (radius <= 8) or 5x5 Gaussian."""
+    side = max(8, int(radius))
+    y, x = np.mgrid[-side : side + 1, -side : side + 1]
+    disk = (x**2 + y**2 <= radius**2).astype(np.float32)
+    edge = gaussian_taps(alias_sigma, 1 if radius <= 8 else 2)
+    reach = len(edge) // 2
+    offsets = range(-reach, reach + 1)
+    smooth = [(dy, dx, edge[dy + reach] * edge[dx + reach]) for dy in offsets for dx in offsets]
+    kernel = weighted_shifts((disk / disk.sum())[..., None], smooth, "reflect")[..., 0]
+    return [(int(dy) - side, int(dx) - side, kernel[dy, dx]) for dy, dx in np.argwhere(kernel > 0)]
+
+
+def motion_taps(radius: float, sigma: float, angle: float) -> list[tuple[int, int, float]]:
+    """One-sided Gaussian of 2 * radius + 1 pixels along a line at `angle` degrees (down from the right)."""
+    steps = np.arange(2 * int(np.ceil(radius)) + 1)
+    weights = np.exp(-(steps**2) / (2 * sigma**2))
+    dx = np.ceil(steps * np.cos(np.deg2rad(angle)) - 0.5).astype(int)
+    dy = np.ceil(steps * np.sin(np.deg2rad(angle)) - 0.5).astype(int)
+    return list(zip(dy.tolist(), dx.tolist(), (weights / weights.sum()).tolist(), strict=True))
+
+
+def filtered(x: np.ndarray, kernel, border: str) -> np.ndarray:
+    """x (H, W) under a 3x3 kernel."""
+    taps = [(dy - 1, dx - 1, weight) for (dy, dx), weight in np.ndenumerate(kernel) if weight]
+    return weighted_shifts(x[..., None], taps, border)[..., 0]
+
+
+@lru_cache(64)
+def smoothing(size: int, sigma: float, border: str, truncate: int) -> np.ndarray:
+    """(size, size): times a column of `size` pixels it is scikit-image's gaussian; for wide ones faster than shifts."""
+    radius = int(truncate * sigma + 0.5)
+    taps = enumerate(gaussian_taps(sigma, radius).tolist(), -radius)
+    return weighted_shifts(np.eye(size)[..., None], [(dy, 0, weight) for dy, weight in taps], border)[..., 0]
+
+
+def smoothed(planes: np.ndarray, sigma: float, border: str = "edge", truncate: int = 4) -> np.ndarray:
+    """Each of the planes (..., H, W) under a Gaussian."""
+    down, across = (smoothing(size, sigma, border, truncate) for size in planes.shape[-2:])
+    return down @ planes @ across.T
+
+
+def zoomed(x: np.ndarray, factor: float) -> np.ndarray:
+    """The middle of x (H, W, channels) at its size: scipy's zoom of order 1, in which the corners stay corners."""
+    for axis, side in enumerate(x.shape[:2]):  # by numpy: torch's rounding depends on the number of threads
+        cut = int(np.ceil(side / factor))
+        larger = round(cut * factor)
+        places = (np.arange(side) + (larger - side) // 2) * (cut - 1) / max(larger - 1, 1) + (side - cut) // 2
+        low = places.astype(int)
+        share = (places - low).astype(x.dtype).reshape(np.roll([-1, 1, 1], axis))
+        x = x.take(low, axis) * (1 - share) + x.take(np.minimum(low + 1, side - 1), axis) * share
+    return x
+
+
+def read_at(image: np.ndarray, x_y: np.ndarray, corners: bool) -> np.ndarray:
+    """float32 (H, W, 3) at the places (H, W, 2), interpolated. The border mirrors: at its pixels' centres if `corners`
+    (OpenCV's REFLECT_101), else at their outer edges (scipy's "reflect")."""
+    sides = np.array(image.shape[1::-1])
+    grid = 2 * x_y / np.maximum(sides - 1, 1) - 1 if corners else (2 * x_y + 1) / sides - 1  # torch's: -1 to 1
+    planes, grid = torch.from_numpy(image).permute(2, 0, 1)[None], torch.from_numpy(np.float32(grid))[None]
+    out = F.grid_sample(planes, grid, padding_mode="reflection", align_corners=corners)
+    return out[0].permute(1, 2, 0).numpy()
+
+
+def canny(layer: np.ndarray) -> np.ndarray:
+    """OpenCV's Canny of uint8 (H, W) with the thresholds 50 and 150 -> bool."""
+    sobel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    x, y = (filtered(layer.astype(int), kernel, "edge") for kernel in (sobel, sobel.T))
+    strength = abs(x) + abs(y)
+    padded = np.pad(strength, 1)
+
+    def is_peak(dy, dx):  # in this direction; OpenCV's rule for ties
+        after, before = (padded[1 + s * dy :, 1 + s * dx :][: len(x), : x.shape[1]] for s in (1, -1))
+        return (strength > before) & (strength >= after + abs(dy * dx))
+
+    flat = abs(y) << 15 < 13573 * abs(x)  # to 22.5 degrees
+    steep = abs(y) << 15 > (13573 + (2 << 15)) * abs(x)  # from 67.5 degrees
+    peak = np.select([flat, steep, x ^ y >= 0], [is_peak(0, 1), is_peak(1, 0), is_peak(1, 1)], is_peak(1, -1))
+    weak, edges, num = peak & (strength > 50), peak & (strength > 150), -1
+    while num != (num := edges.sum()):  # weak edges count where they touch others
+        edges = weak & filtered(edges, np.ones((3, 3), bool), "constant")
+    return edges
+
+
+def distances(edges: np.ndarray) -> np.ndarray:
+    """To the nearest edge pixel of bool (H, W), at most 20, in the steps of OpenCV's 5x5 mask: 1, 1.4 and 2.1969."""
+    rows, width = np.arange(len(edges))[:, None], edges.shape[1]
+    above = rows - np.maximum.accumulate(np.where(edges, rows, -20))
+    below = np.minimum.accumulate(np.where(edges, rows, len(edges) + 20)[::-1])[::-1] - rows
+    in_column = np.pad(np.minimum(above, below).clip(max=20), ((0, 0), (20, 20)), constant_values=20)
+    far, near = (op(np.arange(21)[:, None], np.arange(21)) for op in (np.maximum, np.minimum))
+    steps = np.maximum(65536 * far + 12904 * near, 52226 * far + 39524 * near).clip(max=20 << 16) / 65536
+    return np.min([steps[abs(dx)][in_column[:, 20 + dx :][:, :width]] for dx in range(-20, 21)], axis=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
