@@ -528,10 +528,6 @@ def measure_corruption(tested: TestedModel, item: str, args, processes: Processe
     return {item: [metrics["top1"] for metrics in severities]}
 
 
-def mean_top1(items: dict[str, list[float]], entry: dict) -> dict[str, float | None]:
-    return {"top1": mean_of(items, DRAWN), "top1_extra": mean_of(items, EXTRA)}  # corruptions x severities
-
-
 def measure_attack(name: str, steps: int, tested: TestedModel, item: str, args, processes: Processes) -> dict:
     dataset, labels = ImageDataset(tested.images[tested.chosen], clean=tested.view), tested.labels[tested.chosen]
     (metrics,) = measure(tested, dataset, labels, f"{name} {item}", args, processes, eps=float(item), steps=steps)
@@ -557,34 +553,27 @@ def images_of(folder: Path, classes: list[str]) -> tuple[ImageList, np.ndarray]:
     return images, labels
 
 
-def stored(view: View) -> View:
-    """The view of an image that was cropped before it was stored: all of it, resized if it has another size."""
-    return view._replace(crop_mode="squash", interpolation="bicubic")
-
-
-def measure_folder(folder: Path, subset: bool, tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    """Photographs by class. `subset`: only the classes of the set compete, as for ImageNet-A and -R (200 of 1,000)."""
+def measure_folder(folder: Path | None, tested: TestedModel, item: str, args, processes: Processes) -> dict:
+    """Photographs by class: --folder `item`, or ImageNet-A or -R, of whose 200 classes alone the model has to choose."""
+    subset, folder = bool(folder), folder or dict(args.folder)[item]
     images, labels = images_of(folder, tested.classes)
     columns = np.unique(labels) if subset else np.arange(len(tested.classes))
     labels = np.searchsorted(columns, labels)
     dataset = ImageDataset(images, clean=tested.view)
     (metrics,) = measure(tested, dataset, labels, folder.name, args, processes, columns=columns)
-    return {name: metrics[name] for name in ("top1", "top5", "num")}
-
-
-def measure_named_folder(tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    return {item: measure_folder(dict(args.folder)[item], False, tested, item, args, processes)}
+    found = {name: metrics[name] for name in ("top1", "top5", "num")}
+    return found if subset else {item: found}
 
 
 def measure_imagenet_c(tested: TestedModel, item: str, args, processes: Processes) -> dict:
     """ROOT/<corruption>/<severity>/<class>/, flat or in the archives' folders blur/, digital/, extra/ ..."""
     root, top1 = args.imagenet_c, []
-    folders = [root / item, *sorted(root.glob(f"*/{item}"))]
+    folders = root / item, *sorted(root.glob(f"*/{item}"))
     if not (folder := next((folder for folder in folders if folder.is_dir()), None)):
         raise Gap(f"{root} has neither {item}/ nor a folder with {item}/ in it")
     for severity in range(1, 6):
         images, labels = images_of(folder / str(severity), tested.classes)
-        dataset = ImageDataset(images, clean=stored(tested.view))
+        dataset = ImageDataset(images, clean=tested.view.of_stored)
         (metrics,) = measure(tested, dataset, labels, f"ImageNet-C {item} {severity}", args, processes)
         top1.append(metrics["top1"])
     return {item: {"top1": top1, "num": metrics["num"]}}
@@ -635,12 +624,13 @@ def measure_imagenet_p(tested: TestedModel, item: str, args, processes: Processe
         raise OtherClasses(f"{folder} has classes that are unknown to the model: {', '.join(unknown[:5])}")
     paths, zeros = np.array([os.fsencode(path.relative_to(folder)) for path in found]), np.zeros(len(found), np.int64)
     labels = [number[path.parent.name] for path in found]
-    dataset = Videos(ImageList(str(folder), paths, zeros, zeros), clean=stored(tested.view))
+    dataset = Videos(ImageList(str(folder), paths, zeros, zeros), clean=tested.view.of_stored)
     sums, errors = torch.zeros(3, len(found), dtype=torch.float64), set()  # of each video: read, flips, right
     amp, _ = autocast(precision_of(args.precision, processes), processes.device)
     size = args.batch_size or rows_per_batch(tested.view.image_size, processes.device)
-    batches, description = load_batches(dataset, grid_keys(len(found), 1, processes), processes), f"ImageNet-P {item}"
-    for batch in progress(batches, -(-len(found) // processes.world_size), f"{tested.name} {description}", processes):
+    batches = load_batches(dataset, grid_keys(len(found), 1, processes), processes)
+    description = f"{tested.name} ImageNet-P {item}"
+    for batch in progress(batches, -(-len(found) // processes.world_size), description, processes):
         errors.update(batch.errors)
         for row in batch.rows.tolist():
             frames = torch.cat(batch.views).split(size)
@@ -649,7 +639,7 @@ def measure_imagenet_p(tested: TestedModel, item: str, args, processes: Processe
             before = said[:1] if "noise" in item else said[:-1]
             means = [(said[1:] != before).double().mean(), (said == labels[row]).double().mean()]
             sums[:, row] = torch.stack([torch.ones(()).double(), *means])
-    report_unreadable(f"{tested.name} {description}", errors, processes, "videos")
+    report_unreadable(description, errors, processes, "videos")
     num, flips, right = reduce_sum(sums, processes).sum(dim=1).tolist()
     if not num:
         raise Gap(f"{folder}: no video is readable")
@@ -686,7 +676,7 @@ def measure_cifar10_c(tested: TestedModel, item: str, args, processes: Processes
     if unknown := sorted(set(CIFAR10) - set(tested.classes)):
         raise OtherClasses(f"the model does not have CIFAR-10's classes: {', '.join(unknown[:5])}")
     labels = np.array([tested.classes.index(name) for name in CIFAR10])[numbers[0]]
-    dataset = StoredViews(images, stored(tested.view))
+    dataset = StoredViews(images, tested.view.of_stored)
     severities = measure(tested, dataset, labels, f"CIFAR-10-C {item}", args, processes)
     return {item: [metrics["top1"] for metrics in severities]}
 
@@ -705,11 +695,12 @@ def parts_of(args, data: Path | None, num_images: int, num_chosen: int, baseline
     everything |= {"val_half": args.val_half} if args.val_half else {}
     chosen = everything | {"num_images": num_chosen, "seed": args.seed}
     fgsm_eps, pgd_eps = ([f"{eps:g}" for eps in flag] for flag in (args.fgsm, args.pgd))
+    means = lambda items, entry: {"top1": mean_of(items, DRAWN), "top1_extra": mean_of(items, EXTRA)}  # noqa: E731
     fgsm, pgd = partial(measure_attack, "fgsm", 1), partial(measure_attack, "pgd", args.pgd_steps)
     corruptions, drawn = list(CORRUPTIONS) if args.corrupt else [], chosen | precision
     parts = [
         Part("clean", {"clean top-1": "top1"}, ["right"] if data else [], everything | precision, measure_clean),
-        Part("corrupt", {"corrupted top-1": "top1"}, corruptions, drawn, measure_corruption, INSIDE, mean_top1),
+        Part("corrupt", {"corrupted top-1": "top1"}, corruptions, drawn, measure_corruption, INSIDE, means),
         Part("fgsm", {"FGSM {}": ""}, fgsm_eps, chosen, fgsm),
         Part("pgd", {"PGD {}": ""}, pgd_eps, chosen | {"steps": args.pgd_steps}, pgd),
     ]
@@ -726,12 +717,12 @@ def parts_of(args, data: Path | None, num_images: int, num_chosen: int, baseline
     summary_c, summary_p = partial(summarize_imagenet_c, baseline), partial(summarize_imagenet_p, baseline)
     return [
         *parts,
-        released("imagenet_a", a, {"ImageNet-A": "top1"}, ["top1"], partial(measure_folder, a, True)),
-        released("imagenet_r", r, {"ImageNet-R": "top1"}, ["top1"], partial(measure_folder, r, True)),
+        released("imagenet_a", a, {"ImageNet-A": "top1"}, ["top1"], partial(measure_folder, a)),
+        released("imagenet_r", r, {"ImageNet-R": "top1"}, ["top1"], partial(measure_folder, r)),
         released("imagenet_c", c, columns_c, all_19, measure_imagenet_c, INSIDE, summary_c),
         released("imagenet_p", p, columns_p, ALEXNET_FLIPS, measure_imagenet_p, FLIPPED, summary_p),
         released("cifar10_c", args.cifar10_c, columns_10, all_19, measure_cifar10_c, INSIDE, summarize_cifar10_c),
-        released("folders", args.folder, {"{}": "top1"}, dict(args.folder), measure_named_folder),
+        released("folders", args.folder, {"{}": "top1"}, dict(args.folder), partial(measure_folder, None)),
     ]
 
 
@@ -791,11 +782,10 @@ def headings_of(entry: dict, parts: list[Part]) -> tuple[dict[str, float], dict[
         found = entry[part.name] if items_of(entry, part) else {}
         for heading, key in part.columns.items():
             for item, of_item in found.items() if "{}" in heading else [("", found)]:
-                value = of_item.get(key) if isinstance(of_item, dict) else of_item
-                num = of_item.get("num") if isinstance(of_item, dict) else None
-                if value is not None:
-                    values[heading.format(item)] = value
-                    if key in ("", "top1") and (num := num or part.settings.get("num_images")):
+                of_item = of_item if isinstance(of_item, dict) else {key: of_item}
+                if key in of_item:
+                    values[heading.format(item)] = of_item[key]
+                    if key in ("", "top1") and (num := of_item.get("num") or part.settings.get("num_images")):
                         nums[heading.format(item)] = num
     return values, nums
 

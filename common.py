@@ -1392,6 +1392,11 @@ class View(NamedTuple):
         return {name: value for name, value in self._asdict().items() if (name, value) != ("crop_mode", "center")}
 
     @property
+    def of_stored(self) -> "View":
+        """The view of an image that was cropped before it was stored: all of it, resized if it has another size."""
+        return self._replace(crop_mode="squash", interpolation="bicubic")
+
+    @property
     def enough(self) -> int:
         """Pixels of the short side of an image that leave the resize enough to average: twice what it needs."""
         return math.ceil(2 * self.image_size / (self.crop_fraction if self.crop_mode == "center" else 1))
