@@ -554,7 +554,7 @@ def images_of(folder: Path, classes: list[str]) -> tuple[ImageList, np.ndarray]:
 
 
 def measure_folder(folder: Path | None, tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    """Photographs by class: --folder `item`, or ImageNet-A or -R, of whose 200 classes alone the model has to choose."""
+    """Photographs by class: --folder `item`, or ImageNet-A or -R, of whose 200 classes alone the model can choose."""
     subset, folder = bool(folder), folder or dict(args.folder)[item]
     images, labels = images_of(folder, tested.classes)
     columns = np.unique(labels) if subset else np.arange(len(tested.classes))
@@ -770,8 +770,7 @@ def store(entry: dict, part: Part, measured: dict) -> None:
     """Add to the entry what was measured. It never mixes two settings: what had others is dropped."""
     items = items_of(entry, part) | measured
     entry["settings"][part.name] = part.settings
-    summary = part.summary(items, entry) if part.inside else {}
-    summary = {name: value for name, value in summary.items() if value is not None}
+    summary = {name: value for name, value in part.summary(items, entry).items() if value is not None}
     entry[part.name] = {part.inside: items, **summary} if part.inside else items
 
 
