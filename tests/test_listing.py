@@ -277,6 +277,17 @@ def test_half_of_val_is_kept_for_judging_by_the_paths_below_it_alone(tmp_path):
     assert common.judged_half(common.list_images(tmp_path)).shape == (0,)
 
 
+def test_the_held_out_tenth_is_halved_alike_for_choosing_and_for_judging(tmp_path):
+    """Where there is no val/, 02 labels it as DATA/val, for 03's --calibration, and 06 evaluates it."""
+    data = folders(tmp_path, train={"cat": 200, "dog": 200})
+    judges, chooses = labeled_images(data, "val")[0], unlabeled_images(data / "val")
+    assert names_of(judges) == names_of(chooses) and 20 < len(judges) < 80
+    judged = common.judged_half(judges)
+    assert (judged == common.judged_half(chooses)).all() and 0 < judged.sum() < len(judged)
+    classes = common.classes_of_folders(chooses.path, ["dog", "cat"])
+    assert [("dog", "cat")[c] for c in classes] == [name.split("/")[0] for name in names_of(chooses)]
+
+
 def test_unlabeled_folder_missing_or_empty(tmp_path, mistake):
     mistake(lambda: unlabeled_images(tmp_path / "nowhere"), "nowhere")
     (tmp_path / "empty").mkdir()
