@@ -3709,12 +3709,12 @@ def draw_rows(rows: list[Row], headings: list[str], extra: tuple[str, ...], file
     places, width = np.arange(len(headings)), 0.84 / len(rows)
     for number, row in enumerate(rows):
         color, found = f"C{number % 10}", [row.values.get(heading, [np.nan]) for heading in headings]
-        spread = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in found]
         heights = [np.mean(values) for values in found]
-        group = bars.bar(places + width * number, heights, width, yerr=spread, color=color, label=row.name)
-        bars.bar_label(group, fmt="%.0f", fontsize=7, padding=1)
+        group = bars.bar(places + width * number, heights, width, color=color, label=row.name)
+        bars.bar_label(group, fmt="%.0f", fontsize=7, label_type="center", color="white")
         for place, values in zip(places + width * number, found, strict=True):  # every seed a dot
-            bars.plot([place] * len(values), values, "k.", markersize=3 * (len(values) > 1))
+            if len(values) > 1:
+                bars.plot([place] * len(values), values, "o", color="white", markeredgecolor="black", markersize=4)
         if "corrupted top-1" in row.values:
             found = [entry["corrupt"]["per_corruption"] for entry in row.entries]
             names = list(found[0])
