@@ -408,14 +408,15 @@ def test_the_threshold_is_the_lowest_at_which_so_many_are_right(num, seed, wante
     right = rng.random(num) < confidence ** rng.choice([0.2, 1, 3])
     curve = [balance.answers_above(step / 100, confidence, right) for step in range(100)]
     at, reached = balance.choose_threshold(curve, wanted)
-    allowed = {}  # {threshold: share that is right}
+    shares = {}  # {threshold: (images above it, share that is right)}
     for step in range(100):
         above = right[confidence > np.float32(step / 100)]
-        if len(above) >= (20 if num >= 20 else 1):
-            allowed[step / 100] = above.mean()
-    good = [threshold for threshold, precision in allowed.items() if precision >= wanted]
+        if len(above):
+            shares[step / 100] = len(above), above.mean()
+    good = [threshold for threshold, (_, share) in shares.items() if share >= wanted]
+    many = {t: share for t, (kept, share) in shares.items() if kept >= (20 if num >= 20 else 1)}
     assert reached == bool(good)
-    assert at["threshold"] == (min(good) if good else min(t for t in allowed if allowed[t] == max(allowed.values())))
+    assert at["threshold"] == (min(good) if good else min(t for t in many if many[t] == max(many.values())))
 
 
 def test_what_is_printed_holds_on_fresh_images():
@@ -434,8 +435,9 @@ def test_what_is_printed_holds_on_fresh_images():
 
 
 def test_min_precision_sets_the_threshold_of_the_selection(two_files, tmp_path, run):
-    """Above 0.5, 40 of 50 are right, above 0.6 38 of 40, and above 0.7 5 of 5: too few to count."""
-    answers = [(0, 0, 0.55)] * 2 + [(1, 0, 0.55)] * 8 + [(0, 0, 0.65)] * 33 + [(1, 0, 0.65)] * 2 + [(0, 0, 0.75)] * 5
+    """Above 0.5, 40 of 50 are right, above 0.6 38 of 40, and above 0.7 4 of 5."""
+    answers = [(0, 0, 0.55)] * 2 + [(1, 0, 0.55)] * 8 + [(0, 0, 0.65)] * 34 + [(1, 0, 0.65)] + [(0, 0, 0.75)] * 4
+    answers += [(1, 0, 0.75)]
     val, out = write_val(tmp_path / "val.h5", answers), tmp_path / "o.h5"
 
     def chosen(wanted):
