@@ -147,7 +147,7 @@ def test_every_other_command_of_the_texts_is_known(commands_of, monkeypatch):
         words = shlex.split(command)
         if command.startswith("python tests/"):
             monkeypatch.setattr("sys.argv", words[1:])
-            load_tool(Path(words[1]).stem).parse_args()  # a typo exits
+            importlib.import_module(Path(words[1]).stem).parse_args()  # a typo exits
         elif "./run.sh" in words:
             settings = dict(word.split("=", 1) for word in words[: words.index("./run.sh")])
             for setting in settings:
@@ -161,12 +161,6 @@ def test_every_other_command_of_the_texts_is_known(commands_of, monkeypatch):
                 assert flag not in ("-r", "-c") or (ROOT / file).exists(), (name, command)
         else:
             assert re.match(r"(python|torchrun( --[\w-]+ \d+)?) 0\d_\w+\.py", command), (name, command)
-
-
-def load_tool(name: str):
-    if name not in sys.modules:
-        importlib.import_module(name)
-    return sys.modules[name]
 
 
 def test_what_the_texts_name_is_there():
