@@ -41,10 +41,11 @@ def commands_in(path: Path) -> list[str]:
     """Every command of a text, in its order: the lines of its blocks without a language, and what stands in backticks
     and begins as a command does. The shell variables of a block are put in."""
     found, names = [], {}
-    for block, inline in re.findall(r"^```\n(.*?)^```|`([^`]+)`", path.read_text(), re.M | re.S):
+    for language, block, inline in re.findall(r"^```(\w*)\n(.*?)^```|`([^`]+)`", path.read_text(), re.M | re.S):
+        inline = " ".join(inline.split())
         if re.match(r"(python|torchrun) .*\.py|\w+=.* \./run\.sh|\./run\.sh ", inline):
-            found.append(" ".join(inline.split()))
-        for line in block.splitlines():
+            found.append(inline)
+        for line in block.splitlines() if not language else []:
             line = Template(line).substitute(names) if not line.startswith("DATA/") else ""
             if name := re.fullmatch(r'(\w+)="(.*)"', line):
                 names[name[1]] = name[2]
@@ -130,7 +131,7 @@ def test_every_stage_in_the_texts_runs(sandbox, call_main, monkeypatch):
                 done = call_main(found[3], *in_small(found[3], shlex.split(found[4])))
                 assert done.returncode == 0, (name, command, done)
                 number += 1
-    assert number >= 39
+    assert number >= 41
     for name in ("teacher/model.pt", "logits.h5", "balanced.png", "fixres/resolution.png", "l2-3/model.pt"):
         assert (sandbox / "runs" / name).exists(), name
     for name in ("teacher", "student"):
