@@ -1,7 +1,11 @@
 """Intervals, paired differences, and what stands beside the table of 06: against values by hand and by simulation."""
 
+import importlib.util
+import json
+
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import common
 
@@ -118,3 +122,29 @@ def test_the_verdict(models, selection, rising, expected, absent):
 def test_no_verdict_without_control_or_student():
     assert common.verdict(rows(teacher=[1], student1=[2]), {}, False) == ""
     assert common.verdict(rows(teacher=[1], control=[2]), {}, False) == ""
+
+
+def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
+    """docs/results.md of made-up runs: means, deviations and paired differences by hand, and what a claim shows."""
+    spec = importlib.util.spec_from_file_location("evidence_results", ROOT / "tests" / "results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    top1 = {"control": (70, 71, 72), "student1": (74, 77, 77), "hard-labels": (74, 76, 78), "ratio-1": (78, 80, 81)}
+    source = {
+        f"runs/seed{seed}/{model}/model.pt": {
+            "clean": {"top1": values[seed], "num": 1000},
+            "corrupt": {"top1": values[seed] / 2},
+        }
+        for model, values in top1.items()
+        for seed in range(3)
+    }
+    (tmp_path / "robustness.json").write_text(json.dumps(source))
+    results.collect("claims", tmp_path / "robustness.json")
+    lines = results.tables().splitlines()
+    # Differences 4, 6, 5: 5 +- 4.3027 * 1 / sqrt(3). Corrupted ones are half as large.
+    assert "| student1 | 3 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in lines
+    shown = {line.split("`")[3] + " " + line.split("`")[1]: line.split(" | ")[-1] for line in lines if "` - `" in line}
+    assert shown["control student1"] == "yes |" and shown["hard-labels student1"] == "not shown |"
+    assert shown["ratio-1 student1"] == "the other way |"
+    assert not any("unbalanced" in line for line in lines)  # was not run
