@@ -188,7 +188,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     if from_scratch:
         add("--warmup-epochs", type=at_least(0), default=5.0, help="linear warm-up from 0; at most a fifth of the run")
         add("--average", type=decay_or_swa, default=0.9999, help="decay of the averaged weights, or swa: equal mean")
-        help_line = "the classifier's rate as a share of --lr; AdamW moves wide inputs far: 0.03 from scratch"
+        help_line = "the classifier's share of the rate; AdamW from scratch: 0.03, or it follows the last batch"
         add("--classifier-lr", type=at_least(0), default=1.0, help=help_line)
     add("--weight-decay", type=at_least(0), help="not of batch norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
     add("--label-smoothing", type=at_least(0), default=0.1, help="of hard labels; 04 --consistency: 0")
@@ -2600,11 +2600,12 @@ def make_optimizer(
     """`rmsprop` (the paper's), `sgd` (Nesterov 0.9) or `adamw`; the loop sets the rate of every step.
 
     Weight decay (None: that of RATES) spares the batch norms and nothing else, as the official code (main.py:552-555);
-    AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate, in its groups as `share`. AdamW moves all
-    weights of an input of n features by about the rate, whatever their gradient, and so the logits by up to n times it:
-    with B0's 1,280 features and 4e-3 they follow the last batch, the loss stays above chance for a hundred steps, and
-    the layers below learn from noise. The share that keeps an output still falls with 1/n (muP, 2203.03466, table 3);
-    the other layers have batch norms behind them, to which the size of their weights is nothing.
+    AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate, kept in its group as `share`.
+
+    Why a share: AdamW moves every weight by about the rate, however small its gradient, so a classifier of n inputs can
+    move its logits by n times that. With B0's 1,280 and 4e-3 they follow the last batch, and the layers below learn
+    from noise. A share that falls with 1/n keeps the logits' steps what they are (muP, 2203.03466, table 3). Below, a
+    batch norm behind each layer does that: to it the size of weights is nothing.
     """
     weight_decay = RATES[name][2] if weight_decay is None else weight_decay
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
