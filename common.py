@@ -203,6 +203,13 @@ def path_or_published(text: str) -> str | Path:
     return text if text == "published" else Path(text)
 
 
+def name_and_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(folder)
+
+
 def decay_or_swa(text: str) -> str | float:
     return text if text == "swa" else at_least(0)(text)
 
@@ -953,6 +960,22 @@ def initial_weights(init: str | Path, arch: str | None, num_pixels: int | None) 
 def has_names(classes: list[str]) -> bool:
     """Whether these are names: a checkpoint made without a data directory has the outputs' numbers, "0", "1" ..."""
     return classes != [str(output) for output in range(len(classes))]
+
+
+def hint_of(classes: list[str]) -> str:
+    """What to do about classes that a model does not know, where the reason may be that its outputs have no names."""
+    return "" if has_names(classes) else "; --classes FILE says what the model's outputs are called"
+
+
+def names_in(file: str) -> list[str]:
+    """The lines of --classes, a text file: names of classes in the order of a model's outputs. A BOM is left out."""
+    try:
+        names = [line.strip() for line in Path(file).read_text("utf-8-sig").strip().splitlines()]
+    except (OSError, ValueError) as error:
+        fail(f"--classes {file}: cannot be read ({error}); expected one class a line, in UTF-8")
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        fail(f"--classes {file}: {doubled[0]!r} is there more than once; expected the names of folders, one an output")
+    return names
 
 
 def classes_of_weights(source: dict, arch: str, val_classes: list[str]) -> list[str]:
@@ -3675,7 +3698,7 @@ def verdict(rows: list[Row], selection: dict, is_rising: bool) -> str:
             advice.append("a higher threshold or more labelled images, for many pseudo-labels are wrong")
         if share < 0.3:
             advice.append("more labelled images or a lower threshold, for most unlabelled images are left out")
-    top1 = np.mean(models.get("teacher", student).values["clean top-1"])
+    top1 = np.mean(models.get("teacher", student).values.get("clean top-1", 100))
     if top1 < 60:
         advice.append(f"more labelled images, for the teacher is right on {top1:.0f} percent alone")
     if is_rising:
@@ -3693,6 +3716,20 @@ def worst_pairs(row: Row, num: int = 10) -> list[str]:
     pairs = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:num], wrong.shape), strict=True)
     words = [f"{names[t]} -> {names[s]} {wrong[t, s]} of {images[t].sum()}" for t, s in pairs if wrong[t, s]]
     return [f"- {row.name}: {', '.join(words)}"] if words else []
+
+
+def history_of(rows: list[Row]) -> tuple[dict, bool]:
+    """Of the last student: what 03 says of its images, balanced.json beside the file in its `inputs`, and whether its
+    val top-1 still rose, by more than half a point, between the last two evaluations."""
+    students = [row for row in rows if row.model.startswith("student")]
+    if not students:
+        return {}, False
+    path = Path(students[-1].paths[-1])
+    reports = [Path(name).with_suffix(".json") for name in read_checkpoint(path).get("inputs", {}) if ".h5" in name]
+    found = (json.loads(report.read_text()) for report in reports if report.is_file())
+    selection = next((report for report in found if "unique_images" in report), {})
+    top1 = [line["val_top1"] for line in read_metrics(path.parent) if "val_top1" in line]
+    return selection, len(top1) > 1 and top1[-1] > top1[-2] + 0.5
 
 
 def markdown_table(rows: list[Row], headings: list[str]) -> str:
@@ -3714,6 +3751,8 @@ def draw_rows(rows: list[Row], headings: list[str], extra: tuple[str, ...], file
         return
     headings = [heading for heading in headings if not re.search("mCE|mFR|mFP", heading)]
     corrupted = "corrupted top-1" in headings
+    drawn = [entry["corrupt"] for row in rows if "corrupted top-1" in row.values for entry in row.entries]
+    names = dict.fromkeys(name for entry in drawn for name in entry["per_corruption"])  # files differ in their order
     confused = next((row for row in reversed(rows) if "confusion" in row.entries[0].get("clean", {})), None)
     confused = confused and (confused if len(confused.entries[0]["clean"]["per_class"]) <= 40 else None)
     num_panels = 1 + 2 * corrupted + bool(confused)
@@ -3731,10 +3770,9 @@ def draw_rows(rows: list[Row], headings: list[str], extra: tuple[str, ...], file
                 bars.plot([place] * len(values), values, "o", color="white", markeredgecolor="black", markersize=4)
         if "corrupted top-1" in row.values:
             found = [entry["corrupt"]["per_corruption"] for entry in row.entries]
-            names = list(found[0])
-            top1 = np.mean([[of_seed[name] for name in names] for of_seed in found], axis=0)  # (corruptions, 5)
-            drawn = [name not in extra for name in names]
-            panels[0].plot(range(1, 6), top1[drawn].mean(axis=0), "o-", color=color)
+            top1 = [[of_seed.get(name, [np.nan] * 5) for name in names] for of_seed in found]
+            top1, counts = np.mean(top1, axis=0), [name not in extra for name in names]  # (corruptions, 5)
+            panels[0].plot(range(1, 6), top1[counts].mean(axis=0), "o-", color=color)
             panels[1].plot(top1.mean(axis=1), range(len(names)), "o", color=color, alpha=0.8)
     bars.set_xticks(places + width * (len(rows) - 1) / 2, [heading.replace(" ", "\n") for heading in headings])
     bars.set_ylabel("top-1 in percent")
