@@ -1,8 +1,9 @@
-"""The README's commands are run as they stand there, only smaller, the blocks of Python too; and run.sh, the loop over
-the stages."""
+"""The commands of the README and of docs/ are run as they stand there, only smaller, the blocks of Python too; what
+the texts name is there; and run.sh, the loop over the stages."""
 
 import contextlib
 import csv
+import importlib
 import json
 import os
 import re
@@ -16,64 +17,196 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, ROOT, checkpoint_of, noise_image, save_model
+from conftest import CHEAP, ROOT, checkpoint_of, load_stage, noise_image, save_model
 from safetensors import safe_open
+from torch.distributed import run as distributed_run
 from torchvision import models
 
 import common
 
 # ----------------------------------------------------------------------------------------------------------------------
-# README
+# README and docs/
 # ----------------------------------------------------------------------------------------------------------------------
 
-# appended to the command: argparse takes the last value of a flag
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_in(path: Path) -> list[str]:
+    """Every command of a text, in its order: the lines of its blocks without a language, and what stands in backticks
+    and begins as a command does. The shell variables of a block are put in."""
+    found, names = [], {}
+    for block, inline in re.findall(r"^```\n(.*?)^```|`([^`]+)`", path.read_text(), re.M | re.S):
+        if re.match(r"(python|torchrun) .*\.py|\w+=.* \./run\.sh|\./run\.sh ", inline):
+            found.append(" ".join(inline.split()))
+        for line in block.splitlines():
+            line = Template(line).substitute(names) if not line.startswith("DATA/") else ""
+            if name := re.fullmatch(r'(\w+)="(.*)"', line):
+                names[name[1]] = name[2]
+            elif line:
+                found.append(line.split("  #")[0].strip())
+    return found
+
+
+COMMANDS = {path.name: commands_in(path) for path in DOCS}
+# Appended to a command: argparse takes the last value of a flag. The made-up images have 32 pixels.
+SMALL = "--image-size 32 --batch-size 4 --epochs 0.34"
 SMALLER = {
-    "01_train_teacher.py": "--epochs 1",
-    "03_balance.py": "--threshold 0",  # a teacher of one epoch is sure of nothing
-    "04_train_student.py": "--epochs 1",
-    "06_eval_robustness.py": "--num-images 10",
+    "00_prepare_data": "",
+    "01_train_teacher": SMALL,
+    "02_pseudo_label": "",
+    "03_balance": "--threshold 0",  # a teacher of two steps is sure of nothing
+    "04_train_student": SMALL,
+    "05_fixres_finetune": "--image-size 40 --batch-size 4 --epochs 0.34",
+    "06_eval_robustness": "--num-images 2",
 }
-SMALL_DEMO = """
-import importlib
-stage = importlib.import_module("00_prepare_data")
-stage.DEMO |= {"labels_per_class": 4, "val_per_class": 4, "unlabeled": 120}
-stage.main()
-"""
 
 
-def test_every_command_of_the_readme(run_stage, tiny_data, tmp_path):
-    """One round by hand, a better teacher for its selection, and photographs with published weights."""
-    text = (ROOT / "README.md").read_text()
-    commands = [line for block in text.split("```")[1::2] for line in block.splitlines() if line.startswith("python ")]
-    stages = [shlex.split(command)[1] for command in commands]
-    first_round = [stage for stage in stages if stage[0] == "0"][:7]
-    assert first_round == sorted(path.name for path in ROOT.glob("0*.py")), "one command for each stage, in order"
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    (tmp_path / "photos").symlink_to(tiny_data)
-    (tmp_path / "small_demo.py").write_text(SMALL_DEMO)
-    file = tmp_path / "cache" / "hub" / "checkpoints" / Path(models.get_model_weights(CHEAP).DEFAULT.url).name
-    file.parent.mkdir(parents=True)
-    torch.save(models.get_model(CHEAP).state_dict(), file)  # where a download would lie
-    for command, stage in zip(commands, stages, strict=True):
-        words = [*shlex.split(command)[2:], *SMALLER.get(stage, "").split()]
-        words += ["--arch", CHEAP, "--image-size", "32"] if "published" in words else []
-        if "--min-precision" in words:  # in place of --threshold 0
-            words[-2:] = ["--min-precision", "0.01"]
-        script = "small_demo.py" if stage == "00_prepare_data.py" else stage
-        run_stage(tmp_path / script, *words, cwd=tmp_path, TORCH_HOME=tmp_path / "cache")
-    for name in ("teacher/model.pt", "logits.h5", "balanced.png", "student/model.pt", "fixres/resolution.png"):
-        assert (tmp_path / "runs" / name).exists(), name
-    taught, student = (
-        checkpoint_of(tmp_path / "runs" / "photos" / name / "model.pt") for name in ("teacher", "student")
-    )
-    assert taught["args"]["init"] == student["args"]["init"] == "published"
-    assert "| student" in (tmp_path / "runs" / "robustness" / "robustness.md").read_text()
+def in_small(stage: str, words: list[str]) -> list[str]:
+    """The words of a documented command, and after them what makes it small."""
+    smaller = SMALLER[stage].split()
+    if "--epochs" in words and words[words.index("--epochs") + 1] == "0":  # it only reads weights
+        smaller = []
+    if "--arch" in words:
+        smaller += ["--arch", CHEAP]
+    if "--per-class" in words and "all" not in words:  # the paper's would be long
+        smaller += ["--per-class", "9"]
+    if "--labels-per-class" in words:
+        smaller += ["--labels-per-class", "2"]
+    if "--max-confidence" in words:
+        smaller += ["--max-confidence", "1"]
+    if "--min-precision" in words:  # in place of a threshold
+        smaller = ["--min-precision", "0.01"]
+    return [*words, *smaller]
+
+
+@pytest.fixture
+def sandbox(tiny_data, tmp_path, monkeypatch):
+    """A folder in which all that the documented commands name lies in small, as the current one."""
+    for name in ("DATA", "IMAGENET", "photos"):
+        (tmp_path / name).symlink_to(tiny_data)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    save_model(tmp_path / "ckpt.pt", data=str(tiny_data))
+    weights = models.get_model(CHEAP).state_dict()
+    names = [f"n{number:04}" for number in range(1000)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    for folder in ("imagenet-a", *(f"imagenet-c/noise/gaussian_noise/{severity}" for severity in range(1, 6))):
+        for name in names[:2]:
+            (tmp_path / folder / name).mkdir(parents=True)
+            noise_image(40, 40).save(tmp_path / folder / name / "0.png")
+    url = models.get_model_weights(CHEAP).DEFAULT.url
+    for file in (tmp_path / "cache/hub/checkpoints" / Path(url).name, tmp_path / "tf_efficientnet_b7_ns-1dbc32de.pth"):
+        file.parent.mkdir(parents=True, exist_ok=True)  # where a download would lie
+        torch.save(weights if file.parent != tmp_path else models.get_model(CHEAP, num_classes=3).state_dict(), file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+
+    def download(name, downloads):
+        images, labels = np.zeros((6, 32, 32, 3), np.uint8), [0, 0, 0, 1, 1, 1]
+        return ["a", "b"], {split: (images, np.array(labels)) for split in ("train", "val")}
+
+    stage = load_stage("00_prepare_data")
+    monkeypatch.setattr(stage, "download", download)
+    for name, value in {"labels_per_class": 4, "val_per_class": 2, "unlabeled": 60}.items():
+        monkeypatch.setitem(stage.DEMO, name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_stage_in_the_texts_runs(sandbox, call_main, monkeypatch):
+    """In their order, in one folder, the README first; docs/recipes.md has a test of its own."""
+    stages = [re.match(r"python (0\d_\w+)\.py", command) for command in COMMANDS["README.md"]]
+    assert [found[1] for found in stages if found][:7] == sorted(path.stem for path in ROOT.glob("0*.py")), "one round"
+    number = 0
+    for name, commands in COMMANDS.items():
+        for command in commands if name != "recipes.md" else []:
+            if found := re.fullmatch(r"(python|torchrun( .*?)?) (0\d_\w+)\.py (.+)", command):
+                if found[1] != "python":
+                    distributed_run.parse_args([*shlex.split(found[2] or ""), f"{found[3]}.py"])  # a typo exits
+                done = call_main(found[3], *in_small(found[3], shlex.split(found[4])))
+                assert done.returncode == 0, (name, command, done)
+                number += 1
+    assert number >= 39
+    for name in ("teacher/model.pt", "logits.h5", "balanced.png", "fixres/resolution.png", "l2-3/model.pt"):
+        assert (sandbox / "runs" / name).exists(), name
+    for name in ("teacher", "student"):
+        assert checkpoint_of(sandbox / "runs" / "photos" / name / "model.pt")["args"]["init"] == "published"
+    assert checkpoint_of(sandbox / "runs/l2-800/model.pt")["image_size"] == 40
+    results = json.loads((sandbox / "runs/robustness/robustness.json").read_text())
+    assert {"corrupt", "fgsm"} <= results["runs/student1/model.pt"].keys()
+    assert "imagenet_a" in results["runs/resnet50/model.pt"] and (sandbox / "runs/labels.csv").exists()
+
+
+def test_every_other_command_of_the_texts_is_known(commands_of, monkeypatch):
+    """run.sh's settings reach the stages, the tools take their flags, what pip reads is there. Nothing else is said."""
+    for name, command in ((name, command) for name, commands in COMMANDS.items() for command in commands):
+        words = shlex.split(command)
+        if command.startswith("python tests/"):
+            monkeypatch.setattr("sys.argv", words[1:])
+            importlib.import_module(Path(words[1]).stem).parse_args()  # a typo exits
+        elif "./run.sh" in words:
+            settings = dict(word.split("=", 1) for word in words[: words.index("./run.sh")])
+            for setting in settings:
+                assert f"\n{setting}=${{{setting}:-" in (ROOT / "run.sh").read_text(), (name, command)
+            if words[-1] != "test":
+                commands, _ = commands_of(NPROC="1", **settings)
+                for setting, flag in {"INIT": "--init", "ARCHS": "--arch"}.items():
+                    assert setting not in settings or f"{flag} {settings[setting]}" in commands["student2"], command
+        elif words[0] in ("pip", "uv"):
+            for flag, file in pairwise(words):
+                assert flag not in ("-r", "-c") or (ROOT / file).exists(), (name, command)
+        else:
+            assert re.match(r"(python|torchrun( --[\w-]+ \d+)?) 0\d_\w+\.py", command), (name, command)
+
+
+def test_what_the_texts_name_is_there():
+    """Links, pictures and files; the README is short, and its table of files has their lengths."""
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 160
+    for path in DOCS:
+        text = path.read_text()
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert link.startswith("https://") or (path.parent / link).exists(), (path.name, link)
+        for file in re.findall(r"`((?:\d\d_|recipes/|docs/|tests/)[\w/-]+\.\w+)`", text):
+            assert (ROOT / file).exists(), (path.name, file)
+        if path.name != "README.md":
+            assert f"docs/{path.name}" in readme or path.name in (ROOT / "docs/details.md").read_text(), path.name
+    sizes = {
+        name: int(number.replace(",", "")) for name, number in re.findall(r"^\| `(\S+)` \| ([\d,]+) \|", readme, re.M)
+    }
+    assert sizes.keys() == {path.name for path in (*ROOT.glob("*.py"), ROOT / "run.sh")}
+    for name, number in sizes.items():
+        assert len((ROOT / name).read_text().splitlines()) == pytest.approx(number, rel=0.1), name
+
+
+OFFICIAL = {"main", "utils", "predict_label", "filter_unlabel", "randaugment", "preprocessing", "task_info"}
+OFFICIAL |= {"efficientnet_model", "efficientnet_builder"}
+
+
+def test_the_details_name_what_the_code_has():
+    """Each `file`, `name` of docs/details.md is defined there; other .py files are the official ones."""
+    text = " ".join((ROOT / "docs/details.md").read_text().split())
+    pairs = re.findall(r"`(\w+)\.py`, `(\w+)`", text)
+    assert len(pairs) >= 50
+    for module, name in pairs:
+        assert hasattr(common if module == "common" else load_stage(module), name), (module, name)
+    for module, lines in re.findall(r"`(\w+)\.py(?::(\d+)(?:-\d+)?)?`", text):
+        if (ROOT / f"{module}.py").exists():
+            assert not lines, module
+        else:
+            assert module in OFFICIAL, module
+    numbers = re.findall(r"^(\d+)\. ", (ROOT / "docs/details.md").read_text(), re.M)
+    assert [int(number) for number in numbers] == list(range(1, len(numbers) + 1)) and text.count("**deviation**") > 15
+
+
+def test_the_version_stands_in_one_place():
+    (version,) = re.findall(r"^version: (\d+\.\d+\.\d+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    for path in (*DOCS, *ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "ruff.toml"):
+        assert version not in path.read_text(), path.name
 
 
 def test_the_constraints_name_a_version_of_each_requirement():
@@ -89,7 +222,7 @@ def test_the_constraints_name_a_version_of_each_requirement():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the use of the result: blocks of Python in the README and in docs/use.md
+# the use of the result: blocks of Python in docs/use.md
 # ----------------------------------------------------------------------------------------------------------------------
 
 SIGNS = [
@@ -103,13 +236,12 @@ SIGNS = [
 
 
 def blocks() -> list[str]:
-    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/use.md")]
-    return [block for text in texts for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
+    return [block for path in DOCS for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)]
 
 
 @pytest.fixture
 def use(tiny_data, call_main, tmp_path, monkeypatch, capsys):
-    """use(sign, arch) -> (the names that the README's lines and the block with this sign leave, what it printed)."""
+    """use(sign, arch) -> (the names that the first block and the block with this sign leave, what it printed)."""
 
     def run(sign: str, arch: str = "efficientnet_b0", **header) -> tuple[dict, str]:
         path = tmp_path / "runs" / "student" / "model.pt"
