@@ -48,18 +48,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0, write_atomically  # program
+from common import add_device_flags, argument_parser, at_least, fail, file_sha256, name_and_folder  # program
+from common import print0, write_atomically
 from common import Processes, init_processes, progress, reduce_sum, union_of  # processes
-from common import fuse_batch_norms, has_names  # models and weights
+from common import fuse_batch_norms, has_names, hint_of, names_in  # models and weights
 from common import View, normalize  # views
 from common import canny, defocus_taps, distances, filtered, gaussian_taps  # filters
 from common import motion_taps, read_at, smoothed, weighted_shifts, zoomed
 from common import ImageList, images_by_class, judged_half, labeled_images  # listing
-from common import ImageDataset, StoredViews, Videos, grid_keys, load_batches, rows_per_batch  # batches
-from common import load_model, read_checkpoint, read_metrics  # checkpoints
+from common import ImageDataset, StoredViews, Videos, grid_keys, import_av, load_batches, rows_per_batch  # batches
+from common import load_model, read_checkpoint  # checkpoints
 from common import autocast, in_halves, precision_of  # training
-from common import Row, compare, details_of, draw_rows, markdown_table  # results
-from common import rows_of, short_names, verdict, worst_pairs
+from common import compare, details_of, draw_rows, markdown_table  # results
+from common import history_of, rows_of, short_names, verdict, worst_pairs
 
 NUM_BINS = 15  # of the calibration error
 
@@ -156,7 +157,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, help="data directory, whose val/ is measured; None: the first checkpoint's own")
     add("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
     add("--val-half", choices=("choose", "judge"), help="half of val/, by the hash of the path; None: all of it")
-    add("--classes", type=Path, metavar="FILE", help="one class a line: names of the outputs, if a checkpoint has none")
+    add("--classes", type=names_in, metavar="FILE", help="one class a line: the outputs' names if they have none")
     add("--folder", nargs="+", type=name_and_folder, default=[], metavar="NAME=DIR", help="images by class: more sets")
     add("--imagenet-a", type=Path, metavar="DIR", help="DIR/<class>/*: only the classes of the set compete")
     add("--imagenet-r", type=Path, metavar="DIR", help="DIR/<class>/*: only the classes of the set compete")
@@ -173,13 +174,6 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
     add_device_flags(parser)
     return parser.parse_args()
-
-
-def name_and_folder(text: str) -> tuple[str, Path]:
-    name, _, folder = text.partition("=")
-    if not (name and folder):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
-    return name, Path(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,8 +540,7 @@ def images_of(folder: Path, classes: list[str]) -> tuple[ImageList, np.ndarray]:
     except ValueError as error:
         raise Gap(str(error)) from error
     except LookupError as error:
-        names = "" if has_names(classes) else "; --classes FILE says what the model's outputs are called"
-        raise OtherClasses(f"{error}{names}") from error
+        raise OtherClasses(f"{error}{hint_of(classes)}") from error
     if not len(images):
         raise Gap(f"{folder}: no images in its class folders")
     return images, labels
@@ -586,7 +579,8 @@ def mean_corruption_error(top1: dict[str, list[float]], errors: dict[str, float]
     AlexNet's mean error} in percent. `clean`: the clean errors of both, taken off both sums: the relative CE.
     """
     own, alexnet = clean
-    ce = {name: 100 * (100 - sum(top1[name]) / 5 - own) / (errors[name] - alexnet) for name in top1 if name in errors}
+    over = {name: errors[name] - alexnet for name in top1 if name in errors}  # 0: nothing to be compared with
+    ce = {name: 100 * (100 - sum(top1[name]) / 5 - own) / over[name] for name in over if abs(over[name]) > 1e-9}
     return mean_of({name: [value] for name, value in ce.items()}, BENCHMARK), ce
 
 
@@ -595,8 +589,8 @@ def summarize_imagenet_c(baseline: dict, items: dict[str, dict], entry: dict) ->
     theirs = {name: found["top1"] for name, found in baseline.get("imagenet_c", {}).get(INSIDE, {}).items()}
     errors = {name: 100 - sum(of_name) / 5 for name, of_name in theirs.items()} or ALEXNET_ERRORS
     mce, ce = mean_corruption_error(top1, errors)
-    for name in ce:
-        items[name]["ce"] = ce[name]
+    for name in items:
+        items[name]["ce"] = ce.get(name)
     summary = {"top1": mean_of(top1, BENCHMARK), "top1_extra": mean_of(top1, EXTRA), "mce": mce}
     clean = [of["clean"]["top1"] for of in (entry, baseline if theirs else ALEXNET) if "clean" in of]
     if len(clean) == 2:
@@ -653,7 +647,8 @@ def summarize_imagenet_p(baseline: dict, items: dict[str, dict], entry: dict) ->
     theirs = {name: found["flip"] for name, found in baseline.get("imagenet_p", {}).get(FLIPPED, {}).items()}
     normalizers = theirs or ALEXNET_FLIPS
     flips = {name: items[name]["flip"] for name in ALEXNET_FLIPS}
-    mfr = 100 * float(np.mean([flip / normalizers[name] for name, flip in flips.items()]))
+    ratios = [flip / normalizers[name] for name, flip in flips.items() if normalizers[name]]
+    mfr = 100 * float(np.mean(ratios)) if len(ratios) == len(flips) else None
     mean = {key: float(np.mean([items[name][of] for name in flips])) for key, of in (("mfp", "flip"), ("top1", "top1"))}
     return {"mfr": mfr, **mean, "mfr_normalizers": "the baseline's" if theirs else "AlexNet's, unconfirmed"}
 
@@ -663,15 +658,17 @@ def measure_cifar10_c(tested: TestedModel, item: str, args, processes: Processes
     arrays = []
     for file in (args.cifar10_c / f"{item}.npy", args.cifar10_c / "labels.npy"):
         try:
-            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
+            arrays.append(np.lib.format.open_memmap(file, mode="r"))
         except (OSError, ValueError) as error:
             raise Gap(f"{file}: cannot be read ({error})") from error
     images, numbers = arrays
-    expected = f"expected uint8 (5 N, H, W, 3) and as many labels: found {images.dtype} {images.shape}, {numbers.shape}"
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) % 5 or not len(images):
+    found = f"{images.dtype} {images.shape}, {numbers.dtype} {numbers.shape}"
+    expected = f"expected uint8 (5 N, H, W, 3) and as many whole numbers: found {found}"
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) % 5 or not images.size:
         raise Gap(f"{args.cifar10_c / item}.npy: {expected}")
-    numbers = np.asarray(numbers).reshape(5, -1) if numbers.shape == images.shape[:1] else numbers
-    if numbers.ndim != 2 or (numbers != numbers[0]).any() or numbers.min() < 0 or numbers.max() > 9:
+    is_fit = numbers.shape == images.shape[:1] and numbers.dtype.kind in "iu"
+    numbers = np.asarray(numbers).reshape(5, -1) if is_fit else np.full((5, 1), -1)
+    if (numbers != numbers[0]).any() or numbers.min() < 0 or numbers.max() > 9:
         raise Gap(f"{args.cifar10_c / 'labels.npy'}: not the same labels 0 to 9 for each severity; {expected}")
     if unknown := sorted(set(CIFAR10) - set(tested.classes)):
         raise OtherClasses(f"the model does not have CIFAR-10's classes: {', '.join(unknown[:5])}")
@@ -691,7 +688,8 @@ def summarize_cifar10_c(items: dict[str, list[float]], entry: dict) -> dict[str,
 def parts_of(args, data: Path | None, num_images: int, num_chosen: int, baseline: dict, processes) -> list[Part]:
     """The table of the parts, in the order in which they are measured and shown."""
     precision = {"precision": precision_of(args.precision, processes)}  # that of attacks is always fp32
-    everything = {"data": str(data and data.absolute()), "num_images": num_images}
+    named = {"classes": zlib.crc32("\n".join(args.classes).encode())} if args.classes else {}
+    everything = {"data": str(data and data.absolute()), "num_images": num_images, **named}
     everything |= {"val_half": args.val_half} if args.val_half else {}
     chosen = everything | {"num_images": num_chosen, "seed": args.seed}
     fgsm_eps, pgd_eps = ([f"{eps:g}" for eps in flag] for flag in (args.fgsm, args.pgd))
@@ -705,12 +703,13 @@ def parts_of(args, data: Path | None, num_images: int, num_chosen: int, baseline
         Part("pgd", {"PGD {}": ""}, pgd_eps, chosen | {"steps": args.pgd_steps}, pgd),
     ]
 
-    def released(name: str, folder: Path | list | None, columns: dict, items, measure, *more) -> Part:
-        settings = {"folder": str(folder)} | precision
+    def released(name: str, folder: Path | None, columns: dict, items, measure, *more) -> Part:
+        settings = {"folder": str(folder and folder.absolute())} | precision | named
         return Part(name, columns, list(items) if folder else [], settings, measure, *more, of_val=False)
 
     a, r, c, p = args.imagenet_a, args.imagenet_r, args.imagenet_c, args.imagenet_p
-    all_19 = (*BENCHMARK, *EXTRA)
+    all_19, folders = (*BENCHMARK, *EXTRA), {name: str(folder.absolute()) for name, folder in args.folder}
+    photographs = partial(measure_folder, None)
     columns_c = {"ImageNet-C top-1": "top1", "mCE": "mce", "relative mCE (unconfirmed)": "relative_mce"}
     columns_p = {f"ImageNet-P mFR{'' if baseline.get('imagenet_p') else ' (unconfirmed)'}": "mfr", "mFP": "mfp"}
     columns_10 = {"CIFAR-10-C top-1": "top1", "severity 5 of 19": "severity5_19"}
@@ -722,7 +721,7 @@ def parts_of(args, data: Path | None, num_images: int, num_chosen: int, baseline
         released("imagenet_c", c, columns_c, all_19, measure_imagenet_c, INSIDE, summary_c),
         released("imagenet_p", p, columns_p, ALEXNET_FLIPS, measure_imagenet_p, FLIPPED, summary_p),
         released("cifar10_c", args.cifar10_c, columns_10, all_19, measure_cifar10_c, INSIDE, summarize_cifar10_c),
-        released("folders", args.folder, {"{}": "top1"}, dict(args.folder), partial(measure_folder, None)),
+        Part("folders", {"{}": "top1"}, [*folders], folders | precision | named, photographs, of_val=False),
     ]
 
 
@@ -745,11 +744,11 @@ def read_results(file: Path) -> dict[str, dict]:
 def read_baseline(file: Path | None) -> dict:
     """The entry of the one model in --baseline, which takes AlexNet's place in mCE and mFR; {} without one."""
     results = read_results(file) if file else {"": {}}
-    if len(results) != 1:
-        fail(f"--baseline {file}: expected the robustness.json of one model, found {len(results)}")
-    (entry,) = results.values()
+    entry = next(iter(results.values()), None)
+    if len(results) != 1 or not isinstance(entry, dict):
+        fail(f"--baseline {file}: expected the robustness.json of one model, found {len(results)} entries")
     for part, inside, needed in (("imagenet_c", INSIDE, BENCHMARK), ("imagenet_p", FLIPPED, ALEXNET_FLIPS)):
-        if lacking := [name for name in needed if part in entry and name not in entry[part][inside]]:
+        if lacking := [name for name in needed if part in entry and name not in entry[part].get(inside, {})]:
             fail(f"--baseline {file}: its {part} lacks {', '.join(lacking)}")
     return entry
 
@@ -762,14 +761,17 @@ def save_results(file: Path, results: dict[str, dict], processes: Processes) -> 
 
 def items_of(entry: dict, part: Part) -> dict:
     """What the entry has of a part, measured with these settings: {item: result}."""
-    found = entry.get(part.name, {}) if entry["settings"].get(part.name) == part.settings else {}
+    then, now = entry["settings"].get(part.name, {}), part.settings
+    if part.name == "folders" and part.items:  # others of an earlier command stay
+        then, now = now | then, then | now
+    found = entry.get(part.name, {}) if then == now else {}
     return found.get(part.inside, {}) if part.inside else found
 
 
 def store(entry: dict, part: Part, measured: dict) -> None:
     """Add to the entry what was measured. It never mixes two settings: what had others is dropped."""
-    items = items_of(entry, part) | measured
-    entry["settings"][part.name] = part.settings
+    items = (kept := items_of(entry, part)) | measured
+    entry["settings"][part.name] = (entry["settings"][part.name] if kept else {}) | part.settings
     summary = {name: value for name, value in part.summary(items, entry).items() if value is not None}
     entry[part.name] = {part.inside: items, **summary} if part.inside else items
 
@@ -803,9 +805,7 @@ def report(results: dict[str, dict], parts: list[Part], val, num_chosen: int, ar
         half = f" (the half to {args.val_half} with)" if args.val_half else ""
         words.append(f"Percent of {len(val[1])} val images{half}; drawn and attacked: {num_chosen} (seed {args.seed}).")
     if "corrupted top-1" in found:
-        words.append(
-            "Corrupted: 14 of ImageNet-C's 15 corruptions; frost, which needs photographs of ice, is left out."
-        )
+        words.append("Corrupted: 14 of ImageNet-C's 15; frost, which needs photographs of ice, is left out.")
     words.append("± is half of the 95 percent interval, at most where a value is a mean over corruptions; of several")
     words[-1] += " seeds the standard deviation."
     words += compare(rows)
@@ -823,19 +823,6 @@ def report(results: dict[str, dict], parts: list[Part], val, num_chosen: int, ar
     print0(
         "\n".join([f"{args.out / 'robustness.json'}:", *words, "", table, *(["", last_words] if last_words else [])])
     )
-
-
-def history_of(rows: list[Row]) -> tuple[dict, bool]:
-    """Of the last student: what 03 says of its images, balanced.json beside the file in its `inputs`, and whether its
-    val top-1 still rose, by more than half a point, between the last two evaluations."""
-    students = [row for row in rows if row.model.startswith("student")]
-    if not students:
-        return {}, False
-    path = Path(students[-1].paths[-1])
-    reports = [Path(name).with_suffix(".json") for name in read_checkpoint(path).get("inputs", {}) if ".h5" in name]
-    selection = next((json.loads(report.read_text()) for report in reports if report.is_file()), {})
-    top1 = [line["val_top1"] for line in read_metrics(path.parent) if "val_top1" in line]
-    return selection, len(top1) > 1 and top1[-1] > top1[-2] + 0.5
 
 
 def val_of(args, data: Path | None) -> tuple[ImageList, np.ndarray, list[str]] | None:
@@ -857,12 +844,9 @@ def output_names(checkpoint: dict, args, val: tuple | None) -> list[str]:
     classes = checkpoint["classes"]
     if has_names(classes):
         return classes
-    try:
-        names = args.classes.read_text().splitlines() if args.classes else val[2] if val else []
-    except OSError as error:
-        fail(f"--classes: {error}")
+    names = args.classes or (val[2] if val else [])
     if args.classes and len(names) != len(classes):
-        fail(f"--classes {args.classes}: {len(names)} names, but the model has {len(classes)} outputs")
+        fail(f"--classes: {len(names)} names, but the model has {len(classes)} outputs")
     return names if len(names) == len(classes) else classes
 
 
@@ -871,7 +855,9 @@ def labels_in(classes: list[str], val: tuple | None) -> np.ndarray | None:
     if not val:
         return None
     if unknown := sorted(set(val[2]) - set(classes)):
-        raise OtherClasses(f"val/ has classes that are unknown to the model: {', '.join(unknown[:5])}")
+        raise OtherClasses(
+            f"val/ has classes that are unknown to the model: {', '.join(unknown[:5])}{hint_of(classes)}"
+        )
     return np.array([classes.index(name) for name in val[2]])[val[1]]
 
 
@@ -914,6 +900,8 @@ def main() -> None:
     processes = init_processes(args.device, args.workers)
     results_file = args.out / "robustness.json"
     earlier, baseline = read_results(results_file), read_baseline(args.baseline)
+    if args.imagenet_p:
+        import_av()  # a loader that finds it missing would be a crash
 
     # All checkpoints are read before the first is measured: a wrong path fails now, not after hours.
     headers = {path: read_checkpoint(path) for path in args.checkpoints}

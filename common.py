@@ -188,6 +188,8 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     if from_scratch:
         add("--warmup-epochs", type=at_least(0), default=5.0, help="linear warm-up from 0; at most a fifth of the run")
         add("--average", type=decay_or_swa, default=0.9999, help="decay of the averaged weights, or swa: equal mean")
+        help_line = "the classifier's share of the rate; AdamW from scratch: 0.03, or it follows the last batch"
+        add("--classifier-lr", type=at_least(0), default=1.0, help=help_line)
     add("--weight-decay", type=at_least(0), help="not of batch norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
     add("--label-smoothing", type=at_least(0), default=0.1, help="of hard labels; 04 --consistency: 0")
 
@@ -199,6 +201,13 @@ def add_init_flag(add: Callable) -> None:
 
 def path_or_published(text: str) -> str | Path:
     return text if text == "published" else Path(text)
+
+
+def name_and_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not (name and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(folder)
 
 
 def decay_or_swa(text: str) -> str | float:
@@ -951,6 +960,22 @@ def initial_weights(init: str | Path, arch: str | None, num_pixels: int | None) 
 def has_names(classes: list[str]) -> bool:
     """Whether these are names: a checkpoint made without a data directory has the outputs' numbers, "0", "1" ..."""
     return classes != [str(output) for output in range(len(classes))]
+
+
+def hint_of(classes: list[str]) -> str:
+    """What to do about classes that a model does not know, where the reason may be that its outputs have no names."""
+    return "" if has_names(classes) else "; --classes FILE says what the model's outputs are called"
+
+
+def names_in(file: str) -> list[str]:
+    """The lines of --classes, a text file: names of classes in the order of a model's outputs. A BOM is left out."""
+    try:
+        names = [line.strip() for line in Path(file).read_text("utf-8-sig").strip().splitlines()]
+    except (OSError, ValueError) as error:
+        fail(f"--classes {file}: cannot be read ({error}); expected one class a line, in UTF-8")
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        fail(f"--classes {file}: {doubled[0]!r} is there more than once; expected the names of folders, one an output")
+    return names
 
 
 def classes_of_weights(source: dict, arch: str, val_classes: list[str]) -> list[str]:
@@ -2592,20 +2617,32 @@ class RMSpropTF(torch.optim.Optimizer):
                 torch._foreach_sub_(params, momentum)
 
 
-def make_optimizer(name: str, model: nn.Module, weight_decay: float | None) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, model: nn.Module, weight_decay: float | None, classifier_lr: float = 1.0
+) -> torch.optim.Optimizer:
     """`rmsprop` (the paper's), `sgd` (Nesterov 0.9) or `adamw`; the loop sets the rate of every step.
 
     Weight decay (None: that of RATES) spares the batch norms and nothing else, as the official code (main.py:552-555);
-    AdamW's is decoupled.
+    AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate, kept in its group as `share`.
+
+    Why a share: AdamW moves every weight by about the rate, however small its gradient, so a classifier of n inputs can
+    move its logits by n times that. With B0's 1,280 and 4e-3 they follow the last batch, and the layers below learn
+    from noise. A share that falls with 1/n keeps the logits' steps what they are (muP, 2203.03466, table 3). Below, a
+    batch norm behind each layer does that: to it the size of weights is nothing.
     """
     weight_decay = RATES[name][2] if weight_decay is None else weight_decay
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     spared = {id(p) for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+    heads = [model.get_submodule(head) for head in head_names(model)] if classifier_lr != 1 else []
+    classifier = {id(p) for head in heads for p in head.parameters()}
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in params if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in params if id(p) not in spared | classifier], "weight_decay": weight_decay},
         {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},
     ]
+    if classifier:
+        params = [p for p in params if id(p) in classifier - spared]
+        groups.append({"params": params, "weight_decay": weight_decay, "share": classifier_lr})
     if name == "rmsprop":
         return RMSpropTF(groups, lr=0.0)
     if name == "sgd":
@@ -3225,7 +3262,7 @@ class Run:
         self.model = model.to(processes.device, memory_format=torch.channels_last)
         check_input(model, self.view, num_images // (processes.world_size * args.accumulate), processes.device)
         self.averaged = copy.deepcopy(model) if hasattr(args, "average") else model
-        self.optimizer = make_optimizer(args.optimizer, model, args.weight_decay)
+        self.optimizer = make_optimizer(args.optimizer, model, args.weight_decay, getattr(args, "classifier_lr", 1.0))
         training = begun["training"] if begun else {}
         # On another machine --precision auto might choose otherwise: what the run began with counts.
         self.precision = training.get("precision") or precision_of(args.precision, processes)
@@ -3301,7 +3338,7 @@ class Run:
             if self.plan.schedule == "plateau":
                 self.lr *= plateau_factor(self.evaluations.values, PLATEAU[self.header["stage"]])
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr
+                group["lr"] = self.lr * group.get("share", 1)
             # A function of (seed, stage, step, rank): a resumed run draws what an uninterrupted one does.
             stage, rank = self.header["stage"], self.processes.rank
             self.generator = step_generator(self.args.seed, stage, self.step, rank)
@@ -3661,7 +3698,7 @@ def verdict(rows: list[Row], selection: dict, is_rising: bool) -> str:
             advice.append("a higher threshold or more labelled images, for many pseudo-labels are wrong")
         if share < 0.3:
             advice.append("more labelled images or a lower threshold, for most unlabelled images are left out")
-    top1 = np.mean(models.get("teacher", student).values["clean top-1"])
+    top1 = np.mean(models.get("teacher", student).values.get("clean top-1", 100))
     if top1 < 60:
         advice.append(f"more labelled images, for the teacher is right on {top1:.0f} percent alone")
     if is_rising:
@@ -3679,6 +3716,20 @@ def worst_pairs(row: Row, num: int = 10) -> list[str]:
     pairs = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:num], wrong.shape), strict=True)
     words = [f"{names[t]} -> {names[s]} {wrong[t, s]} of {images[t].sum()}" for t, s in pairs if wrong[t, s]]
     return [f"- {row.name}: {', '.join(words)}"] if words else []
+
+
+def history_of(rows: list[Row]) -> tuple[dict, bool]:
+    """Of the last student: what 03 says of its images, balanced.json beside the file in its `inputs`, and whether its
+    val top-1 still rose, by more than half a point, between the last two evaluations."""
+    students = [row for row in rows if row.model.startswith("student")]
+    if not students:
+        return {}, False
+    path = Path(students[-1].paths[-1])
+    reports = [Path(name).with_suffix(".json") for name in read_checkpoint(path).get("inputs", {}) if ".h5" in name]
+    found = (json.loads(report.read_text()) for report in reports if report.is_file())
+    selection = next((report for report in found if "unique_images" in report), {})
+    top1 = [line["val_top1"] for line in read_metrics(path.parent) if "val_top1" in line]
+    return selection, len(top1) > 1 and top1[-1] > top1[-2] + 0.5
 
 
 def markdown_table(rows: list[Row], headings: list[str]) -> str:
@@ -3700,6 +3751,8 @@ def draw_rows(rows: list[Row], headings: list[str], extra: tuple[str, ...], file
         return
     headings = [heading for heading in headings if not re.search("mCE|mFR|mFP", heading)]
     corrupted = "corrupted top-1" in headings
+    drawn = [entry["corrupt"] for row in rows if "corrupted top-1" in row.values for entry in row.entries]
+    names = dict.fromkeys(name for entry in drawn for name in entry["per_corruption"])  # files differ in their order
     confused = next((row for row in reversed(rows) if "confusion" in row.entries[0].get("clean", {})), None)
     confused = confused and (confused if len(confused.entries[0]["clean"]["per_class"]) <= 40 else None)
     num_panels = 1 + 2 * corrupted + bool(confused)
@@ -3717,10 +3770,9 @@ def draw_rows(rows: list[Row], headings: list[str], extra: tuple[str, ...], file
                 bars.plot([place] * len(values), values, "o", color="white", markeredgecolor="black", markersize=4)
         if "corrupted top-1" in row.values:
             found = [entry["corrupt"]["per_corruption"] for entry in row.entries]
-            names = list(found[0])
-            top1 = np.mean([[of_seed[name] for name in names] for of_seed in found], axis=0)  # (corruptions, 5)
-            drawn = [name not in extra for name in names]
-            panels[0].plot(range(1, 6), top1[drawn].mean(axis=0), "o-", color=color)
+            top1 = [[of_seed.get(name, [np.nan] * 5) for name in names] for of_seed in found]
+            top1, counts = np.mean(top1, axis=0), [name not in extra for name in names]  # (corruptions, 5)
+            panels[0].plot(range(1, 6), top1[counts].mean(axis=0), "o-", color=color)
             panels[1].plot(top1.mean(axis=1), range(len(names)), "o", color=color, alpha=0.8)
     bars.set_xticks(places + width * (len(rows) - 1) / 2, [heading.replace(" ", "\n") for heading in headings])
     bars.set_ylabel("top-1 in percent")

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_mistake, load_stage, save_model
+from conftest import ROOT, assert_mistake, load_stage, save_model, tell_images_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -340,6 +340,28 @@ def test_pgd_stays_in_the_ball_and_reaches_its_border(pixels, steps):
     attacked = stage.attack(Linear(), pixels, LABELS, 4, steps, VIEW)
     assert (attacked - pixels).abs().max() == 4
     assert attacked.min() >= 0 and attacked.max() <= 255
+
+
+@pytest.mark.parametrize(("eps", "steps"), [(2, 1), (16, 1), (16, 10), (0.5, 3)])
+def test_the_attacks_in_float64_pixel_by_pixel(monkeypatch, eps, steps):
+    """In float32 the signs of gradients near 0 depend on the rounding. A network with batch norms, in eval mode."""
+    torch.manual_seed(0)
+    model = tell_images_apart(common.build_model(ARCH, 4)).double()
+    x = torch.randint(0, 256, (6, 3, 32, 32)).double()
+    mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (MEAN, STD))
+    monkeypatch.setattr(stage, "normalize", lambda images, view: (images / 255 - mean) / std)  # ours is in float32
+
+    transcribed = x.clone()
+    for _ in range(steps):
+        transcribed.requires_grad_(True)
+        loss = torch.nn.functional.cross_entropy(model((transcribed / 255 - mean) / std), LABELS)
+        (gradient,) = torch.autograd.grad(loss, transcribed)
+        step = eps if steps == 1 else 2.5 * eps / steps
+        transcribed = transcribed.detach() + step * gradient.sign()
+        transcribed = torch.minimum(torch.maximum(transcribed, x - eps), x + eps).clamp(0, 255)
+    attacked = stage.attack(model, x, LABELS, eps, steps, VIEW)
+    assert attacked.dtype == torch.float64 and torch.equal(attacked, transcribed)
+    assert ((attacked - x).abs() > 0).double().mean() > 0.5
 
 
 def test_pgd_of_one_step_is_fgsm_and_more_steps_hurt_more():

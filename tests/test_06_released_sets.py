@@ -4,6 +4,7 @@ from logits that are computed here, gaps, other processes, kills, and models wit
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,24 +314,109 @@ def test_what_is_missing_or_broken_is_a_line_and_a_gap(work, finished, run_stage
     assert found["imagenet_p"]["per_perturbation"]["tilt"]["num"] == 3
 
 
+FIT = np.zeros((10, 8, 8, 3), np.uint8), np.tile([3, 9], 5)  # of CIFAR-10-C: images, labels
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "named"),
+    [
+        (FIT[0].astype(float), FIT[1], "fog.npy"),
+        (FIT[0][:9], FIT[1][:9], "(9, 8, 8, 3)"),
+        (FIT[0].transpose(0, 3, 1, 2), FIT[1], "(10, 3, 8, 8)"),
+        (FIT[0][:0], FIT[1][:0], "(0, 8, 8, 3)"),
+        (b"", FIT[1], "fog.npy"),
+        (b"PK\3\4 of an .npz", FIT[1], "fog.npy"),
+        (FIT[0], FIT[1][:2], "labels.npy"),
+        (FIT[0], FIT[1][:, None], "labels.npy"),
+        (FIT[0], FIT[1].reshape(5, 2)[:, :1], "labels.npy"),
+        (FIT[0], FIT[1].astype(float), "labels.npy"),
+        (FIT[0], FIT[1].astype(str), "labels.npy"),
+        (FIT[0], np.arange(10), "labels.npy"),
+        (FIT[0], FIT[1] + 1, "labels.npy"),
+        (FIT[0], b"", "labels.npy"),
+    ],
+)
+def test_an_array_that_is_not_of_cifar10_c_is_a_gap(tmp_path, images, labels, named):
+    for name, content in (("fog", images), ("labels", labels)):
+        if isinstance(content, bytes):
+            (tmp_path / f"{name}.npy").write_bytes(content)
+        else:
+            np.save(tmp_path / f"{name}.npy", content)
+    with pytest.raises(stage.Gap) as gap:
+        stage.measure_cifar10_c(None, "fog", SimpleNamespace(cifar10_c=tmp_path), None)
+    assert named in str(gap.value)
+
+
+@pytest.mark.parametrize(("nproc", "workers"), [(1, 1), (2, 0)])
+def test_without_pyav_one_line_before_anything_is_measured(work, run_stage, nproc, workers, tmp_path):
+    words = ("first/model.pt", *SETS[:2], "--imagenet-p", "imagenet-p", "--out", tmp_path / "out")
+    how = {"cwd": work, "check": False, "nproc": nproc, "WITHOUT": "av"}
+    assert_mistake(run_stage("06_eval_robustness.py", *words, "--workers", workers, **how), "pip install av")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (("--imagenet-a", "cifar10-c"), "no class folders"),
         (("--folder", "sketches"), "NAME=DIR"),
         (("--baseline", "none.json", "--imagenet-a", "imagenet-a"), "none.json"),
-        (("--classes", "none.txt", "--imagenet-a", "imagenet-a"), ""),
+        (("--baseline", "nothing.json", "--imagenet-a", "imagenet-a"), "nothing.json"),
+        (("--baseline", "numbers.json", "--imagenet-a", "imagenet-a"), "numbers.json"),
+        (("--baseline", "gaps.json", "--imagenet-a", "imagenet-a"), "lacks gaussian_noise"),
+        (("--classes", "none.txt", "--imagenet-a", "imagenet-a"), "none.txt"),
+        (("--classes", "latin.txt", "--imagenet-a", "imagenet-a"), "UTF-8"),
+        (("--classes", "doubled.txt", "--imagenet-a", "imagenet-a"), "'n01' is there more than once"),
         (("--corrupt",), "--data"),
         ((), "nothing to measure"),
     ],
 )
 def test_where_nothing_can_be_measured_status_2(work, call_main, words, named, monkeypatch, tmp_path):
     monkeypatch.chdir(work)
+    files = {"latin.txt": "n01\nBär\n".encode("latin-1"), "doubled.txt": b"n01\nn02\nn01\n", "nothing.json": b"{}"}
+    write_files(work, files | {"numbers.json": b'{"a": 3}', "gaps.json": b'{"a": {"imagenet_c": {}}}'})
     done = call_main("06_eval_robustness", "first/model.pt", *words, "--out", tmp_path / "out", "--device", "cpu")
-    if words[:1] == ("--classes",):  # its names are needed by no model that has names
+    assert_mistake(done, named)
+    assert not (tmp_path / "out" / "robustness.md").exists()
+
+
+def test_a_baseline_without_an_error_gives_no_ratio(work, finished, call_main, monkeypatch, tmp_path):
+    """It is right on all of fog, flips never in tilt, and loses nothing to contrast: no ratio, and no crash."""
+    entry = results(work)
+    entry["imagenet_c"]["per_corruption"]["fog"]["top1"] = [100.0] * 5
+    entry["imagenet_c"]["per_corruption"]["contrast"]["top1"] = [entry["clean"]["top1"]] * 5
+    entry["imagenet_p"]["per_perturbation"]["tilt"]["flip"] = 0.0
+    (tmp_path / "base.json").write_text(json.dumps({"base": entry}))
+    shutil.copytree(work / "out", tmp_path / "out")
+    monkeypatch.chdir(work)
+    words = ("first/model.pt", *SETS, "--data", "data", "--out", tmp_path / "out", "--device", "cpu")
+    done = call_main("06_eval_robustness", *words, "--baseline", tmp_path / "base.json")
+    assert done.returncode == 0, done
+    found = results(tmp_path)["imagenet_c"]
+    assert "mce" not in found and "relative_mce" not in found and "mfr" not in results(tmp_path)["imagenet_p"]
+    ce = {name: of_name["ce"] for name, of_name in found["per_corruption"].items()}
+    assert ce.pop("fog") is None and ce.pop("contrast") is not None and list(ce.values()) == pytest.approx([100] * 17)
+    assert found["top1"] == results(work)["imagenet_c"]["top1"]
+
+
+def test_a_folder_more_keeps_those_before_it_and_another_one_of_that_name_does_not(work, call_main, tmp_path):
+    for number, name in enumerate("ab"):
+        write_files(tmp_path / name, {f"n01/{copy}.jpg": encoded(colored(number, copy)) for copy in range(number + 1)})
+
+    def folders(*sets):
+        words = [f"{name}={tmp_path / folder}" for name, folder in sets]
+        words = (work / "first" / "model.pt", "--folder", *words, "--out", tmp_path / "out", "--device", "cpu")
+        done = call_main("06_eval_robustness", *words)
         assert done.returncode == 0
-    else:
-        assert_mistake(done, named)
+        found = results(tmp_path, path=str(work / "first" / "model.pt"))["folders"]
+        return {name: of_name["num"] for name, of_name in found.items()}, done.stdout
+
+    assert folders(("one", "a"))[0] == {"one": 1}
+    found, printed = folders(("two", "b"))
+    assert found == {"one": 1, "two": 2} and "folders one:" not in printed
+    found, printed = folders(("one", "a"), ("two", "b"))
+    assert found == {"one": 1, "two": 2} and "folders" not in printed
+    assert folders(("one", "b"))[0] == {"one": 2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,6 +447,13 @@ def test_a_model_of_published_weights_without_train(work, run_stage, call_main, 
     assert tops[0] == tops[1] == tops[2]
     done = call_main("06_eval_robustness", "nothing/model.pt", *sets, "--out", "out3", "--device", "cpu")
     assert_mistake(done, "--classes")
+    # Names in another order are another measurement; Windows' line ends, a BOM and blank lines are no names.
+    (tmp_path / "names.txt").write_bytes("\r\n".join(["\ufeff" + max(NAMES), *sorted(NAMES)[:-1], "", ""]).encode())
+    more = ("--classes", "names.txt", "--device", "cpu", "--out")
+    assert call_main("06_eval_robustness", "nothing/model.pt", *sets, *more, "out2").returncode == 0
+    turned = results(tmp_path, "out2", "nothing/model.pt")["folders"]["drawn"]
+    assert call_main("06_eval_robustness", "nothing/model.pt", *sets, *more, "out4").returncode == 0
+    assert turned == results(tmp_path, "out4", "nothing/model.pt")["folders"]["drawn"] != tops[2]
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     more = ("--classes", "names.txt", "--out", "out3", "--device", "cpu")
     assert_mistake(call_main("06_eval_robustness", "nothing/model.pt", *sets, *more), "2 names", "7 outputs")

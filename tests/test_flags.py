@@ -25,7 +25,7 @@ TRAINING = {  # flag: a value that must change the result; None: the flag alone
     "--image-size": 40, "--batch-size": 12, "--accumulate": 2, "--epochs": 1, "--optimizer": "adamw", "--lr": 0.02,
     "--schedule": "cosine", "--warmup-epochs": 1, "--weight-decay": 0.5, "--label-smoothing": 0.5, "--average": 0.1,
     "--num-ops": 2, "--magnitude": 9, "--min-crop-area": 0.9, "--no-hflip": None, "--seed": 1, "--precision": "bf16",
-    "--arch": CHEAP, "--decays": (1, 0.1),
+    "--arch": CHEAP, "--decays": (1, 0.1), "--classifier-lr": 0.1,
 }  # fmt: skip
 
 

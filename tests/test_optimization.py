@@ -165,6 +165,18 @@ def test_weight_decay_spares_the_batch_norms_and_nothing_else(arch, name):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters())) - 1
 
 
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "resnet18", "squeezenet1_0", "timm/vit_tiny_patch16_224"])
+def test_the_share_of_the_rate_is_the_classifiers_alone(arch):
+    model = build_model(arch, 7)
+    groups = make_optimizer("adamw", model, 0.1, classifier_lr=0.25).param_groups
+    assert [group.get("share", 1) for group in groups] == [1, 1, 0.25]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0, 0.1]
+    assert {p.shape[0] for p in groups[2]["params"]} == {7} and len(groups[2]["params"]) == 2
+    given = [id(p) for group in groups for p in group["params"]]
+    assert sorted(given) == sorted(map(id, model.parameters()))
+    assert len(make_optimizer("adamw", model, 0.1).param_groups) == 2  # as runs that began without the flag have it
+
+
 class Tiny(torch.nn.Module):
     def __init__(self):
         super().__init__()

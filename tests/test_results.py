@@ -1,7 +1,11 @@
 """Intervals, paired differences, and what stands beside the table of 06: against values by hand and by simulation."""
 
+import importlib.util
+import json
+
 import numpy as np
 import pytest
+from conftest import ROOT, save_model
 
 import common
 
@@ -115,6 +119,61 @@ def test_the_verdict(models, selection, rising, expected, absent):
         assert part not in words, (part, words)
 
 
+def test_a_teacher_of_other_classes_and_a_report_of_something_else_do_not_stop_the_verdict(tmp_path):
+    found = rows(teacher=[50], control=[70], student1=[80])
+    found[0] = found[0]._replace(values={}, nums={})
+    (tmp_path / "mine.json").write_text('{"what": "no selection"}')
+    path = save_model(tmp_path / "student1" / "model.pt", inputs={str(tmp_path / "mine.h5"): "0"})
+    found[2] = found[2]._replace(paths=[str(path)])
+    assert common.history_of(found) == ({}, False)
+    assert "10.0 points better" in (words := common.verdict(found, {}, False)) and "teacher" not in words
+    (tmp_path / "mine.json").write_text(json.dumps(KEPT))
+    assert common.history_of(found) == (KEPT, False)
+
+
+def test_the_picture_finds_each_corruption_by_its_name(monkeypatch, tmp_path):
+    """A file that an older version began has them in another order, and one may lack an extra one."""
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda plt, file: figures.append(plt.gcf()))
+    drawn = ({"fog": [10] * 5, "snow": [20] * 5, "spatter": [30] * 5}, {"snow": [60] * 5, "fog": [50] * 5})
+    entries = [{"corrupt": {"per_corruption": of_model}} for of_model in drawn]
+    values = {"corrupted top-1": [15.0]}
+    pair = [common.Row(name, [name], [entry], [""], values, {}) for name, entry in zip("ab", entries, strict=True)]
+    common.draw_rows(pair, ["corrupted top-1"], ("spatter",), tmp_path / "p.png")
+    _, severities, corruptions = figures[0].axes
+    names = [label.get_text() for label in corruptions.get_yticklabels()]
+    for line, of_model in zip(corruptions.lines, drawn, strict=True):
+        shown = dict(zip(names, line.get_xdata().tolist(), strict=True))
+        assert {name: top1 for name, top1 in shown.items() if top1 == top1} == {n: v[0] for n, v in of_model.items()}
+    assert [line.get_ydata().tolist() for line in severities.lines] == [[15.0] * 5, [55.0] * 5]
+
+
 def test_no_verdict_without_control_or_student():
     assert common.verdict(rows(teacher=[1], student1=[2]), {}, False) == ""
     assert common.verdict(rows(teacher=[1], control=[2]), {}, False) == ""
+
+
+def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
+    """docs/results.md of made-up runs: means, deviations and paired differences by hand, and what a claim shows."""
+    spec = importlib.util.spec_from_file_location("evidence_results", ROOT / "tests" / "results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    top1 = {"control": (70, 71, 72), "student1": (74, 77, 77), "hard-labels": (74, 76, 78), "ratio-1": (78, 80, 81)}
+    source = {
+        f"runs/seed{seed}/{model}/model.pt": {
+            "clean": {"top1": values[seed], "num": 1000},
+            "corrupt": {"top1": values[seed] / 2},
+        }
+        for model, values in top1.items()
+        for seed in range(3)
+    }
+    (tmp_path / "robustness.json").write_text(json.dumps(source))
+    results.collect("claims", tmp_path / "robustness.json")
+    lines = results.tables().splitlines()
+    # Differences 4, 6, 5: 5 +- 4.3027 * 1 / sqrt(3). Corrupted ones are half as large.
+    assert "| student1 | 3 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in lines
+    shown = {line.split("`")[3] + " " + line.split("`")[1]: line.split(" | ")[-1] for line in lines if "` - `" in line}
+    assert shown["control student1"] == "yes |" and shown["hard-labels student1"] == "not shown |"
+    assert shown["ratio-1 student1"] == "the other way |"
+    assert not any("unbalanced" in line for line in lines)  # was not run
