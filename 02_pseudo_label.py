@@ -58,7 +58,8 @@ def parse_args() -> argparse.Namespace:
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")
     add_device_flags(parser)
     args = parser.parse_args()
-    if args.csv and args.csv.absolute() in [path.absolute() for path in (args.teacher, args.out, args.only) if path]:
+    others = [path for path in (args.teacher, args.out, args.only, args.unlabeled) if path]
+    if args.csv and os.path.realpath(args.csv) in map(os.path.realpath, others):
         fail(f"--csv {args.csv} would replace another file of this command")
     if args.only and os.path.isfile(args.unlabeled or ""):
         fail(f"--unlabeled {args.unlabeled} is one image: with --only it is the folder of the selected images")

@@ -77,6 +77,8 @@ def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File]]:
     outs = [os.path.realpath(args.out.with_suffix(suffix)) for suffix in (args.out.suffix, ".json", ".png")]
     if args.out.suffix in (".json", ".png") or {os.path.realpath(path) for path in paths + more} & set(outs):
         fail(f"--out {args.out}: it, or the .json and .png beside it, would replace each other or the input")
+    if {os.path.abspath(path) for path in more} & set(paths):
+        fail(f"--calibration {args.calibration}: its images are held out, and it is to be selected from too")
     return paths, open_finished(paths + more)
 
 
@@ -368,8 +370,7 @@ def main() -> None:
     sizes, histogram = count(paths, label, confidence, status, len(classes), (threshold, args.max_confidence))
     true = read_truth(args.truth, files, classes) if args.truth else None
 
-    words = {"auto": auto_per_class(sizes["above_threshold"]), "all": 0}
-    per_class = words.get(args.per_class, args.per_class)
+    per_class = {"auto": auto_per_class(sizes["above_threshold"]), "all": 0}.get(args.per_class, args.per_class)
     if args.method == "noisy-student":
         if not sizes["above_threshold"].sum():
             name, best = "--min-precision: " if args.min_precision else "--", sizes["highest_confidence"].max()

@@ -754,9 +754,10 @@ def read_baseline(file: Path | None) -> dict:
 
 
 def save_results(file: Path, results: dict[str, dict], processes: Processes) -> None:
-    if processes.is_main:
+    if processes.is_main:  # another run may have saved other checkpoints there meanwhile
+        others = {path: entry for path, entry in read_results(file).items() if path not in results}
         with write_atomically(file) as temporary:
-            temporary.write_text(json.dumps(results, indent=1))
+            temporary.write_text(json.dumps(results | others, indent=1))
 
 
 def items_of(entry: dict, part: Part) -> dict:
@@ -916,14 +917,13 @@ def main() -> None:
         fresh = {"sha256": file_sha256(path), "settings": {}}
         known = earlier.get(path, {})
         results[path] = known if known.get("sha256") == fresh["sha256"] else fresh
-    to_save = results | {path: entry for path, entry in earlier.items() if path not in results}
     del headers
 
     chosen = choose_images(val[1], args.num_images or len(val[1]), args.seed) if val else np.zeros(0)
     parts = parts_of(args, val and data, len(val[1]) if val else 0, len(chosen), baseline, processes)
     if not any(part.items and not (part.of_val and len(gaps) == len(results)) for part in parts):
         fail(gaps[0] if gaps else "nothing to measure: --data, or one of the released sets, says what")
-    save = partial(save_results, results_file, to_save, processes)
+    save = partial(save_results, results_file, results, processes)
     for (path, entry), name in zip(results.items(), short_names(list(results)), strict=True):
         evaluate_model(path, name, entry, parts, val, chosen, args, processes, save)
         for part in parts:  # a summary may have another --baseline now

@@ -93,7 +93,7 @@ of_round() { # of_round ROUND LIST...: the entry of a round, of which 0 is the t
     local list=("${@:2}")
     echo "${list[$(($1 < ${#list[@]} ? $1 : ${#list[@]} - 1))]}"
 }
-calc() { awk "BEGIN { printf \"%.12g\", $1 }"; }
+calc() { LC_ALL=C awk "BEGIN { printf \"%.12g\", $1 }"; } # elsewhere some awks print 3,5
 
 # ---------------------------------------------------------------------------------------------------- choices
 [ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --out "$data" --seed "$demo_seed"

@@ -724,8 +724,12 @@ def test_a_csv_never_costs_another_file(random_teacher, label, tmp_path):
     words = ["--teacher", random_teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5", "--csv"]
     for path in (tmp_path / "l.h5", random_teacher):
         assert_mistake(label(*words, path), "--csv", path)
+    image = next(folder.iterdir())
+    before = image.read_bytes()
+    assert_mistake(label(*words[:2], "--unlabeled", image, *words[4:], image), "--csv", image)
+    assert image.read_bytes() == before
     assert not (tmp_path / "l.h5").exists()
-    assert_mistake(label(*words, folder), folder, "expected the name of a file")  # the labels are there all the same
+    assert_mistake(label(*words, tmp_path), "expected the name of a file")  # the labels are there all the same
     assert (read_logits(tmp_path / "l.h5")["status"] == 1).all()
     assert label(*words, tmp_path / "l.csv").returncode == 0
     (folder / "bad.png").write_bytes(b"bad")

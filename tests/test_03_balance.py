@@ -467,6 +467,7 @@ def test_what_cannot_calibrate_is_a_mistake(two_files, tmp_path, run):
     top_p = ["--method", "top-p", "--per-class", 2]
     assert_mistake(run(*base, val, *top_p), "--calibration", "top-p")
     assert_mistake(run(*two_files, "--out", val, "--calibration", val), "--out", "val.h5")
+    assert_mistake(run(*two_files, val, "--out", out, "--calibration", val), "--calibration", "held out")
     assert_mistake(run(*base, tmp_path / "none.h5"), "none.h5")
     wrong = {
         "teacher": write_val(tmp_path / "a-teacher.h5", answers, teacher="b" * 64),

@@ -570,6 +570,22 @@ def test_parts_of_other_weights_and_of_other_settings_are_done_again(work, finis
     assert "corrupted" not in again.stdout
 
 
+def test_two_runs_at_a_time_keep_what_the_other_one_saves(work, call_main, monkeypatch, tmp_path):
+    """While the teacher is measured, another run saves its student, which this one has not seen at its start."""
+    load_model, other = common.load_model, {"student1/model.pt": {"sha256": "of the other run", "settings": {}}}
+
+    def load_and_be_overtaken(*args):
+        tmp_path.joinpath("robustness.json").write_text(json.dumps(other))
+        return load_model(*args)
+
+    monkeypatch.setattr(stage, "load_model", load_and_be_overtaken)
+    monkeypatch.chdir(work)
+    words = ("teacher/model.pt", "--data", "data", "--out", tmp_path, "--device", "cpu")
+    assert call_main("06_eval_robustness", *words).returncode == 0
+    saved = json.loads((tmp_path / "robustness.json").read_text())
+    assert list(saved) == ["teacher/model.pt", *other] and saved["student1/model.pt"] == other["student1/model.pt"]
+
+
 def test_processes_and_batches_do_not_change_the_numbers(work, finished, run_stage):
     run_stage("06_eval_robustness.py", *ALL, "--out", "two", "--batch-size", "4", nproc=2, cwd=work)
     one, two = read(work), read(work, "two")

@@ -624,6 +624,20 @@ def test_the_length_grows_with_the_root_of_the_images(commands_of, num, steps):
     assert epochs["student1"] * num / 16 == pytest.approx(steps) == epochs["teacher"] * num / 64
 
 
+def test_the_length_has_a_point_in_countries_with_a_comma(commands_of, tmp_path):
+    """Debian's awk and that of macOS print 3,5 in a German locale, which need not be installed here."""
+    (tmp_path / "bin").mkdir()
+    comma = (
+        f"""#!/bin/sh\n[ "$LC_ALL" = C ] && exec {shutil.which("awk")} "$@"\n{shutil.which("awk")} "$@" | tr . ,\n"""
+    )
+    (tmp_path / "bin" / "awk").write_text(comma)
+    (tmp_path / "bin" / "awk").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    commands, _ = commands_of("0 350 32 500 500", LC_ALL="de_DE.UTF-8", PATH=path)
+    for command in (shlex.split(commands[name]) for name in ("teacher", "student1")):
+        assert float(command[command.index("--epochs") + 1]) % 1 > 0
+
+
 def test_what_is_given_is_not_chosen(commands_of):
     given = {"IMAGE_SIZE": "96", "RECIPE": "recipes/svhn.txt", "STEPS": "7", "THRESHOLD": "0.7", "TOP1": "72 71"}
     commands, printed = commands_of("1 300 500 500 500", NPROC="1", **given)
