@@ -96,17 +96,18 @@ def tables() -> str:
         nums = {of["num"] for seeds in models.values() for of in seeds.values()}
         words += ["", f"## {name}", ""]
         made = f"commit {kept['commit']}, {kept['machine']}, torch {kept['torch']}"
+        words += [kept["about"], ""] if "about" in kept else []
         words.append(f"Top-1 in percent of {max(nums)} images of val; {made}.")
         words += [
             "Mean ± standard deviation over the seeds; differences with their 95 percent t interval over the seeds.",
             "",
         ]
         words += [
-            "| model | seeds | clean | corrupted | clean against control | corrupted against control |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| model | clean, seed by seed | clean | corrupted | clean against control | corrupted against control |",
+            "|---|---|---:|---:|---:|---:|",
         ]
         for model, seeds in models.items():
-            cells = [model, f"{len(seeds)}"]
+            cells = [model, ", ".join(f"{of['clean']:.2f}" for of in seeds.values())]
             for what in ("clean", "corrupted"):
                 values = [of[what] for of in seeds.values() if of[what] is not None]
                 spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
