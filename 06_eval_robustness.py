@@ -818,6 +818,7 @@ def report(results: dict[str, dict], parts: list[Part], val, num_chosen: int, ar
         temporary.write_text("\n".join([*words, *pairs, "", table]) + "\n")
     draw_rows(rows, headings, EXTRA, args.out / "robustness.png")
     last_words = verdict(rows, *history_of(rows))
+    (args.out / "verdict.md").unlink(missing_ok=True)  # of an earlier command
     if last_words:
         with write_atomically(args.out / "verdict.md") as temporary:
             temporary.write_text("\n\n".join([*words, table, last_words]) + "\n")

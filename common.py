@@ -3501,8 +3501,9 @@ class Run:
         if not self.evaluations.ended_early and len(self.val[0]):
             self.prepare_average()
             self.metrics = self.evaluate()
-            if self.processes.is_main:
-                append_metrics(out, step=self.plan.total_steps, epoch=self.plan.epochs, **self.metrics)
+            line = {"step": self.plan.total_steps, "epoch": self.plan.epochs, **self.metrics}
+            if self.processes.is_main and line not in read_metrics(out)[-1:]:  # it is there if a kill came just now
+                append_metrics(out, **line)
             self.judge({"step": self.step} | self.metrics)
         if best := self.evaluations.best:
             self.averaged.load_state_dict(best["model"])

@@ -148,6 +148,7 @@ print("teacher" if teacher > student else "student", f"{student:.2f} percent aga
 # ---------------------------------------------------------------------------------------------------- several seeds
 table() { # table MODELS...: it keeps what it measured, so that again it takes seconds; the verdict beside the results
     python3 06_eval_robustness.py "$@" --data "$data" --corrupt --fgsm 2 --num-images 500 $judge --out "$OUT/robustness"
+    rm -f "$OUT/verdict.md"
     [ ! -e "$OUT/robustness/verdict.md" ] || cp "$OUT/robustness/verdict.md" "$OUT/verdict.md"
 }
 if [ -n "$several" ]; then
