@@ -16,6 +16,7 @@ import common
 
 stage = load_stage("06_eval_robustness")
 av = pytest.importorskip("av")
+pytestmark = pytest.mark.xdist_group("released sets")  # they share what is drawn and measured once
 
 NAMES = [f"n{number:02}" for number in (7, 3, 5, 1, 9, 2, 8)]  # of the model's outputs, not sorted
 OF_A = ["n01", "n03", "n08"]  # the classes of the subset sets
