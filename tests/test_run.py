@@ -79,6 +79,9 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     assert {"step", "epoch", "lr", "loss"} <= lines[0].keys() and lines[-1]["step"] == 12
     assert checkpoint_of(out / "model.pt")["stage"] == ("student" if "04" in stage else "fixres")
     assert {"loss_labeled", "loss_unlabeled"} <= lines[0].keys() or "05" in stage
+    (out / "model.pt").unlink()  # killed between the last line and the save: the line stands once
+    run_stage(*killed, nproc=nproc, WITHOUT="matplotlib")
+    assert metrics_of(out) == lines
 
 
 def test_sigterm_saves_and_the_run_goes_on_from_there(tiny_data, run_stage, start_stage, tmp_path):
