@@ -1,29 +1,28 @@
-"""Speed and memory, measured through the toolkit's own code.
+"""Speed and memory of this toolkit's own code, beside what one would use instead.
 
-inference  images a second of EfficientNet-B0: timm's as `create_model` gives it against ours with the same weights as
-           stage 02 runs it (batch norms folded, channels_last, autocast, its batch), once both agree on the logits
-train      images a second of training EfficientNet-B0: the bare step of timm (as `create_model` gives it, and channels
-           last) and of ours, in fp32 and bf16; and whole steps, with reading, noise, average and log: timm's train.py
-           loop with its defaults, transcribed, against stages 01 and 04 on the same images
-label      images a second of stage 02, all of it, over a folder of JPEGs, against timm's inference script on the same
-balance    seconds and memory of stage 03's two selections over made-up logits, against reading them and their softmax
-           alone, and pandas and polars (if they are installed) choosing from the same columns
-memory     peak of training steps of stage 01, with and without --accumulate and --checkpoint-activations
-noise      RandAugment with 2 ops of magnitude 9, each applied always: torchvision's and timm's image by image, kornia's
-           (if it is installed) and ours on a batch of the same images
-robustness what stage 06 adds to the time of its model, EfficientNet-B0: a row for each kind of images, and the time of
-           each corruption
+train       training EfficientNet-B0: the bare step, and whole steps with reading, noise, average and log, of timm's
+            train.py and of stages 01 and 04 on the same images
+inference   EfficientNet-B0 alone: timm's as `create_model` gives it against ours with the same weights as stages 02 and
+            06 run it (batch norms folded, channels_last, their batch), once both agree on the logits
+label       stage 02 over a folder of JPEGs against timm's inference.py, stage 06 on it against timm's validate.py
+balance     stage 03 over made-up logits against pandas, polars and plain h5py with numpy or torch, with the peak memory
+noise       RandAugment with 2 ops of magnitude 9, each applied always: torchvision's and timm's image by image,
+            kornia's and ours on a batch of the same images
+all         these, one after the other, with what they were measured on: the tables of docs/speed.md
+paste       put the tables that `all` printed into docs/speed.md
+memory      peak of training steps of stage 01, with and without --accumulate and --checkpoint-activations
+robustness  what drawing stage 06's corruptions adds to the time of EfficientNet-B0, and the time of each corruption
 
-    python tests/benchmark.py inference --compile
-    python tests/benchmark.py train --threads 1
-    python tests/benchmark.py label
-    python tests/benchmark.py balance --tmp /folder/with/5/GB
+    python tests/benchmark.py all --compile | tee speed.txt && python tests/benchmark.py paste speed.txt
+    python tests/benchmark.py all --quick
+    python tests/benchmark.py balance --tmp /folder/with/3/GB
     python tests/benchmark.py memory --models efficientnet_b7:224:8
-    python tests/benchmark.py noise --threads 1
-    python tests/benchmark.py robustness
+    python tests/benchmark.py robustness --threads 1
 
-Variants take turns in one process, and the median of the rounds counts. On a machine that others use
-too, absolute numbers mean little, also from one run to the next: quote ratios within one table.
+The loops of timm's train.py, validate.py and inference.py are transcribed, with the defaults of their flags. Variants
+take turns, and the median of the rounds counts. A package that is not installed is left out, and the head of `all`
+says so. On a machine that others use too, absolute numbers mean little, also from one run to the next: quote ratios
+within one table.
 """
 
 import argparse
@@ -31,94 +30,99 @@ import contextlib
 import copy
 import importlib.util
 import io
-import multiprocessing
+import itertools
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import h5py
 import numpy as np
 import torch
-from conftest import ROOT, draw_data, load_stage  # makes common importable
+from conftest import ROOT, SERVER, draw_data, load_stage  # makes common importable
 from PIL import Image
 from torch import Tensor, nn
 
 import common
 import label_files
-from common import (
-    CHECKPOINT_FORMAT,
-    DONE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LOGITS_FORMAT,
-    SELECTION_FORMAT,
-    ImageList,
-    argument_parser,
-    at_least,
-    autocast,
-    build_model,
-    create_logits,
-    fuse_batch_norms,
-    init_processes,
-    load_weights,
-    make_optimizer,
-    open_label_file,
-    rand_augment,
-    save_checkpoint,
-)
+from common import CHECKPOINT_FORMAT, DONE, IMAGENET_MEAN, IMAGENET_STD, LOGITS_FORMAT, ImageList, argument_parser
+from common import at_least, autocast, build_model, create_logits, fuse_batch_norms, init_processes, load_weights
+from common import make_optimizer, map_dataset, open_label_file, rand_augment, save_checkpoint, write_atomically
+
+PEERS = {name: bool(importlib.util.find_spec(name)) for name in ("timm", "torchvision", "kornia", "pandas", "polars")}
+PRECISIONS = ("fp32", "bf16")
+ROOMS = {  # of `all`: what --quick makes of each
+    "train": "--arch timm/test_efficientnet --size 32 --batch 4 --steps 1",
+    "inference": "--arch timm/test_efficientnet --sizes 32 --images 2",
+    "label": "--arch timm/test_efficientnet --number 2 --size 32",
+    "balance": "--sizes 2000:10:20",
+    "noise": "--sizes 8 --images 4",
+}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(words: list[str]) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     commands = parser.add_subparsers(required=True)
 
-    def command(function, text: str):
-        options = commands.add_parser(function.__name__, help=text, formatter_class=parser.formatter_class)
+    def command(function, text: str, rounds: int | None = 5):
+        options = commands.add_parser(
+            function.__name__.removeprefix("run_"), help=text, formatter_class=parser.formatter_class
+        )
         options.set_defaults(function=function)
-        options.add_argument("--threads", type=at_least(1, int), default=2, help="of torch on CPUs")
-        options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it is measured")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        options.add_argument("--threads", type=at_least(1, int), default=2, help="of torch and polars on CPUs")
+        options.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where it is measured")
+        if rounds:
+            options.add_argument("--rounds", type=at_least(1, int), default=rounds, help="medians are taken over them")
         return options.add_argument
 
-    add = command(inference, "speed of EfficientNet-B0, timm's and ours")
-    add("--rounds", type=at_least(1, int), default=7, help="over which the median is taken")
-    add("--sizes", type=at_least(32, int), nargs="+", default=[224, 32], help="pixels, a table each")
-    add("--compile", action="store_true", help="ours compiled as well: a minute or two a size more")
-    add = command(train, "speed of training EfficientNet-B0, timm's and ours")
-    add("--rounds", type=at_least(1, int), default=5, help="over which the median is taken")
+    arch = {"default": "efficientnet_b0", "help": "EfficientNet, timm's and ours; timm/NAME: timm's in our stages too"}
+    compiled = {"action": "store_true", "help": "ours compiled as well: a minute or two for each such row"}
+    add = command(run_all, "all tables of docs/speed.md")
+    add("--arch", **arch)
+    add("--compile", **compiled)
+    add("--quick", action="store_true", help="one round of everything in small: does it run?")
+    add("--tmp", help="folder for made-up data, 3 GB, removed again; None: the system's")
+    add = commands.add_parser("paste", help="put the tables of `all` into docs/speed.md").add_argument
+    add("file", type=Path, help="what `all` printed")
+    add = command(train, "training")
+    add("--arch", **arch)
     add("--size", type=at_least(32, int), default=32, help="pixels")
-    add("--batch", type=at_least(2, int), default=64, help="images a step; 04: a quarter of them labelled")
-    add("--steps", type=at_least(4, int), default=12, help="of each variant in each round; the first two do not count")
-    add("--compile", action="store_true", help="ours in bf16 compiled as well: a minute or two more a round")
-    add = command(label, "speed of labelling a folder, timm's inference script and stage 02")
-    add("--rounds", type=at_least(1, int), default=5, help="over which the median is taken")
-    add("--images", type=Path, help="folder of JPEGs in one folder or more; None: drawn, 500 x 375, 110 kB")
-    add("--number", type=at_least(1, int), default=256, help="of drawn images")
+    add("--batch", type=at_least(4, int), default=64, help="images a step; 04: a quarter of them labelled")
+    add("--steps", type=at_least(1, int), default=6, help="of each variant in each round")
+    add("--compile", **compiled)
+    add = command(inference, "a model alone")
+    add("--arch", **arch)
+    add("--sizes", type=at_least(32, int), nargs="+", default=[224, 32], help="pixels")
+    add("--images", type=at_least(1, int), help="a round; None: as many as the larger batch")
+    add("--compile", **compiled)
+    add = command(label, "labelling and evaluating a folder")
+    add("--arch", **arch)
+    add("--number", type=at_least(1, int), default=64, help="of drawn images, 500 x 375, 110 kB")
     add("--size", type=at_least(32, int), default=224, help="pixels of the model")
-    add(
-        "--workers", type=at_least(0, int), help="of stage 02; None: its own choice; timm's always has its default of 2"
-    )
-    add = command(balance, "speed and memory of stage 03 over made-up logits")
+    add = command(balance, "selecting from made-up logits")
     sizes = [rows_classes_kept(text) for text in ("10000000:100:10000", "1000000:1000:1000")]
     add("--sizes", type=rows_classes_kept, nargs="+", default=sizes, help="ROWS:CLASSES:PER_CLASS ...")
-    add("--tmp", help="folder for the logits, 5 GB, removed again; None: the system's")
-    add = command(memory, "peak memory of a training step")
+    add("--tmp", help="folder for the logits, 3 GB, removed again; None: the system's")
+    add = command(noise, "RandAugment")
+    add("--sizes", type=at_least(8, int), nargs="+", default=[32, 96, 224], help="pixels")
+    add("--images", type=at_least(1, int), help="a batch; None: 256, or what has 12 MB (on GPUs 48 MB)")
+    add = command(memory, "peak memory of a training step", None)
     models = [model_pixels_batch(text) for text in ("efficientnet_b7:224:8", "efficientnet_l2:128:4")]
     add("--models", type=model_pixels_batch, nargs="+", default=models, help="ARCH:PIXELS:BATCH ...")
     add("--tmp", help="folder for data and checkpoints, 10 GB for L2, removed again; None: the system's")
-    add = command(noise, "speed of RandAugment, others' and ours")
-    add("--rounds", type=at_least(1, int), default=7, help="over which the median is taken")
-    add("--sizes", type=at_least(8, int), nargs="+", default=[32, 96, 224], help="pixels, a row each")
     add = command(robustness, "cost of what stage 06 evaluates on, against its model")
-    add("--rounds", type=at_least(1, int), default=5, help="over which the median is taken")
     add("--number", type=at_least(1, int), default=64, help="of images")
     add("--workers", type=at_least(0, int), help="loaders; None: stage 06's own choice")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def model_pixels_batch(text: str) -> tuple[str, int, int]:
@@ -136,11 +140,117 @@ def print_rows(*rows) -> None:
         print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
 
 
+def race(variants: dict, rounds: int, unit: str, more: tuple[str, dict] | None = None) -> None:
+    """Let all variants take turns, and print a table of what each reaches.
+
+    variants: {"group: name": (number of things, call)}; a call may return the seconds that count, else its own time
+    does. The first turn of each warms up. The ratio of a row, in each round, is to the first of its group. Rows of ours
+    are named "ours ..."; those in parentheses are no contestants. more: one more column, (its name, {variant: cell}).
+    """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, (_, call) in variants.items():
+            began = time.perf_counter()
+            own = call()
+            wait()
+            seconds[name].append(own if isinstance(own, float) else time.perf_counter() - began)
+    group_of = {name: name.partition(": ")[0] for name in variants}
+    speeds = {name: [variants[name][0] / time_of for time_of in times[1:]] for name, times in seconds.items()}
+    column, cells_of = more or ("", {})
+    print_rows(("", unit, "ratio", "least", "most", *([column] if more else [])))
+    print_rows(("---", *["---:"] * (5 if more else 4)))
+    behind, num_ours = [], 0
+    for name, found in speeds.items():
+        group = [other for other in variants if group_of[other] == group_of[name]]
+        ratios = sorted(one / other for one, other in zip(found, speeds[group[0]], strict=True))
+        cells = [f"{value:.2f}" for value in (median(ratios), ratios[0], ratios[-1])]
+        reached = f"{median(found):,.0f}" if median(found) >= 10 else f"{median(found):.2g}"
+        print_rows((name, reached, *cells, *([cells_of.get(name, "")] if more else [])))
+        peers = [other for other in group if not other.partition(": ")[2].startswith(("ours", "("))]
+        if peers and name.partition(": ")[2].startswith("ours"):
+            num_ours += 1
+            best = max(peers, key=lambda peer: median(speeds[peer]))
+            ratio = median(one / other for one, other in zip(found, speeds[best], strict=True))
+            behind += [f"{name} ({ratio:.2f} of {best.partition(': ')[2]})"] if ratio <= 1 else []
+    words = f", {len(behind)} behind: {'; '.join(behind)}." if behind else ", all ahead of every peer of their group."
+    print(f"\nRows of ours with a peer: {num_ours}{words}")
+    first = [times[0] - median(times[1:]) for name, times in seconds.items() if "compiled" in name]
+    if first:
+        print(f"The first call of a compiled row took {min(first):.0f} to {max(first):.0f} s more.")
+    print(flush=True)
+
+
 def machine(args: argparse.Namespace) -> str:
     if args.device == "cuda":
-        return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
-    processor = platform.processor() or platform.machine()
-    return f"torch {torch.__version__}, {processor} {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads"
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", about.read_text() if about.exists() else "", re.M)
+    name = found[1] if found else platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, threads={args.threads}"
+
+
+def head(args: argparse.Namespace) -> None:
+    packages = ["torch", *(name for name, there in PEERS.items() if there), "numpy", "h5py", "pillow"]
+    print(f"- Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in packages)}.")
+    if missing := [name for name, there in PEERS.items() if not there]:
+        print(f"- Not installed, and so left out: {', '.join(missing)}.")
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[2]
+    words = f"{cores} of its {os.cpu_count()} cores, whose load in the quarter of an hour before was {load:.1f}"
+    print(f"- {machine(args)}, on {words}{': other work ran beside it' if load > 0.3 else ''}.")
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    print(
+        f"- Commit {commit or 'unknown'}. Medians of {args.rounds} rounds in which the variants take turns. Ratios are"
+    )
+    print("  to the first row of the group, with the least and the most of the rounds. Absolute numbers mean little.\n")
+
+
+def run_all(args: argparse.Namespace) -> None:
+    began = time.monotonic()
+    print("<!-- speed: head -->")
+    head(args)
+    for room, quick in ROOMS.items():
+        print(f"<!-- speed: {room} -->", flush=True)
+        words = [room, "--threads", args.threads, "--device", args.device]
+        words += ["--arch", args.arch] if room in ("train", "inference", "label") else []
+        words += ["--rounds", 1, *quick.split()] if args.quick else ["--rounds", args.rounds]
+        words += ["--compile"] if args.compile and room in ("train", "inference") else []
+        words += ["--tmp", args.tmp] if args.tmp and room == "balance" else []
+        room_args = parse_args([*map(str, words)])
+        room_args.function(room_args)
+    print(f"<!-- end -->\n{(time.monotonic() - began) / 60:.0f} minutes in all")
+
+
+def paste(output: str, text: str) -> str:
+    """`text` with what `output` of `all` has in each of its parts between the markers of the same names."""
+    for name, part in re.findall(r"^<!-- speed: (\w+) -->\n(.*?)(?=^<!-- )", output, re.M | re.S):
+        marker = rf"(^<!-- speed: {name} -->\n)(.*?)(^<!-- end -->)"
+        text, num = re.subn(
+            marker, lambda found, p=part: found[1] + p.rstrip() + "\n" + found[3], text, flags=re.M | re.S
+        )
+        if num != 1:
+            common.fail(f"docs/speed.md has {num} parts <!-- speed: {name} --> ... <!-- end -->, expected one")
+    return text
+
+
+def timms_model(arch: str, **options) -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model(arch.removeprefix("timm/"), **options)
+
+
+def last(x):
+    """channels_last, of a tensor or (a copy of) a model"""
+    if isinstance(x, nn.Module):
+        return copy.deepcopy(x).to(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def plain_autocast(precision: str, device: torch.device):
+    """torch's own, as with timm's flags `--amp --amp-dtype bfloat16`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
 def calibrate(model: nn.Module, images: Tensor) -> None:
@@ -155,119 +265,80 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
     model.eval()
 
 
+def both_models(arch: str, size: int) -> tuple[nn.Module | None, nn.Module]:
+    """timm's model, if timm is installed, and ours with the same weights."""
+    torch.manual_seed(0)
+    theirs, ours = timms_model(arch) if PEERS["timm"] else None, build_model(arch)
+    calibrate(theirs or ours, torch.randn(max(8, 2**20 // size**2), 3, size, size))
+    if theirs:
+        load_weights(ours, theirs.state_dict())
+    return theirs, ours.eval()
+
+
 @torch.inference_mode()
-def run(model: nn.Module, images: Tensor, batch: int, amp) -> tuple[Tensor, float]:
-    """(fp32 logits, seconds)"""
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
+def run(model: nn.Module, images: Tensor, batch: int, amp) -> Tensor:
+    """fp32 logits"""
     logits = []
-    wait()
-    began = time.perf_counter()
     for part in images.split(batch):
         with amp:
             logits.append(model(part).float())
-    wait()
-    return torch.cat(logits), time.perf_counter() - began
+    return torch.cat(logits)
 
 
-def inference(args: argparse.Namespace) -> None:
-    import timm
-
-    device = init_processes(args.device).device
-    torch.set_num_threads(args.threads)
-    print(f"timm {timm.__version__}, {machine(args)}, median of {args.rounds} rounds")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # compiling starts from nothing
-        for size in args.sizes:
-            torch.manual_seed(0)
-            torch.compiler.reset()  # else the second size would be compiled for any size
-            compare_with_timm(timm.create_model("efficientnet_b0"), size, device, args)
+def save_model(path: Path, arch: str, num_classes: int, size: int, model: nn.Module | None = None, **more) -> None:
+    """A checkpoint as a stage writes it."""
+    header = {"format": CHECKPOINT_FORMAT, "stage": "teacher", "arch": arch, "arch_options": {}, "image_size": size}
+    header |= {"classes": [f"{c:03}" for c in range(num_classes)], "crop_fraction": 0.875}
+    header |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "metrics": {}, "args": {}}
+    header["model"] = (model or build_model(arch, num_classes)).state_dict()
+    save_checkpoint(path, header | more)
 
 
-def compare_with_timm(theirs: nn.Module, size: int, device: torch.device, args: argparse.Namespace) -> None:
-    own_batch = load_stage("02_pseudo_label").rows_per_batch(size, device)
-    usual_batch = own_batch if device.type == "cuda" else 32 if size > 64 else 256
-    nchw = torch.randn(max(own_batch, usual_batch), 3, size, size)  # powers of 2
-    calibrate(theirs, nchw[: 2**22 // size**2])
-    ours = build_model("efficientnet_b0")
-    load_weights(ours, theirs.state_dict())
-    fuse_batch_norms(ours)
-    ours.to(memory_format=torch.channels_last)
-    fp32, bf16 = contextlib.nullcontext(), autocast("bf16", device)[0]
-    few = nchw[:32]  # on the CPU in any case: a GPU's fp32 convolutions round to TF32
-    expected = run(theirs, few, 32, fp32)[0]
-    got = run(ours, few.contiguous(memory_format=torch.channels_last), 32, fp32)[0]
-    error = (got - expected).abs().max() / expected.abs().max()
-    assert error < 1e-4, f"folded fp32 logits differ from timm's by {error:.1e} of the largest"
-
-    ours, theirs, nchw = ours.to(device), theirs.to(device), nchw.to(device)
-    theirs_last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
-    nhwc = nchw.contiguous(memory_format=torch.channels_last)
-    variants = []  # (name, model, images, batch, autocast)
-    for batch in dict.fromkeys((usual_batch, own_batch)):
-        variants.append(("timm eager fp32 NCHW", theirs, nchw, batch, fp32))
-        variants.append(("timm eager fp32 channels_last", theirs_last, nhwc, batch, fp32))
-    variants.append(("timm eager bf16 channels_last", theirs_last, nhwc, own_batch, bf16))
-    variants.append(("ours eager fp32 folded", ours, nhwc, own_batch, fp32))
-    variants.append(("ours eager bf16 folded", ours, nhwc, own_batch, bf16))
-    for precision, amp in {"fp32": fp32, "bf16": bf16}.items() if args.compile else ():
-        compiled = copy.deepcopy(ours)
-        compiled.compile()
-        variants.append((f"ours compiled {precision} folded", compiled, nhwc, own_batch, amp))
-    warm_up = [run(*variant[1:])[1] for variant in variants]
-    seconds = [[] for _ in variants]
-    for i in range(args.rounds):
-        for j in range(len(variants)):
-            k = (i + j) % len(variants)  # each round begins with another one
-            seconds[k].append(run(*variants[k][1:])[1])
-
-    print(f"\n{size} px, {len(nchw)} images a round\n")
-    print_rows(("variant", "batch", "images/s", "ratio", "compile s"), ("---", *["---:"] * 4))
-    medians = [median(times) for times in seconds]
-    for (name, _, _, batch, _), first, time_of in zip(variants, warm_up, medians, strict=True):
-        compile_seconds = f"{first - time_of:.0f}" if "compiled" in name else ""
-        print_rows((name, batch, f"{len(nchw) / time_of:.0f}", f"{medians[0] / time_of:.2f}", compile_seconds))
-    full, half = (run(ours, nhwc, own_batch, amp)[0] for amp in (fp32, bf16))
-    agree = (full.argmax(1) == half.argmax(1)).float().mean()
-    full, half = full.softmax(1), half.softmax(1)
-    print(f"\nfolded fp32 logits differ from timm's by {error:.1e} of the largest; bf16 against fp32: {agree:.1%} of")
-    print(f"{len(full)} argmax agree, softmax differs by at most {(full - half).abs().max():.4f} (random weights: near")
-    print(f"ties, mean confidence {full.amax(1).mean():.4f})", flush=True)
+def run_stage(stage: str, *words) -> None:
+    """A stage's main() in this process, silent."""
+    sys.argv = [stage, *map(str, words)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        load_stage(stage).main()
 
 
 def bare_step(model: nn.Module, optimizer, images: Tensor, labels: Tensor, amp):
-    """A function that takes a training step: forward, backward, optimizer; nothing else."""
+    """A function that takes training steps: forward, backward, optimizer; nothing else."""
 
-    def step() -> None:
-        optimizer.zero_grad()
-        with amp:
-            logits = model(images).float()
-        nn.functional.cross_entropy(logits, labels).backward()
-        optimizer.step()
+    def steps(num: int) -> None:
+        for _ in range(num):
+            optimizer.zero_grad()
+            with amp:
+                logits = model(images).float()
+            nn.functional.cross_entropy(logits, labels).backward()
+            optimizer.step()
 
-    return step
+    return steps
 
 
-def timms_steps(folder: Path, size: int, batch: int):
+def timms_steps(folder: Path, args: argparse.Namespace, precision: str, channels_last: bool):
     """A generator that takes a step of timm's train.py at each `next`: its loader, crop, RandAugment, SGD and average.
 
-    Its defaults but for what 01 has as well (RandAugment, label smoothing, an average); 0 workers, as ours on CPUs.
+    Its defaults but for what 01 has as well (RandAugment, label smoothing, an average); no workers on CPUs, as ours.
     """
     import timm
     import timm.loss
     import timm.optim
     import timm.utils
 
-    torch.manual_seed(0)
-    model = timm.create_model("efficientnet_b0", num_classes=10, drop_rate=0.2, drop_path_rate=0.2).train()
+    device = torch.device(args.device)
+    model = timms_model(args.arch, num_classes=10, drop_rate=0.2, drop_path_rate=0.2).train().to(device)
+    model = last(model) if channels_last else model
     dataset = timm.data.create_dataset("", str(folder))
-    config = {"is_training": True, "auto_augment": "rand-m9-n2", "num_workers": 0, "use_prefetcher": False}
-    loader = timm.data.create_loader(dataset, (3, size, size), batch, **config)
+    config = {"is_training": True, "auto_augment": "rand-m9-n2", "interpolation": "random", "device": device}
+    config["num_workers"] = 4 if device.type == "cuda" else 0
+    loader = timm.data.create_loader(dataset, (3, args.size, args.size), args.batch, **config)
     optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=2e-5, momentum=0.9)
     average, loss_of = timm.utils.ModelEmaV3(model), timm.loss.LabelSmoothingCrossEntropy(0.1)
-    losses = timm.utils.AverageMeter()
+    losses, amp = timm.utils.AverageMeter(), plain_autocast(precision, device)
     while True:
         for images, labels in loader:
-            loss = loss_of(model(images), labels)
+            with amp:
+                loss = loss_of(model(last(images) if channels_last else images), labels)
             losses.update(loss.item(), len(labels))
             optimizer.zero_grad()
             loss.backward()
@@ -276,111 +347,92 @@ def timms_steps(folder: Path, size: int, batch: int):
             yield
 
 
-def stage_speed(stage: str, flags: list) -> float:
-    """Images a second of the training steps of 01 or 04 on its whole way, without the first two."""
-    begun, end_step = [], common.Run.end_step
+def stop_at_steps(connection, threads: int, stage: str, words: list) -> None:
+    """In a process of its own: a stage as it is, which waits after its first step, and then takes as many as are asked
+    for."""
+    torch.set_num_threads(threads)
+    end_step, left = common.Run.end_step, 1
 
-    def end_step_timed(run) -> None:
+    def end_step_and_wait(run) -> None:
+        nonlocal left
         end_step(run)
-        begun.append(time.perf_counter())
+        left -= 1
+        if not left:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            connection.send(None)
+            left = connection.recv()
 
-    common.Run.end_step = end_step_timed
-    try:
-        with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
-            sys.argv = [stage, *map(str, flags), "--out", f"{out}/run"]
-            with contextlib.redirect_stdout(nowhere):
-                load_stage(stage).main()
-    finally:
-        common.Run.end_step = end_step
-    return (len(begun) - 2) / (begun[-1] - begun[1])
+    common.Run.end_step = end_step_and_wait
+    run_stage(stage, *words)
 
 
 def train(args: argparse.Namespace) -> None:
-    try:
-        import timm
-        import timm.optim
-
-        peer = f"timm {timm.__version__}"
-    except ImportError:
-        timm, peer = None, "timm is not installed"
     device = init_processes(args.device).device
     torch.set_num_threads(args.threads)
-    rounds = f"median of {args.rounds} rounds of {args.steps} steps"
-    print(f"{peer}, {machine(args)}, {args.size} px, batch {args.batch}, {rounds}")
     torch.manual_seed(0)
     images, labels = torch.randn(args.batch, 3, args.size, args.size, device=device), torch.arange(args.batch) % 10
-    labels, last = labels.to(device), images.contiguous(memory_format=torch.channels_last)
-    fp32, bf16 = contextlib.nullcontext(), autocast("bf16", device)[0]
-    steps = {}
-    for name, given in {"bare step: timm": images, "bare step: timm, channels_last": last}.items():
-        if timm is None:
-            break
-        model = timm.create_model("efficientnet_b0", num_classes=10).to(device)
-        model = model.to(memory_format=torch.channels_last) if given is last else model
-        optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=2e-5, momentum=0.9)
-        steps[name] = bare_step(model.train(), optimizer, given, labels, fp32)
-    variants = {"fp32": (fp32, False), "bf16": (bf16, False)} | (
-        {"bf16 compiled": (bf16, True)} if args.compile else {}
-    )
-    for name, (amp, compiled) in variants.items():
-        model = build_model("efficientnet_b0", 10).to(device, memory_format=torch.channels_last).train()
-        if compiled:
-            model.compile()
-        steps[f"bare step: ours, {name}"] = bare_step(model, make_optimizer("sgd", model, None), last, labels, amp)
-
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        draw_folder(data, args.size)
-        teacher = Path(folder) / "teacher.pt"
-        header = {"format": CHECKPOINT_FORMAT, "stage": "teacher", "arch": "efficientnet_b0", "arch_options": {}}
-        header |= {"classes": [f"{c}" for c in range(10)], "image_size": args.size, "crop_fraction": 1.0}
-        header |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "data": str(data), "metrics": {}, "args": {}}
-        save_checkpoint(teacher, header | {"model": build_model("efficientnet_b0", 10).state_dict()})
-        if timm:
-            theirs = timms_steps(data / "train", args.size, args.batch)
-            steps["whole step: timm's train.py"] = lambda: next(theirs)
-        rows = labels_of_all(data, Path(folder))
+    labels = labels.to(device)
+    steps = {}  # {name: function that takes a number of steps}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        num = (args.rounds + 1) * args.steps + 2  # steps of each, and no image is seen twice
+        draw_folder(folder / "data", args.size, num * args.batch)
+        rows = labels_of_all(folder / "data", folder)
+        save_model(folder / "teacher.pt", args.arch, 10, args.size, data=str(folder / "data"), crop_fraction=1.0)
         flags = ["--image-size", args.size, "--optimizer", "sgd", "--num-ops", 2, "--magnitude", 9, "--eval-every", 0]
-        flags += ["--device", args.device, "--warmup-epochs", 0]
-        whole = {}
-        for name, (_, compiled) in variants.items():
-            num = args.steps * args.batch / 640  # images of train/
-            own = ["--data", data, "--batch-size", args.batch, "--epochs", num, "--precision", name.split()[0]]
-            own += ["--compile"] if compiled else []
-            whole[f"whole step: 01, {name}"] = ("01_train_teacher", [*own, *flags])
-            own[3] = args.batch // 4
-            own[5] = num / 4
-            own += ["--teacher", teacher, "--pseudo-labels", rows, "--ratio", 3]
-            whole[f"whole step: 04, {name}"] = ("04_train_student", [*own, *flags])
+        flags += ["--device", args.device, "--warmup-epochs", 0, "--epochs", 100, "--data", folder / "data"]
+        of_04 = ["--teacher", folder / "teacher.pt", "--pseudo-labels", rows, "--ratio", 3]
+        of_04 += ["--batch-size", args.batch // 4]
+        ours = {
+            "01": ("01_train_teacher", ["--batch-size", args.batch, "--arch", args.arch]),
+            "04": ("04_train_student", of_04),
+        }
+        for precision in PRECISIONS:
+            amp, amps = plain_autocast(precision, device), autocast(precision, device)[0]
+            for layout in ("timm", "timm, channels_last") if PEERS["timm"] else ():
+                model, given = timms_model(args.arch, num_classes=10).to(device).train(), images
+                if layout != "timm":
+                    model, given = last(model), last(images)
+                sgd = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=2e-5, momentum=0.9, nesterov=True)
+                steps[f"bare step, {precision}: {layout}"] = bare_step(model, sgd, given, labels, amp)
+            for way in ("ours", "ours, compiled")[: 1 + (args.compile and precision == "bf16")]:
+                model = last(build_model(args.arch, 10).to(device).train())
+                if way != "ours":
+                    model.compile()
+                sgd = make_optimizer("sgd", model, None)
+                steps[f"bare step, {precision}: {way}"] = bare_step(model, sgd, last(images), labels, amps)
+        for precision in PRECISIONS:
+            for flag in ("", " --channels-last") if PEERS["timm"] else ():
+                theirs = timms_steps(folder / "data" / "train", args, precision, bool(flag))
+                name = f"whole step, {precision}: timm's train.py{flag}{' --amp' if precision == 'bf16' else ''}"
+                steps[name] = lambda num, t=theirs: [next(t) for _ in range(num)]
+            for flag in ("", " --compile")[: 1 + (args.compile and precision == "bf16")]:
+                for name, (stage, words) in ours.items():
+                    here, there = SERVER.Pipe()
+                    out = folder / f"{name}-{precision}{flag}"
+                    words = [*words, *flags, "--precision", precision, *flag.split(), "--out", out]
+                    process = SERVER.Process(target=stop_at_steps, args=(there, args.threads, stage, words))
+                    process.start()
+                    there.close()
+                    stack.callback(process.join)
+                    stack.callback(process.kill)
+                    here.recv()  # it has compiled, and taken its first step
+                    steps[f"whole step, {precision}: ours, {name}{flag}"] = partial(ask, here)
+        variants = {name: (args.steps * args.batch, partial(call, args.steps)) for name, call in steps.items()}
+        race(variants, args.rounds, "images/s")
 
-        speeds = {name: [] for name in (*steps, *whole)}
-        for step in steps.values():  # allocating, choosing algorithms, compiling
-            step()
-        for _ in range(args.rounds):
-            for name, step in steps.items():
-                step()
-                began = time.perf_counter()
-                for _ in range(args.steps - 2):
-                    step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                speeds[name].append((args.steps - 2) / (time.perf_counter() - began))
-            for name, (stage, words) in whole.items():
-                speeds[name].append(stage_speed(stage, words))
-    print_rows(("variant", "images/s", "ratio", "least", "most"), ("---", *["---:"] * 4))
-    for name, found in speeds.items():
-        kind = name.partition(":")[0]
-        base = next(other for key, other in speeds.items() if key.startswith(kind))
-        ratios = sorted(one / other for one, other in zip(found, base, strict=True))
-        cells = [f"{value:.2f}" for value in (median(ratios), ratios[0], ratios[-1])]
-        print_rows((name, f"{args.batch * median(found):.0f}", *cells))
+
+def ask(connection, num: int) -> None:
+    connection.send(num)
+    connection.recv()
 
 
-def draw_folder(data: Path, size: int) -> None:
-    """640 labelled images of 10 classes, 10 of val and 1,920 unlabelled ones, drawn, JPEG."""
+def draw_folder(data: Path, size: int, num: int) -> None:
+    """`num` labelled images of 10 classes, 10 of val and as many unlabelled ones, drawn, JPEG."""
     rng = np.random.default_rng(0)
-    for i in range(640 + 10 + 1920):
-        folder = f"train/{i % 10}" if i < 640 else f"val/{i % 10}" if i < 650 else "unlabeled"
+    for i in range(10 + 2 * num):
+        folder = f"val/{i:03}" if i < 10 else f"train/{i % 10:03}" if i < num + 10 else "unlabeled"
         (data / folder).mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size))
         image.save(data / folder / f"{i:05}.jpg", quality=90)
@@ -392,105 +444,132 @@ def labels_of_all(data: Path, folder: Path) -> Path:
     rng, num = np.random.default_rng(0), len(images)
     logits = rng.normal(size=(num, 10)).astype(np.float16) * 3
     label_files.write_logits(folder / "logits.h5", logits - logits.max(1, keepdims=True), root=data / "unlabeled",
-                 names=[os.fsdecode(path) for path in images.path], classes=[f"{c}" for c in range(10)])  # fmt: skip
-    sys.argv = ["03", f"{folder}/logits.h5", "--out", f"{folder}/balanced.h5", "--threshold", "0", "--per-class", "all"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        load_stage("03_balance").main()
-    return folder / "balanced.h5"
+                 names=[os.fsdecode(path) for path in images.path], classes=[f"{c:03}" for c in range(10)])  # fmt: skip
+    out = folder / "balanced.h5"
+    run_stage("03_balance", folder / "logits.h5", "--out", out, "--threshold", 0, "--per-class", "all")
+    return out
 
 
-def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.device, amp) -> int:
-    """The loop of timm's inference.py with its defaults: batches of 256, 2 workers, its loader, NCHW, top-1."""
+def inference(args: argparse.Namespace) -> None:
+    device = init_processes(args.device).device
+    torch.set_num_threads(args.threads)
+    variants = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.compile:  # from nothing
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        for size in args.sizes:
+            own_batch = common.rows_per_batch(size, device)
+            usual_batch = own_batch if device.type == "cuda" else 32 if size > 64 else 256
+            nchw = torch.randn(args.images or max(own_batch, usual_batch), 3, size, size)  # powers of 2
+            theirs, ours = both_models(args.arch, size)
+            fuse_batch_norms(ours)
+            ours = last(ours)
+            if theirs:  # on the CPU in any case: a GPU's fp32 convolutions round to TF32
+                expected, got = (run(model, nchw[:32], 32, contextlib.nullcontext()) for model in (theirs, ours))
+                error = (got - expected).abs().max() / expected.abs().max()
+                assert error < 1e-4, f"folded fp32 logits differ from timm's by {error:.1e} of the largest"
+                theirs = theirs.to(device)
+                theirs_last = last(theirs)
+            ours, nchw = ours.to(device), nchw.to(device)
+            nhwc = last(nchw)
+            for precision in PRECISIONS:
+                group, amp = f"{size} px, {precision}", plain_autocast(precision, device)
+                own_amp = autocast(precision, device)[0]
+                if theirs:
+                    variants[f"{group}: timm, batch {usual_batch}"] = theirs, nchw, usual_batch, amp
+                    variants[f"{group}: timm, channels_last"] = theirs_last, nhwc, usual_batch, amp
+                    variants[f"{group}: timm, channels_last, batch {own_batch}"] = theirs_last, nhwc, own_batch, amp
+                variants[f"{group}: ours, batch {own_batch}"] = ours, nhwc, own_batch, own_amp
+                if args.compile:
+                    compiled = copy.deepcopy(ours)
+                    compiled.compile(dynamic=False)  # else the second size would be compiled for any size
+                    variants[f"{group}: ours, compiled"] = compiled, nhwc, own_batch, own_amp
+        calls = {name: (len(words[1]), partial(run, *words)) for name, words in variants.items()}
+        race(calls, args.rounds, "images/s")
+
+
+def timms_loader(folder: Path, size: int, device: torch.device, workers: int, model: nn.Module):
     import timm
 
     config = timm.data.resolve_data_config({"input_size": (3, size, size)}, model=model)
     dataset = timm.data.create_dataset("", str(folder))
-    loader = timm.data.create_loader(
-        dataset, batch_size=256, use_prefetcher=True, num_workers=2, device=device, **config
-    )
-    top = []
+    return timm.data.create_loader(dataset, batch_size=256, num_workers=workers, device=device, **config)
+
+
+def timms_inference(model: nn.Module, folder: Path, size: int, device: torch.device, amp) -> None:
+    """The loop of timm's inference.py with its defaults: batches of 256, 2 workers, its loader, NCHW, top-1."""
+    names, outputs = [], []
+    loader = timms_loader(folder, size, device, 2, model)
     for images, _ in loader:
         with amp:
             output = model(images)
-        top.append([values.float().cpu().numpy() for values in output.softmax(-1).topk(1)])
-    return sum(len(index) for _, index in top)
+        output, indices = output.softmax(-1).topk(1)
+        names.append(indices.cpu().numpy())
+        outputs.append(output.float().cpu().numpy())
+    lines = zip(loader.dataset.filenames(basename=True), np.concatenate(names), np.concatenate(outputs), strict=True)
+    "\n".join(f"{file},{name[0]},{prob[0]}" for file, name, prob in lines)
+
+
+def timms_validate(model: nn.Module, folder: Path, size: int, device: torch.device, amp) -> None:
+    """The loop of timm's validate.py with its defaults: batches of 256, 4 workers; without its first, random batch."""
+    import timm.utils
+
+    losses, top1, top5 = (timm.utils.AverageMeter() for _ in range(3))
+    for images, labels in timms_loader(folder, size, device, 4, model):
+        with amp:
+            output = model(images)
+            loss = nn.functional.cross_entropy(output, labels)
+        right = timm.utils.accuracy(output.detach(), labels, topk=(1, 5))
+        for meter, value in zip((losses, top1, top5), (loss, *right), strict=True):
+            meter.update(value.item(), len(images))
+
+
+def draw_photographs(folder: Path, num: int) -> None:
+    """JPEGs of 500 x 375 pixels of 10 classes: noise of several scales, as many bytes as photographs."""
+    rng = np.random.default_rng(0)
+    for i in range(num):
+        layers = [Image.fromarray(rng.integers(0, 256, (3 * n, 4 * n, 3), dtype=np.uint8)) for n in (3, 30, 125)]
+        image = layers[0].resize((500, 375), Image.Resampling.BICUBIC)
+        for layer, share in zip(layers[1:], (0.4, 0.25), strict=True):
+            image = Image.blend(image, layer.resize((500, 375), Image.Resampling.BICUBIC), share)
+        (folder / f"{i % 10:03}").mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i % 10:03}" / f"{i:05}.jpg", quality=90)
 
 
 @torch.inference_mode()
 def label(args: argparse.Namespace) -> None:
-    import timm
-
-    device, stage = init_processes(args.device).device, load_stage("02_pseudo_label")
+    device = init_processes(args.device).device
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.images or Path(temporary) / "images"
-        if not args.images:
-            (folder / "all").mkdir(parents=True)
-            rng = np.random.default_rng(0)
-            for i in range(args.number):  # noise of several scales: as many bytes as a photograph
-                layers = [
-                    Image.fromarray(rng.integers(0, 256, (3 * n, 4 * n, 3), dtype=np.uint8)) for n in (3, 30, 125)
-                ]
-                image = layers[0].resize((500, 375), Image.Resampling.BICUBIC)
-                for layer, share in zip(layers[1:], (0.4, 0.25), strict=True):
-                    image = Image.blend(image, layer.resize((500, 375), Image.Resampling.BICUBIC), share)
-                image.save(folder / "all" / f"{i:05}.jpg", quality=90)
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        torch.manual_seed(0)
-        theirs = timm.create_model("efficientnet_b0")
-        calibrate(theirs, torch.randn(2**22 // args.size**2, 3, args.size, args.size))
-        ours = build_model("efficientnet_b0")
-        load_weights(ours, theirs.state_dict())
-        checkpoint = {"format": CHECKPOINT_FORMAT, "stage": "teacher", "arch": "efficientnet_b0", "arch_options": {}}
-        checkpoint |= {"classes": [f"{i:03}" for i in range(1000)], "image_size": args.size, "crop_fraction": 0.875}
-        checkpoint |= {
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
-            "model": ours.state_dict(),
-            "metrics": {},
-            "args": {},
-        }
-        save_checkpoint(Path(temporary) / "model.pt", checkpoint)
-        theirs.to(device)
+        folder = Path(temporary)
+        draw_photographs(folder / "val", args.number)
+        theirs, ours = both_models(args.arch, args.size)
+        save_model(folder / "model.pt", args.arch, 1000, args.size, ours)
         fuse_batch_norms(ours)
-        ours.to(device, memory_format=torch.channels_last)
-        batch = stage.rows_per_batch(args.size, device)
-        tensors = torch.randn(max(batch, 64), 3, args.size, args.size, device=device)
-        tensors = tensors.contiguous(memory_format=torch.channels_last)
+        ours, theirs = last(ours).to(device), theirs and theirs.to(device)
+        tensors = last(torch.randn(args.number, 3, args.size, args.size)).to(device)
+        flags = ["--device", args.device]
 
-        def stage_02(precision: str) -> int:
-            out = Path(temporary) / "logits.h5"
-            words = ["--teacher", f"{temporary}/model.pt", "--unlabeled", folder, "--out", out, "--device", args.device]
-            words += ["--precision", precision, *([] if args.workers is None else ["--workers", args.workers])]
-            sys.argv = ["02_pseudo_label.py", *map(str, words)]
-            with contextlib.redirect_stdout(None):
-                stage.main()
-            out.unlink()
-            return len(files)
+        def of_ours(stage: str, *words) -> None:  # into a folder of its own: it is not a resumed one
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                run_stage(stage, *words, "--out", f"{out}/out", *flags)
 
         variants = {}
-        for precision in ("fp32", "bf16"):
-            amp = autocast(precision, device)[0]
-            variants[f"timm's inference.py, {precision}"] = partial(
-                timms_inference, theirs, folder, args.size, device, amp
-            )
-            variants[f"stage 02, {precision}"] = partial(stage_02, precision)
-            variants[f"stage 02's model alone, {precision}"] = lambda a=amp: len(run(ours, tensors, batch, a)[0])
-        kilobytes = sum(path.stat().st_size for path in files) / len(files) / 1000
-        print(f"timm {timm.__version__}, {machine(args)}, median of {args.rounds} rounds; {args.size} px, ", end="")
-        print(f"{len(files)} images of {kilobytes:.0f} kB on average\n", flush=True)
-        seconds = {name: [] for name in variants}
-        for turn in range(args.rounds + 1):
-            for name, call in variants.items():
-                began = time.perf_counter()
-                number = call()
-                if turn:  # the first warms up
-                    seconds[name].append((time.perf_counter() - began) / number)
-    print_rows(("EfficientNet-B0", "images/s", "ratio"), ("---", "---:", "---:"))
-    medians = {name: median(times) for name, times in seconds.items()}
-    first = next(iter(medians.values()))
-    for name, time_of in medians.items():
-        print_rows((name, f"{1 / time_of:.0f}", f"{first / time_of:.2f}"))
+        for precision in PRECISIONS:
+            amp, own_amp = plain_autocast(precision, device), autocast(precision, device)[0]
+            given = theirs, folder / "val", args.size, device, amp
+            batch, amps = common.rows_per_batch(args.size, device), ["--precision", precision]
+            group = f"labelling, {precision}"
+            if theirs:
+                variants[f"{group}: timm's inference.py"] = partial(timms_inference, *given)
+            words = "02_pseudo_label", "--teacher", folder / "model.pt", "--unlabeled", folder / "val", *amps
+            variants[f"{group}: ours, 02"] = partial(of_ours, *words)
+            variants[f"{group}: (the model of 02 alone)"] = partial(run, ours, tensors, batch, own_amp)
+            if theirs:
+                variants[f"evaluating, {precision}: timm's validate.py"] = partial(timms_validate, *given)
+            words = "06_eval_robustness", folder / "model.pt", "--data", folder, *amps
+            variants[f"evaluating, {precision}: ours, 06"] = partial(of_ours, *words)
+        race({name: (args.number, call) for name, call in variants.items()}, args.rounds, "images/s")
 
 
 def write_logits(path: Path, num_rows: int, num_classes: int) -> None:
@@ -500,10 +579,11 @@ def write_logits(path: Path, num_rows: int, num_classes: int) -> None:
     classes = [f"{c:04}" for c in range(num_classes)]
     create_logits(path, rows, classes, num_rows, arch="a", image_size=224, teacher="t", teacher_sha256="s")
     rng = np.random.default_rng(0)
+    noise = rng.standard_normal((100_000, num_classes), dtype=np.float32)  # drawn once: it takes most of the time
     with h5py.File(path, "r+") as file:
-        for first in range(0, num_rows, 100_000):
-            part = slice(first, min(first + 100_000, num_rows))
-            logits = rng.standard_normal((part.stop - first, num_classes), dtype=np.float32)
+        for first in range(0, num_rows, len(noise)):
+            part = slice(first, min(first + len(noise), num_rows))
+            logits = np.roll(noise, first // len(noise), 1)[: part.stop - first]
             peak = (num_classes * rng.random(len(logits)) ** 2).astype(int)  # the first classes have the most images
             logits[np.arange(len(logits)), peak] += 12 * rng.random(len(logits), dtype=np.float32)
             logits -= logits.max(1, keepdims=True)
@@ -512,26 +592,55 @@ def write_logits(path: Path, num_rows: int, num_classes: int) -> None:
             file["status"][part] = DONE
 
 
-def with_pandas(label: np.ndarray, confidence: np.ndarray, per_class: int) -> int:
+def with_pandas(file: h5py.File, per_class: int) -> tuple:
     import pandas
 
-    frame = pandas.DataFrame({"label": label, "confidence": confidence})
+    frame = pandas.DataFrame({"label": file["label"][:], "confidence": file["confidence"][:]})
     frame = frame[frame["confidence"] > np.float32(0.3)]
-    return len(frame.sort_values("confidence", ascending=False, kind="stable").groupby("label").head(per_class))
+    frame = frame.sort_values("confidence", ascending=False, kind="stable").groupby("label").head(per_class)
+    return frame.index.to_numpy(), frame["label"].to_numpy(), frame["confidence"].to_numpy()
 
 
-def with_polars(label: np.ndarray, confidence: np.ndarray, per_class: int) -> int:
+def with_polars(file: h5py.File, per_class: int) -> tuple:
     import polars
 
-    frame = polars.DataFrame({"label": label, "confidence": confidence}).with_row_index()
+    frame = polars.DataFrame({"label": file["label"][:], "confidence": file["confidence"][:]}).with_row_index()
     frame = frame.filter(polars.col("confidence") > np.float32(0.3))
-    best = polars.all().top_k_by("confidence", per_class)
-    return len(frame.group_by("label").agg(best).explode("index", "confidence"))
+    frame = frame.group_by("label").agg(polars.all().top_k_by("confidence", per_class)).explode("index", "confidence")
+    return tuple(frame[name].to_numpy() for name in ("index", "label", "confidence"))
 
 
-def of_file(function, path: Path, per_class: int) -> int:
-    file = open_label_file(path, LOGITS_FORMAT)
-    return function(file["label"][:], file["confidence"][:], per_class)
+def best_of_classes(label: np.ndarray, score: np.ndarray, per_class: int) -> np.ndarray:
+    """The positions of the `per_class` highest scores of each class, after one sort of all."""
+    order = np.lexsort((-score, label))
+    starts = np.searchsorted(label[order], np.arange(label.max() + 2))
+    return np.concatenate([order[a : min(a + per_class, b)] for a, b in itertools.pairwise(starts)])
+
+
+def with_numpy(file: h5py.File, per_class: int) -> tuple:
+    label, confidence = file["label"][:], file["confidence"][:]
+    rows = np.flatnonzero(confidence > np.float32(0.3))
+    rows = rows[best_of_classes(label[rows], confidence[rows], per_class)]
+    return rows, label[rows], confidence[rows]
+
+
+def top_p_with_torch(file: h5py.File, per_class: int) -> tuple:
+    parts = []
+    for first in range(0, len(file["label"]), 10_000):
+        score, label = torch.from_numpy(file["logits"][first : first + 10_000]).float().softmax(1).topk(10)
+        parts.append((np.repeat(np.arange(first, first + len(score)), 10), label.int().flatten(), score.flatten()))
+    row, label, score = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    kept = best_of_classes(label, score, per_class)
+    return row[kept], label[kept], score[kept]
+
+
+def by_hand(function, path: Path, per_class: int) -> int:
+    """A selection with other means, without copies, and its three columns in a file."""
+    with h5py.File(path) as file, h5py.File(path.with_name("by-hand.h5"), "w") as out:
+        columns = function(file, per_class)
+        for name, column in zip(("row", "label", "confidence"), columns, strict=True):
+            out[name] = column
+    return len(columns[0])
 
 
 def read_and_softmax(path: Path, num_classes: int) -> int:
@@ -540,57 +649,80 @@ def read_and_softmax(path: Path, num_classes: int) -> int:
     return sum(len(chunk.softmax(1, dtype=torch.float32)) for chunk in chunks)
 
 
-def stage_03(path: Path, *flags) -> int:
+def stage_03(path: Path, per_class: int, *flags) -> int:
     stage, out = load_stage("03_balance"), path.with_name("balanced.h5")
-    sys.argv = ["03_balance.py", str(path), "--out", str(out), *map(str, flags)]
     stage.draw_selection = lambda *args: None
-    with contextlib.redirect_stdout(None):
-        stage.main()
-    with open_label_file(out, SELECTION_FORMAT) as file:
-        return len(file["row"])
+    run_stage("03_balance", path, "--out", out, "--per-class", per_class, *flags)
+    return sum(of["kept"] for of in json.loads(out.with_suffix(".json").read_text())["classes"].values())
 
 
-def measured(threads: int, function, *args) -> tuple[int, float, float]:
-    """(result, seconds, MB resident at most above what the process had at its start)"""
+def random_rows(path: Path, mapped: bool) -> int:
+    """128 times the logits of 256 rows, as for a step of 04: through h5py's indexing, or as 04 does."""
+    file, rng = open_label_file(path, LOGITS_FORMAT), np.random.default_rng(0)
+    num = len(file["label"])
+    logits = map_dataset(file, "logits") if mapped else file["logits"]
+    for _ in range(128):
+        rows = np.unique(rng.integers(num, size=256))  # h5py wants them sorted
+        np.array(logits[rows])
+    return 128 * 256
+
+
+def measured(threads: int, import_first: str, function, *args) -> tuple[int, float, float]:
+    """In a process of its own: (result, seconds, MB resident at most above what the process had at its start)."""
 
     def peak() -> float:  # not getrusage's, which begins with that of the parent process
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) / 1024
 
     torch.set_num_threads(threads)
+    os.environ["POLARS_MAX_THREADS"] = str(threads)
+    if import_first:
+        importlib.import_module(import_first)
     before, began = peak(), time.perf_counter()
     result = function(*args)
     return result, time.perf_counter() - began, peak() - before
 
 
 def balance(args: argparse.Namespace) -> None:
-    print(machine(args))
-    for num_rows, num_classes, per_class in args.sizes:
-        with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
-            path = Path(folder) / "logits.h5"
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        variants, peaks, results = {}, {}, {}
+
+        def alone(name: str, *words) -> float:
+            with SERVER.Pool(1) as pool:  # a process of its own, for the memory
+                results[name], seconds, peak = pool.apply(measured, (args.threads, *words))
+            peaks[name] = max(round(peak), peaks.get(name, 0))
+            return seconds
+
+        for num_rows, num_classes, per_class in args.sizes:
+            path = Path(folder) / str(num_rows) / "logits.h5"
+            path.parent.mkdir(parents=True)
             write_logits(path, num_rows, num_classes)
-            print(f"\n{num_rows:,} rows x {num_classes:,} classes, {per_class:,} a class\n")
-            print_rows(("what", "examples or rows", "seconds", "peak MB"), ("---", *["---:"] * 3))
-            flags = ["--per-class", per_class]
-            calls = {"reading the logits and softmax alone": (read_and_softmax, path, num_classes)}
-            calls["03 --method noisy-student, pictures apart"] = stage_03, path, *flags
-            calls["03 --method top-p, pictures apart"] = stage_03, path, "--method", "top-p", *flags
-            for name, function in {"pandas": with_pandas, "polars": with_polars}.items():
-                if importlib.util.find_spec(name):
-                    calls[f"{name}, the noisy-student rule without copies"] = of_file, function, path, per_class
-            results = {name: [] for name in calls}
-            for _ in range(3):
-                for name, call in calls.items():  # each in a process of its own, for the memory
-                    with multiprocessing.get_context("spawn").Pool(1) as pool:
-                        results[name].append(pool.apply(measured, (args.threads, *call)))
-            for name, turns in results.items():
-                seconds, peak = median(turn[1] for turn in turns), max(turn[2] for turn in turns)
-                print_rows((name, f"{turns[0][0]:,}", f"{seconds:.1f}", f"{peak:.0f}"))
+            size = f"{num_rows:,} x {num_classes:,}"
+            calls = {name: (name, by_hand, globals()[f"with_{name}"], path, per_class) for name in ("pandas", "polars")}
+            calls = {f"{size}: {name}": words for name, words in calls.items() if PEERS[name]}
+            calls[f"{size}: h5py and numpy"] = "", by_hand, with_numpy, path, per_class
+            calls[f"{size}: ours, 03"] = "", stage_03, path, per_class
+            top_p = f"{size}, top-p"
+            calls[f"{top_p}: h5py and torch"] = "", by_hand, top_p_with_torch, path, per_class
+            calls[f"{top_p}: ours, 03 --method top-p"] = "", stage_03, path, per_class, "--method", "top-p"
+            calls[f"{top_p}: (reading the logits and their softmax)"] = "", read_and_softmax, path, num_classes
+            variants |= {name: (num_rows, partial(alone, name, *words)) for name, words in calls.items()}
+            gather = {"h5py's indexing": False, "ours, mapped": True}
+            for name, mapped in gather.items():
+                words = f"{size}, 256 rows drawn: {name}", "", random_rows, path, mapped
+                variants[words[0]] = 128 * 256, partial(alone, *words)
+        race(variants, args.rounds, "rows/s", ("peak MB", peaks))
+        for name, num in results.items():  # all have selected as many
+            group = name.partition(": ")[0]
+            assert "(" in name or num == next(results[other] for other in results if other.startswith(f"{group}: ")), (
+                name
+            )
 
 
 def memory(args: argparse.Namespace) -> None:
     floor = measure_steps("efficientnet_b0", 32, 2, [], args)[0]
-    print(f"{machine(args)}; peak {'of the GPU' if args.device == 'cuda' else 'resident'} memory of two steps")
+    kind = "of the GPU" if args.device == "cuda" else "resident"
+    print(f"torch {torch.__version__}, {machine(args)}; peak {kind} memory of two steps")
     print(f"of which what a run needs that trains next to nothing (efficientnet_b0:32:2): {floor} GiB;")
     print("weights etc.: weights, gradients, two of RMSprop, running average, 4 bytes each, by arithmetic;")
     print("seconds: of the whole process, with the start of Python and writing the checkpoints\n")
@@ -640,48 +772,33 @@ def measure_steps(arch: str, pixels: int, batch: int, flags: list, args: argpars
 
 
 def noise(args: argparse.Namespace) -> None:
-    import timm.data.auto_augment
-    import torchvision
-    from torchvision.transforms import v2
-
     device = init_processes(args.device).device
     torch.set_num_threads(args.threads)
-    print(
-        f"torchvision {torchvision.__version__}, timm {timm.__version__}, {machine(args)}, {args.rounds} rounds, median"
-    )
-    print("images/s, and the ratio to torchvision's v1\n")
+    variants = {}
     for size in args.sizes:
-        num = min(256, 2**22 // size**2) if device.type == "cpu" else 2**24 // size**2
+        num = args.images or (min(256, 2**22 // size**2) if device.type == "cpu" else 2**24 // size**2)
         rng = np.random.default_rng(0)  # blurred noise: photographs in little
         grids = rng.integers(0, 256, (num, 8, 8, 3), dtype=np.uint8)
         images = [Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC) for grid in grids]
         batch = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).to(device)
-        v1s, v2s = torchvision.transforms.RandAugment(2, 9), v2.RandAugment(2, 9)
-        timms = timm.data.auto_augment.rand_augment_transform("rand-m9-n2-p1", {"img_mean": (128, 128, 128)})
-        few = images[:256]  # one by one: more of them would not be faster
-        variants = {"torchvision v1 on PIL": (len(few), lambda f=v1s, few=few: [f(image) for image in few])}
-        variants["torchvision v2 on PIL"] = len(few), lambda f=v2s, few=few: [f(image) for image in few]
-        variants["timm p = 1 on PIL"] = len(few), lambda f=timms, few=few: [f(image) for image in few]
-        with contextlib.suppress(ImportError):
-            from kornia.augmentation.auto import RandAugment
+        calls, few = {}, images[:256]  # one by one: more of them would not be faster
+        if PEERS["torchvision"]:
+            from torchvision.transforms import RandAugment, v2
 
-            kornias = RandAugment(2, 9)
-            variants["kornia, ops per batch"] = num, lambda f=kornias, b=batch: f(b.float() / 255).mul(255).byte()
-        variants["ours"] = num, lambda b=batch: rand_augment(b, 2, 9)
-        seconds = {name: [] for name in variants}
-        for turn in range(args.rounds + 1):
-            for name, (_, call) in variants.items():
-                wait = torch.cuda.synchronize if batch.is_cuda else lambda: None
-                wait()
-                began = time.perf_counter()
-                call()
-                wait()
-                if turn:  # the first warms up
-                    seconds[name].append(time.perf_counter() - began)
-        speed = {name: number / median(seconds[name]) for name, (number, _) in variants.items()}
-        if size == args.sizes[0]:
-            print_rows(("pixels", *speed), ["---:"] * (1 + len(speed)))
-        print_rows((size, *(f"{s:.0f} ({s / speed['torchvision v1 on PIL']:.2f})" for s in speed.values())))
+            calls |= {"torchvision v1 on PIL": RandAugment(2, 9), "torchvision v2 on PIL": v2.RandAugment(2, 9)}
+        if PEERS["timm"]:
+            from timm.data.auto_augment import rand_augment_transform
+
+            calls["timm p = 1 on PIL"] = rand_augment_transform("rand-m9-n2-p1", {"img_mean": (128, 128, 128)})
+        for name, call in calls.items():
+            variants[f"{size} px: {name}"] = len(few), lambda f=call, few=few: [f(image) for image in few]
+        if PEERS["kornia"]:
+            from kornia.augmentation.auto import RandAugment as Kornias
+
+            call = Kornias(2, 9)
+            variants[f"{size} px: kornia, ops per batch"] = num, lambda f=call, b=batch: f(b / 255).mul(255).byte()
+        variants[f"{size} px: ours"] = num, lambda b=batch: rand_augment(b, 2, 9)
+    race(variants, args.rounds, "images/s")
 
 
 def drawing_at_32(folder: Path, args: argparse.Namespace):
@@ -711,51 +828,14 @@ def drawing_at_32(folder: Path, args: argparse.Namespace):
     return draw, evaluate
 
 
-def imagenet_c_against_02(folder: Path, args: argparse.Namespace):
-    """(06 evaluates stored images of 224 pixels in ImageNet-C's layout, 02 labels the same files)"""
-    rng, num_classes = np.random.default_rng(0), 10
-    for i in range(args.number):
-        layers = [Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((224, 224)) for n in (5, 60)]
-        file = folder / "fog" / f"{1 + i % 5}" / f"{i // 5 % num_classes}" / f"{i:05}.JPEG"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.blend(*layers, 0.3).save(file, quality=85)
-    torch.manual_seed(0)
-    model = build_model("efficientnet_b0", num_classes)
-    header = {"format": CHECKPOINT_FORMAT, "stage": "teacher", "arch": "efficientnet_b0", "arch_options": {}}
-    header |= {"classes": [f"{c}" for c in range(num_classes)], "image_size": 224, "crop_fraction": 1.0}
-    header |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "metrics": {}, "args": {}, "model": model.state_dict()}
-    save_checkpoint(folder / "model.pt", header)
-    more = ["--device", args.device, *([] if args.workers is None else ["--workers", args.workers])]
-
-    def call(stage: str, *words) -> None:
-        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            sys.argv = [stage, *map(str, (*words, *more, "--out", f"{out}/out"))]
-            load_stage(stage).main()
-
-    of_06 = partial(call, "06_eval_robustness", folder / "model.pt", "--imagenet-c", folder)
-    return of_06, partial(call, "02_pseudo_label", "--teacher", folder / "model.pt", "--unlabeled", folder / "fog")
-
-
 def robustness(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
-        rows = {"drawing all 18 at 32 px against the model's own time": drawing_at_32(Path(folder), args)}
-        rows["06 on images of ImageNet-C against 02 on the same files"] = imagenet_c_against_02(Path(other), args)
-        seconds = {name: ([], []) for name in rows}
-        for turn in range(args.rounds + 1):
-            for name, pair in rows.items():
-                for call, times in zip(pair, seconds[name], strict=True):
-                    began = time.perf_counter()
-                    call()
-                    if turn:  # the first warms up
-                        times.append(time.perf_counter() - began)
-    print(f"{machine(args)}, median of {args.rounds} rounds, {args.number} images\n")
-    print_rows(("what", "seconds", "against", "ratio", "least", "most"), ("---", *["---:"] * 5))
-    for name, (ours, theirs) in seconds.items():
-        ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
-        cells = [f"{number:.2f}" for number in (median(ours), median(theirs), median(ratios), min(ratios), max(ratios))]
-        print_rows((name, *cells))
-    print("\nMicroseconds of CPU time a view, mean of the severities, least of the rounds\n")
+    print(f"torch {torch.__version__}, {machine(args)}, median of {args.rounds} rounds\n")
+    with tempfile.TemporaryDirectory() as folder:
+        draw, evaluate = drawing_at_32(Path(folder), args)
+        num, group = 90 * args.number, "18 corruptions at 32 px"
+        race({f"{group}: the model": (num, evaluate), f"{group}: (drawing)": (num, draw)}, args.rounds, "images/s")
+    print("Microseconds of CPU time a view, mean of the severities, least of the rounds\n")
     stage, rng = load_stage("06_eval_robustness"), np.random.default_rng(0)
     grid = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     images = [np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC)) for size in (32, 224)]
@@ -773,6 +853,16 @@ def robustness(args: argparse.Namespace) -> None:
         print_rows((name, *cells))
 
 
+def main(words: list[str]) -> None:
+    args = parse_args(words)
+    if hasattr(args, "file"):
+        page = ROOT / "docs" / "speed.md"
+        text = paste(args.file.read_text(), page.read_text())
+        with write_atomically(page) as temporary:
+            temporary.write_text(text)
+    else:
+        args.function(args)
+
+
 if __name__ == "__main__":
-    args = parse_args()
-    args.function(args)
+    main(sys.argv[1:])

@@ -1,8 +1,13 @@
-"""Intervals, paired differences, and what stands beside the table of 06: against values by hand and by simulation."""
+"""Intervals, paired differences, and what stands beside the table of 06: against values by hand and by simulation; and
+the tables of tests/benchmark.py."""
 
 import importlib.util
 import json
+import re
+import sys
+from functools import partial
 
+import benchmark
 import numpy as np
 import pytest
 from conftest import ROOT, save_model
@@ -177,3 +182,54 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     assert shown["control student1"] == "yes |" and shown["hard-labels student1"] == "not shown |"
     assert shown["ratio-1 student1"] == "the other way |"
     assert not any("unbalanced" in line for line in lines)  # was not run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tests/benchmark.py, whose tables stand in docs/speed.md
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_benchmark_runs_and_is_pasted(capfd, monkeypatch):
+    """In small, in one precision; a package that is not there is named and left out."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(benchmark, "PRECISIONS", ("fp32",))
+    monkeypatch.setitem(benchmark.PEERS, "kornia", False)
+    benchmark.main(["all", "--quick", "--threads", "1", "--device", "cpu"])
+    output = capfd.readouterr().out
+    assert re.search("left out: .*kornia", output)
+    rows = re.findall(r"^\| ([^|]+: [^|]+) \| ([\d,.]+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", output, re.M)
+    names = " ".join(name for name, _, _ in rows)
+    assert all(float(ratio) > 0 for _, _, ratio in rows) and len({name for name, _, _ in rows}) == len(rows)
+    for stage in ("ours, 01", "ours, 02", "ours, 03", "ours, 03 --method top-p", "ours, 04", "ours, 06", "8 px: ours"):
+        assert stage in names
+    for peer in ("train.py", "inference.py", "validate.py", "torchvision v1", "torchvision v2", "h5py and numpy"):
+        assert peer in names
+    assert "kornia, ops" not in names
+
+    page = (ROOT / "docs" / "speed.md").read_text()
+    pasted = benchmark.paste(output, page)
+    assert benchmark.paste(output, pasted) == pasted and all(f"| {name} |" in pasted for name, _, _ in rows)
+    outside = r"(?ms)(^<!-- speed: \w+ -->\n).*?(?=^<!-- end -->)"
+    assert re.sub(outside, r"\1", pasted) == re.sub(outside, r"\1", page)
+    with pytest.raises(SystemExit):
+        benchmark.paste(output, page.replace("<!-- speed: noise -->", ""))
+
+
+def test_the_benchmarks_table_by_hand(capsys):
+    """Ratios to the first of a group, round by round; the first turn does not count; what is behind is named."""
+    turns = {
+        "a: peer": [9, 1, 2, 4],
+        "a: other": [9, 2, 2, 2],
+        "a: ours": [9, 1, 4, 2],
+        "a: (floor)": [9, 0.5, 0.5, 0.5],
+    }
+    calls = {name: (8, partial(next, map(float, seconds))) for name, seconds in turns.items()}
+    benchmark.race(calls | {"b: ours": (1, lambda: 0.25)}, 3, "images/s", ("MB", {"a: ours": 7}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:6] == [
+        "| a: peer | 4 | 1.00 | 1.00 | 1.00 |  |",
+        "| a: other | 4 | 1.00 | 0.50 | 2.00 |  |",
+        "| a: ours | 4 | 1.00 | 0.50 | 2.00 | 7 |",
+        "| a: (floor) | 16 | 4.00 | 2.00 | 8.00 |  |",
+    ]
+    assert lines[8] == "Rows of ours with a peer: 1, 1 behind: a: ours (1.00 of peer)."
