@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +59,7 @@ from common import at_least, autocast, build_model, create_logits, fuse_batch_no
 from common import make_optimizer, map_dataset, open_label_file, rand_augment, save_checkpoint, write_atomically
 
 PEERS = {name: bool(importlib.util.find_spec(name)) for name in ("timm", "torchvision", "kornia", "pandas", "polars")}
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS, STAGES = ("fp32", "bf16"), ("01", "04")  # of training
 ROOMS = {  # of `all`: what --quick makes of each
     "train": "--arch timm/test_efficientnet --size 32 --batch 4 --steps 1",
     "inference": "--arch timm/test_efficientnet --sizes 32 --images 2",
@@ -73,9 +74,8 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
 
     def command(function, text: str, rounds: int | None = 5):
-        options = commands.add_parser(
-            function.__name__.removeprefix("run_"), help=text, formatter_class=parser.formatter_class
-        )
+        name = function.__name__.removeprefix("run_")
+        options = commands.add_parser(name, help=text, formatter_class=parser.formatter_class)
         options.set_defaults(function=function)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         options.add_argument("--threads", type=at_least(1, int), default=2, help="of torch and polars on CPUs")
@@ -87,7 +87,6 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     arch = {"default": "efficientnet_b0", "help": "EfficientNet, timm's and ours; timm/NAME: timm's in our stages too"}
     compiled = {"action": "store_true", "help": "ours compiled as well: a minute or two for each such row"}
     add = command(run_all, "all tables of docs/speed.md")
-    add("--arch", **arch)
     add("--compile", **compiled)
     add("--quick", action="store_true", help="one round of everything in small: does it run?")
     add("--tmp", help="folder for made-up data, 3 GB, removed again; None: the system's")
@@ -140,7 +139,7 @@ def print_rows(*rows) -> None:
         print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
 
 
-def race(variants: dict, rounds: int, unit: str, more: tuple[str, dict] | None = None) -> None:
+def race(variants: dict, rounds: int, unit: str, more: tuple[str, dict] | None = None, warm_up: int = 1) -> None:
     """Let all variants take turns, and print a table of what each reaches.
 
     variants: {"group: name": (number of things, call)}; a call may return the seconds that count, else its own time
@@ -149,14 +148,14 @@ def race(variants: dict, rounds: int, unit: str, more: tuple[str, dict] | None =
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = {name: [] for name in variants}
-    for _ in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         for name, (_, call) in variants.items():
             began = time.perf_counter()
             own = call()
             wait()
             seconds[name].append(own if isinstance(own, float) else time.perf_counter() - began)
     group_of = {name: name.partition(": ")[0] for name in variants}
-    speeds = {name: [variants[name][0] / time_of for time_of in times[1:]] for name, times in seconds.items()}
+    speeds = {name: [variants[name][0] / time_of for time_of in times[warm_up:]] for name, times in seconds.items()}
     column, cells_of = more or ("", {})
     print_rows(("", unit, "ratio", "least", "most", *([column] if more else [])))
     print_rows(("---", *["---:"] * (5 if more else 4)))
@@ -200,10 +199,9 @@ def head(args: argparse.Namespace) -> None:
     print(f"- {machine(args)}, on {words}{': other work ran beside it' if load > 0.3 else ''}.")
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    print(
-        f"- Commit {commit or 'unknown'}. Medians of {args.rounds} rounds in which the variants take turns. Ratios are"
-    )
-    print("  to the first row of the group, with the least and the most of the rounds. Absolute numbers mean little.\n")
+    print(f"- Commit {commit or 'unknown'}. Medians of {args.rounds} rounds in which the variants take turns.")
+    print("- Ratios are to the first row of the group, with the least and the most of the rounds: look at these.")
+    print("  Absolute numbers mean little on a machine that does other work too, and less on another one.\n")
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -213,22 +211,18 @@ def run_all(args: argparse.Namespace) -> None:
     for room, quick in ROOMS.items():
         print(f"<!-- speed: {room} -->", flush=True)
         words = [room, "--threads", args.threads, "--device", args.device]
-        words += ["--arch", args.arch] if room in ("train", "inference", "label") else []
         words += ["--rounds", 1, *quick.split()] if args.quick else ["--rounds", args.rounds]
         words += ["--compile"] if args.compile and room in ("train", "inference") else []
         words += ["--tmp", args.tmp] if args.tmp and room == "balance" else []
-        room_args = parse_args([*map(str, words)])
-        room_args.function(room_args)
+        main([*map(str, words)])
     print(f"<!-- end -->\n{(time.monotonic() - began) / 60:.0f} minutes in all")
 
 
 def paste(output: str, text: str) -> str:
     """`text` with what `output` of `all` has in each of its parts between the markers of the same names."""
     for name, part in re.findall(r"^<!-- speed: (\w+) -->\n(.*?)(?=^<!-- )", output, re.M | re.S):
-        marker = rf"(^<!-- speed: {name} -->\n)(.*?)(^<!-- end -->)"
-        text, num = re.subn(
-            marker, lambda found, p=part: found[1] + p.rstrip() + "\n" + found[3], text, flags=re.M | re.S
-        )
+        marker = rf"(?ms)(^<!-- speed: {name} -->\n).*?(^<!-- end -->)"
+        text, num = re.subn(marker, lambda found, p=part: f"{found[1]}{p.rstrip()}\n{found[2]}", text)
         if num != 1:
             common.fail(f"docs/speed.md has {num} parts <!-- speed: {name} --> ... <!-- end -->, expected one")
     return text
@@ -384,10 +378,8 @@ def train(args: argparse.Namespace) -> None:
         flags += ["--device", args.device, "--warmup-epochs", 0, "--epochs", 100, "--data", folder / "data"]
         of_04 = ["--teacher", folder / "teacher.pt", "--pseudo-labels", rows, "--ratio", 3]
         of_04 += ["--batch-size", args.batch // 4]
-        ours = {
-            "01": ("01_train_teacher", ["--batch-size", args.batch, "--arch", args.arch]),
-            "04": ("04_train_student", of_04),
-        }
+        ours = {"01": ("01_train_teacher", ["--batch-size", args.batch, "--arch", args.arch])}
+        ours["04"] = "04_train_student", of_04
         for precision in PRECISIONS:
             amp, amps = plain_autocast(precision, device), autocast(precision, device)[0]
             for layout in ("timm", "timm, channels_last") if PEERS["timm"] else ():
@@ -408,10 +400,11 @@ def train(args: argparse.Namespace) -> None:
                 name = f"whole step, {precision}: timm's train.py{flag}{' --amp' if precision == 'bf16' else ''}"
                 steps[name] = lambda num, t=theirs: [next(t) for _ in range(num)]
             for flag in ("", " --compile")[: 1 + (args.compile and precision == "bf16")]:
-                for name, (stage, words) in ours.items():
+                for name in STAGES:
                     here, there = SERVER.Pipe()
-                    out = folder / f"{name}-{precision}{flag}"
-                    words = [*words, *flags, "--precision", precision, *flag.split(), "--out", out]
+                    stage, words = ours[name]
+                    words = [*words, *flags, "--precision", precision, *flag.split()]
+                    words += ["--out", folder / f"{name}-{precision}{flag}"]
                     process = SERVER.Process(target=stop_at_steps, args=(there, args.threads, stage, words))
                     process.start()
                     there.close()
@@ -491,6 +484,7 @@ def inference(args: argparse.Namespace) -> None:
 def timms_loader(folder: Path, size: int, device: torch.device, workers: int, model: nn.Module):
     import timm
 
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: its default
     config = timm.data.resolve_data_config({"input_size": (3, size, size)}, model=model)
     dataset = timm.data.create_dataset("", str(folder))
     return timm.data.create_loader(dataset, batch_size=256, num_workers=workers, device=device, **config)
@@ -711,7 +705,7 @@ def balance(args: argparse.Namespace) -> None:
             for name, mapped in gather.items():
                 words = f"{size}, 256 rows drawn: {name}", "", random_rows, path, mapped
                 variants[words[0]] = 128 * 256, partial(alone, *words)
-        race(variants, args.rounds, "rows/s", ("peak MB", peaks))
+        race(variants, args.rounds, "rows/s", ("peak MB", peaks), warm_up=0)  # in new processes
         for name, num in results.items():  # all have selected as many
             group = name.partition(": ")[0]
             assert "(" in name or num == next(results[other] for other in results if other.startswith(f"{group}: ")), (
