@@ -1146,9 +1146,14 @@ def auto_contrast(images, magnitude, sign, generator, tf_quirks=False):
 
 
 def equalize(images, magnitude, sign, generator, tf_quirks=False):
-    flat = images.flatten(2).long()
-    histogram = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(flat))
-    last = histogram.gather(2, flat.amax(2, keepdim=True))  # the count of the brightest level in use
+    flat = images.flatten(2)
+    if images.device.type == "cpu" and flat.shape[2] > 64**2:  # 14 times as fast at 224 pixels; slower at 32
+        planes = flat.flatten(0, 1).unbind()
+        histogram = torch.stack([p.bincount(minlength=256) for p in planes]).view(*flat.shape[:2], 256)
+    else:
+        index = flat.long()
+        histogram = index.new_zeros(*flat.shape[:2], 256).scatter_add_(2, index, torch.ones_like(index))
+    last = histogram.gather(2, flat.amax(2, keepdim=True).long())  # the count of the brightest level in use
     step = (flat.shape[2] - last) // 255
     below = histogram.cumsum(2) - histogram
     equalized = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)

@@ -15,7 +15,7 @@ robustness  what drawing stage 06's corruptions adds to the time of EfficientNet
 
     python tests/benchmark.py all --compile | tee speed.txt && python tests/benchmark.py paste speed.txt
     python tests/benchmark.py all --quick
-    python tests/benchmark.py balance --tmp /folder/with/3/GB
+    python tests/benchmark.py balance --tmp /folder/with/1/GB
     python tests/benchmark.py memory --models efficientnet_b7:224:8
     python tests/benchmark.py robustness --threads 1
 
@@ -35,6 +35,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,7 @@ from common import at_least, autocast, build_model, create_logits, fuse_batch_no
 from common import make_optimizer, map_dataset, open_label_file, rand_augment, save_checkpoint, write_atomically
 
 PEERS = {name: bool(importlib.util.find_spec(name)) for name in ("timm", "torchvision", "kornia", "pandas", "polars")}
+CLOCKS = {"wall": "elapsed", "cpu": "computed by the process and its ended children: for one thread beside other work"}
 PRECISIONS, STAGES = ("fp32", "bf16"), ("01", "04")  # of training
 ROOMS = {  # of `all`: what --quick makes of each
     "train": "--arch timm/test_efficientnet --size 32 --batch 4 --steps 1",
@@ -82,6 +84,8 @@ def parse_args(words: list[str]) -> argparse.Namespace:
         options.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where it is measured")
         if rounds:
             options.add_argument("--rounds", type=at_least(1, int), default=rounds, help="medians are taken over them")
+            clocks = "; ".join(f"{name}: {words}" for name, words in CLOCKS.items())
+            options.add_argument("--clock", choices=CLOCKS, default="wall", help=f"seconds {clocks}")
         return options.add_argument
 
     arch = {"default": "efficientnet_b0", "help": "EfficientNet, timm's and ours; timm/NAME: timm's in our stages too"}
@@ -89,14 +93,14 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     add = command(run_all, "all tables of docs/speed.md")
     add("--compile", **compiled)
     add("--quick", action="store_true", help="one round of everything in small: does it run?")
-    add("--tmp", help="folder for made-up data, 3 GB, removed again; None: the system's")
+    add("--tmp", help="folder for made-up data, 1 GB, removed again; None: the system's")
     add = commands.add_parser("paste", help="put the tables of `all` into docs/speed.md").add_argument
     add("file", type=Path, help="what `all` printed")
     add = command(train, "training")
     add("--arch", **arch)
     add("--size", type=at_least(32, int), default=32, help="pixels")
     add("--batch", type=at_least(4, int), default=64, help="images a step; 04: a quarter of them labelled")
-    add("--steps", type=at_least(1, int), default=6, help="of each variant in each round")
+    add("--steps", type=at_least(1, int), help="of each variant in each round; None: 2, on GPUs 20")
     add("--compile", **compiled)
     add = command(inference, "a model alone")
     add("--arch", **arch)
@@ -105,12 +109,12 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     add("--compile", **compiled)
     add = command(label, "labelling and evaluating a folder")
     add("--arch", **arch)
-    add("--number", type=at_least(1, int), default=64, help="of drawn images, 500 x 375, 110 kB")
+    add("--number", type=at_least(1, int), default=32, help="of drawn images, 500 x 375, 110 kB")
     add("--size", type=at_least(32, int), default=224, help="pixels of the model")
     add = command(balance, "selecting from made-up logits")
-    sizes = [rows_classes_kept(text) for text in ("10000000:100:10000", "1000000:1000:1000")]
+    sizes = [rows_classes_kept(text) for text in ("2000000:100:2000", "200000:1000:200")]
     add("--sizes", type=rows_classes_kept, nargs="+", default=sizes, help="ROWS:CLASSES:PER_CLASS ...")
-    add("--tmp", help="folder for the logits, 3 GB, removed again; None: the system's")
+    add("--tmp", help="folder for the logits, 1 GB, removed again; None: the system's")
     add = command(noise, "RandAugment")
     add("--sizes", type=at_least(8, int), nargs="+", default=[32, 96, 224], help="pixels")
     add("--images", type=at_least(1, int), help="a batch; None: 256, or what has 12 MB (on GPUs 48 MB)")
@@ -139,7 +143,16 @@ def print_rows(*rows) -> None:
         print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
 
 
-def race(variants: dict, rounds: int, unit: str, more: tuple[str, dict] | None = None, warm_up: int = 1) -> None:
+def seconds_of(clock: str) -> float:
+    if clock == "wall":
+        return time.perf_counter()
+    parts = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(part.ru_utime + part.ru_stime for part in parts)
+
+
+def race(
+    variants: dict, args: argparse.Namespace, unit: str, more: tuple[str, dict] | None = None, warm_up: int = 1
+) -> None:
     """Let all variants take turns, and print a table of what each reaches.
 
     variants: {"group: name": (number of things, call)}; a call may return the seconds that count, else its own time
@@ -148,12 +161,12 @@ def race(variants: dict, rounds: int, unit: str, more: tuple[str, dict] | None =
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = {name: [] for name in variants}
-    for _ in range(warm_up + rounds):
+    for _ in range(warm_up + args.rounds):
         for name, (_, call) in variants.items():
-            began = time.perf_counter()
+            began = seconds_of(args.clock)
             own = call()
             wait()
-            seconds[name].append(own if isinstance(own, float) else time.perf_counter() - began)
+            seconds[name].append(own if isinstance(own, float) else seconds_of(args.clock) - began)
     group_of = {name: name.partition(": ")[0] for name in variants}
     speeds = {name: [variants[name][0] / time_of for time_of in times[warm_up:]] for name, times in seconds.items()}
     column, cells_of = more or ("", {})
@@ -199,7 +212,8 @@ def head(args: argparse.Namespace) -> None:
     print(f"- {machine(args)}, on {words}{': other work ran beside it' if load > 0.3 else ''}.")
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    print(f"- Commit {commit or 'unknown'}. Medians of {args.rounds} rounds in which the variants take turns.")
+    print(f"- Commit {commit or 'unknown'}. The variants take turns. Medians of {args.rounds} rounds.")
+    print(f"- Seconds of the {args.clock} ({CLOCKS[args.clock]}).")
     print("- Ratios are to the first row of the group, with the least and the most of the rounds: look at these.")
     print("  Absolute numbers mean little on a machine that does other work too, and less on another one.\n")
 
@@ -210,7 +224,7 @@ def run_all(args: argparse.Namespace) -> None:
     head(args)
     for room, quick in ROOMS.items():
         print(f"<!-- speed: {room} -->", flush=True)
-        words = [room, "--threads", args.threads, "--device", args.device]
+        words = [room, "--threads", args.threads, "--device", args.device, "--clock", args.clock]
         words += ["--rounds", 1, *quick.split()] if args.quick else ["--rounds", args.rounds]
         words += ["--compile"] if args.compile and room in ("train", "inference") else []
         words += ["--tmp", args.tmp] if args.tmp and room == "balance" else []
@@ -341,21 +355,21 @@ def timms_steps(folder: Path, args: argparse.Namespace, precision: str, channels
             yield
 
 
-def stop_at_steps(connection, threads: int, stage: str, words: list) -> None:
+def stop_at_steps(connection, threads: int, clock: str, stage: str, words: list) -> None:
     """In a process of its own: a stage as it is, which waits after its first step, and then takes as many as are asked
     for."""
     torch.set_num_threads(threads)
-    end_step, left = common.Run.end_step, 1
+    end_step, left, began = common.Run.end_step, 1, 0.0
 
     def end_step_and_wait(run) -> None:
-        nonlocal left
+        nonlocal left, began
         end_step(run)
         left -= 1
         if not left:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            connection.send(None)
-            left = connection.recv()
+            connection.send(seconds_of(clock) - began)
+            left, began = connection.recv(), seconds_of(clock)
 
     common.Run.end_step = end_step_and_wait
     run_stage(stage, *words)
@@ -370,7 +384,8 @@ def train(args: argparse.Namespace) -> None:
     steps = {}  # {name: function that takes a number of steps}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        num = (args.rounds + 1) * args.steps + 2  # steps of each, and no image is seen twice
+        at_once = args.steps or (20 if device.type == "cuda" else 2)
+        num = (args.rounds + 1) * at_once + 2  # steps of each, and no image is seen twice
         draw_folder(folder / "data", args.size, num * args.batch)
         rows = labels_of_all(folder / "data", folder)
         save_model(folder / "teacher.pt", args.arch, 10, args.size, data=str(folder / "data"), crop_fraction=1.0)
@@ -405,20 +420,20 @@ def train(args: argparse.Namespace) -> None:
                     stage, words = ours[name]
                     words = [*words, *flags, "--precision", precision, *flag.split()]
                     words += ["--out", folder / f"{name}-{precision}{flag}"]
-                    process = SERVER.Process(target=stop_at_steps, args=(there, args.threads, stage, words))
+                    process = SERVER.Process(target=stop_at_steps, args=(there, args.threads, args.clock, stage, words))
                     process.start()
                     there.close()
                     stack.callback(process.join)
                     stack.callback(process.kill)
                     here.recv()  # it has compiled, and taken its first step
                     steps[f"whole step, {precision}: ours, {name}{flag}"] = partial(ask, here)
-        variants = {name: (args.steps * args.batch, partial(call, args.steps)) for name, call in steps.items()}
-        race(variants, args.rounds, "images/s")
+        variants = {name: (at_once * args.batch, partial(call, at_once)) for name, call in steps.items()}
+        race(variants, args, "images/s")
 
 
-def ask(connection, num: int) -> None:
+def ask(connection, num: int) -> float:
     connection.send(num)
-    connection.recv()
+    return connection.recv()
 
 
 def draw_folder(data: Path, size: int, num: int) -> None:
@@ -478,7 +493,7 @@ def inference(args: argparse.Namespace) -> None:
                     compiled.compile(dynamic=False)  # else the second size would be compiled for any size
                     variants[f"{group}: ours, compiled"] = compiled, nhwc, own_batch, own_amp
         calls = {name: (len(words[1]), partial(run, *words)) for name, words in variants.items()}
-        race(calls, args.rounds, "images/s")
+        race(calls, args, "images/s")
 
 
 def timms_loader(folder: Path, size: int, device: torch.device, workers: int, model: nn.Module):
@@ -563,7 +578,7 @@ def label(args: argparse.Namespace) -> None:
                 variants[f"evaluating, {precision}: timm's validate.py"] = partial(timms_validate, *given)
             words = "06_eval_robustness", folder / "model.pt", "--data", folder, *amps
             variants[f"evaluating, {precision}: ours, 06"] = partial(of_ours, *words)
-        race({name: (args.number, call) for name, call in variants.items()}, args.rounds, "images/s")
+        race({name: (args.number, call) for name, call in variants.items()}, args, "images/s")
 
 
 def write_logits(path: Path, num_rows: int, num_classes: int) -> None:
@@ -661,7 +676,7 @@ def random_rows(path: Path, mapped: bool) -> int:
     return 128 * 256
 
 
-def measured(threads: int, import_first: str, function, *args) -> tuple[int, float, float]:
+def measured(threads: int, clock: str, import_first: str, function, *args) -> tuple[int, float, float]:
     """In a process of its own: (result, seconds, MB resident at most above what the process had at its start)."""
 
     def peak() -> float:  # not getrusage's, which begins with that of the parent process
@@ -672,9 +687,9 @@ def measured(threads: int, import_first: str, function, *args) -> tuple[int, flo
     os.environ["POLARS_MAX_THREADS"] = str(threads)
     if import_first:
         importlib.import_module(import_first)
-    before, began = peak(), time.perf_counter()
+    before, began = peak(), seconds_of(clock)
     result = function(*args)
-    return result, time.perf_counter() - began, peak() - before
+    return result, seconds_of(clock) - began, peak() - before
 
 
 def balance(args: argparse.Namespace) -> None:
@@ -683,7 +698,7 @@ def balance(args: argparse.Namespace) -> None:
 
         def alone(name: str, *words) -> float:
             with SERVER.Pool(1) as pool:  # a process of its own, for the memory
-                results[name], seconds, peak = pool.apply(measured, (args.threads, *words))
+                results[name], seconds, peak = pool.apply(measured, (args.threads, args.clock, *words))
             peaks[name] = max(round(peak), peaks.get(name, 0))
             return seconds
 
@@ -705,7 +720,7 @@ def balance(args: argparse.Namespace) -> None:
             for name, mapped in gather.items():
                 words = f"{size}, 256 rows drawn: {name}", "", random_rows, path, mapped
                 variants[words[0]] = 128 * 256, partial(alone, *words)
-        race(variants, args.rounds, "rows/s", ("peak MB", peaks), warm_up=0)  # in new processes
+        race(variants, args, "rows/s", ("peak MB", peaks), warm_up=0)  # in new processes
         for name, num in results.items():  # all have selected as many
             group = name.partition(": ")[0]
             assert "(" in name or num == next(results[other] for other in results if other.startswith(f"{group}: ")), (
@@ -792,7 +807,7 @@ def noise(args: argparse.Namespace) -> None:
             call = Kornias(2, 9)
             variants[f"{size} px: kornia, ops per batch"] = num, lambda f=call, b=batch: f(b / 255).mul(255).byte()
         variants[f"{size} px: ours"] = num, lambda b=batch: rand_augment(b, 2, 9)
-    race(variants, args.rounds, "images/s")
+    race(variants, args, "images/s")
 
 
 def drawing_at_32(folder: Path, args: argparse.Namespace):
@@ -828,7 +843,7 @@ def robustness(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         draw, evaluate = drawing_at_32(Path(folder), args)
         num, group = 90 * args.number, "18 corruptions at 32 px"
-        race({f"{group}: the model": (num, evaluate), f"{group}: (drawing)": (num, draw)}, args.rounds, "images/s")
+        race({f"{group}: the model": (num, evaluate), f"{group}: (drawing)": (num, draw)}, args, "images/s")
     print("Microseconds of CPU time a view, mean of the severities, least of the rounds\n")
     stage, rng = load_stage("06_eval_robustness"), np.random.default_rng(0)
     grid = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))

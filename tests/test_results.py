@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import benchmark
 import numpy as np
@@ -195,7 +196,7 @@ def test_every_row_of_the_benchmark_runs_and_is_pasted(capfd, monkeypatch):
     monkeypatch.setattr(benchmark, "PRECISIONS", ("fp32",))
     monkeypatch.setattr(benchmark, "STAGES", ("04",))
     monkeypatch.setitem(benchmark.PEERS, "kornia", False)
-    benchmark.main(["all", "--quick", "--threads", "1", "--device", "cpu"])
+    benchmark.main(["all", "--quick", "--threads", "1", "--device", "cpu", "--clock", "cpu"])
     output = capfd.readouterr().out
     assert re.search("left out: .*kornia", output)
     rows = re.findall(r"^\| ([^|]+: [^|]+) \| ([\d,.]+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|", output, re.M)
@@ -225,7 +226,8 @@ def test_the_benchmarks_table_by_hand(capsys):
         "a: (floor)": [9, 0.5, 0.5, 0.5],
     }
     calls = {name: (8, partial(next, map(float, seconds))) for name, seconds in turns.items()}
-    benchmark.race(calls | {"b: ours": (1, lambda: 0.25)}, 3, "images/s", ("MB", {"a: ours": 7}))
+    args = SimpleNamespace(rounds=3, clock="wall")
+    benchmark.race(calls | {"b: ours": (1, lambda: 0.25)}, args, "images/s", ("MB", {"a: ours": 7}))
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:6] == [
         "| a: peer | 4 | 1.00 | 1.00 | 1.00 |  |",
