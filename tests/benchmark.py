@@ -75,54 +75,48 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     commands = parser.add_subparsers(required=True)
 
-    def command(function, text: str, rounds: int | None = 5):
-        name = function.__name__.removeprefix("run_")
+    shared = {"arch": {"default": "efficientnet_b0", "help": "of both; timm/NAME: timm's model in our stages too"}}
+    shared["compile"] = {"action": "store_true", "help": "ours compiled as well: a minute or two for each such row"}
+    shared["tmp"] = {"help": "folder for what is made up, 1 GB, for L2 10; removed again; None: the system's"}
+    shared["rounds"] = {"type": at_least(1, int), "default": 5, "help": "medians are taken over them"}
+    clocks = "; ".join(f"{name}: {words}" for name, words in CLOCKS.items())
+    shared["clock"] = {"choices": CLOCKS, "default": "wall", "help": f"seconds {clocks}"}
+
+    def command(function, text: str, *names: str):
+        name, device = function.__name__.removeprefix("run_"), "cuda" if torch.cuda.is_available() else "cpu"
         options = commands.add_parser(name, help=text, formatter_class=parser.formatter_class)
         options.set_defaults(function=function)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         options.add_argument("--threads", type=at_least(1, int), default=2, help="of torch and polars on CPUs")
         options.add_argument("--device", choices=["cpu", "cuda"], default=device, help="where it is measured")
-        if rounds:
-            options.add_argument("--rounds", type=at_least(1, int), default=rounds, help="medians are taken over them")
-            clocks = "; ".join(f"{name}: {words}" for name, words in CLOCKS.items())
-            options.add_argument("--clock", choices=CLOCKS, default="wall", help=f"seconds {clocks}")
+        for name in names:
+            options.add_argument(f"--{name}", **shared[name])
         return options.add_argument
 
-    arch = {"default": "efficientnet_b0", "help": "EfficientNet, timm's and ours; timm/NAME: timm's in our stages too"}
-    compiled = {"action": "store_true", "help": "ours compiled as well: a minute or two for each such row"}
-    add = command(run_all, "all tables of docs/speed.md")
-    add("--compile", **compiled)
+    add = command(run_all, "all tables of docs/speed.md", "rounds", "clock", "compile", "tmp")
     add("--quick", action="store_true", help="one round of everything in small: does it run?")
-    add("--tmp", help="folder for made-up data, 1 GB, removed again; None: the system's")
+    add("--rooms", nargs="+", choices=ROOMS, default=[*ROOMS], help="only these tables")
     add = commands.add_parser("paste", help="put the tables of `all` into docs/speed.md").add_argument
     add("file", type=Path, help="what `all` printed")
-    add = command(train, "training")
-    add("--arch", **arch)
+    add = command(train, "training", "rounds", "clock", "arch", "compile")
     add("--size", type=at_least(32, int), default=32, help="pixels")
     add("--batch", type=at_least(4, int), default=64, help="images a step; 04: a quarter of them labelled")
     add("--steps", type=at_least(1, int), help="of each variant in each round; None: 2, on GPUs 20")
-    add("--compile", **compiled)
-    add = command(inference, "a model alone")
-    add("--arch", **arch)
+    add = command(inference, "a model alone", "rounds", "clock", "arch", "compile")
     add("--sizes", type=at_least(32, int), nargs="+", default=[224, 32], help="pixels")
     add("--images", type=at_least(1, int), help="a round; None: as many as the larger batch")
-    add("--compile", **compiled)
-    add = command(label, "labelling and evaluating a folder")
-    add("--arch", **arch)
+    add = command(label, "labelling and evaluating a folder", "rounds", "clock", "arch")
     add("--number", type=at_least(1, int), default=32, help="of drawn images, 500 x 375, 110 kB")
     add("--size", type=at_least(32, int), default=224, help="pixels of the model")
-    add = command(balance, "selecting from made-up logits")
+    add = command(balance, "selecting from made-up logits", "rounds", "clock", "tmp")
     sizes = [rows_classes_kept(text) for text in ("2000000:100:2000", "200000:1000:200")]
     add("--sizes", type=rows_classes_kept, nargs="+", default=sizes, help="ROWS:CLASSES:PER_CLASS ...")
-    add("--tmp", help="folder for the logits, 1 GB, removed again; None: the system's")
-    add = command(noise, "RandAugment")
+    add = command(noise, "RandAugment", "rounds", "clock")
     add("--sizes", type=at_least(8, int), nargs="+", default=[32, 96, 224], help="pixels")
     add("--images", type=at_least(1, int), help="a batch; None: 256, or what has 12 MB (on GPUs 48 MB)")
-    add = command(memory, "peak memory of a training step", None)
+    add = command(memory, "peak memory of a training step", "tmp")
     models = [model_pixels_batch(text) for text in ("efficientnet_b7:224:8", "efficientnet_l2:128:4")]
     add("--models", type=model_pixels_batch, nargs="+", default=models, help="ARCH:PIXELS:BATCH ...")
-    add("--tmp", help="folder for data and checkpoints, 10 GB for L2, removed again; None: the system's")
-    add = command(robustness, "cost of what stage 06 evaluates on, against its model")
+    add = command(robustness, "cost of what stage 06 evaluates on, against its model", "rounds", "clock")
     add("--number", type=at_least(1, int), default=64, help="of images")
     add("--workers", type=at_least(0, int), help="loaders; None: stage 06's own choice")
     return parser.parse_args(words)
@@ -222,10 +216,10 @@ def run_all(args: argparse.Namespace) -> None:
     began = time.monotonic()
     print("<!-- speed: head -->")
     head(args)
-    for room, quick in ROOMS.items():
+    for room in args.rooms:
         print(f"<!-- speed: {room} -->", flush=True)
         words = [room, "--threads", args.threads, "--device", args.device, "--clock", args.clock]
-        words += ["--rounds", 1, *quick.split()] if args.quick else ["--rounds", args.rounds]
+        words += ["--rounds", 1, *ROOMS[room].split()] if args.quick else ["--rounds", args.rounds]
         words += ["--compile"] if args.compile and room in ("train", "inference") else []
         words += ["--tmp", args.tmp] if args.tmp and room == "balance" else []
         main([*map(str, words)])
@@ -619,28 +613,27 @@ def with_polars(file: h5py.File, per_class: int) -> tuple:
     return tuple(frame[name].to_numpy() for name in ("index", "label", "confidence"))
 
 
-def best_of_classes(label: np.ndarray, score: np.ndarray, per_class: int) -> np.ndarray:
-    """The positions of the `per_class` highest scores of each class, after one sort of all."""
-    order = np.lexsort((-score, label))
-    starts = np.searchsorted(label[order], np.arange(label.max() + 2))
-    return np.concatenate([order[a : min(a + per_class, b)] for a, b in itertools.pairwise(starts)])
-
-
 def with_numpy(file: h5py.File, per_class: int) -> tuple:
     label, confidence = file["label"][:], file["confidence"][:]
     rows = np.flatnonzero(confidence > np.float32(0.3))
-    rows = rows[best_of_classes(label[rows], confidence[rows], per_class)]
+    rows = rows[np.lexsort((-confidence[rows], label[rows]))]  # class after class, the surest first
+    starts = np.searchsorted(label[rows], np.arange(label.max() + 2))
+    rows = np.concatenate([rows[a : min(a + per_class, b)] for a, b in itertools.pairwise(starts)])
     return rows, label[rows], confidence[rows]
 
 
 def top_p_with_torch(file: h5py.File, per_class: int) -> tuple:
-    parts = []
+    """Chunk by chunk: of each row the 10 most probable classes, of each class the best so far."""
+    scores = torch.full((per_class, file["logits"].shape[1]), -1.0)
+    rows = torch.zeros(scores.shape, dtype=torch.int64)
     for first in range(0, len(file["label"]), 10_000):
-        score, label = torch.from_numpy(file["logits"][first : first + 10_000]).float().softmax(1).topk(10)
-        parts.append((np.repeat(np.arange(first, first + len(score)), 10), label.int().flatten(), score.flatten()))
-    row, label, score = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    kept = best_of_classes(label, score, per_class)
-    return row[kept], label[kept], score[kept]
+        probs, classes = torch.from_numpy(file["logits"][first : first + 10_000]).float().softmax(1).topk(10)
+        new = torch.full((len(probs), scores.shape[1]), -1.0).scatter_(1, classes, probs)
+        scores, chosen = torch.cat([scores, new]).topk(per_class, dim=0)
+        number = torch.arange(first, first + len(new))[:, None].expand(new.shape)
+        rows = torch.cat([rows, number]).gather(0, chosen)
+    row, label = (scores >= 0).nonzero().T
+    return rows[row, label].numpy(), label.numpy(), scores[row, label].numpy()
 
 
 def by_hand(function, path: Path, per_class: int) -> int:
