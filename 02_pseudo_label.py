@@ -190,7 +190,7 @@ def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | rang
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, args.workers, connect=False)  # no collectives, so no time limits
+    processes = init_processes(args.device, args.workers, args.out, connect=False)  # so no time limits
     model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
     view, sha256, precision = View.of(checkpoint), file_sha256(args.teacher), precision_of(args.precision, processes)
     data, arch, magnitude = checkpoint.get("data"), checkpoint["arch"], args.noised

@@ -228,7 +228,7 @@ class StoredLabels:
 
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, args.workers)
+    processes = init_processes(args.device, args.workers, args.out)
     begun = previous_run(args)
 
     # What the unlabelled images are said to show, and what the student takes over from its teacher unless a flag says

@@ -83,6 +83,11 @@ def is_rank0() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def is_first_of_node() -> bool:
+    """Whether this is the one process of its machine that says what is wrong there."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
+
+
 def print0(*words, sep: str = " ") -> None:
     """Print from rank 0 alone, at once: the output may be a file that somebody watches."""
     if is_rank0():
@@ -92,9 +97,10 @@ def print0(*words, sep: str = " ") -> None:
 def fail(message: str, from_any: bool = False) -> NoReturn:
     """End with the user's mistake: one line on stderr, exit status 2.
 
-    All processes meet the same mistake, and rank 0 prints it. `from_any`: this process may be the only one to meet it.
+    All processes of a machine meet the same mistake, and the first prints it: another machine may have another disk.
+    `from_any`: this process may be the only one to meet it.
     """
-    if from_any or is_rank0():
+    if from_any or is_first_of_node():
         print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -251,7 +257,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.name or path.is_dir():
         fail(f"{path} is a folder, expected the name of a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # in containers process ids are often equal
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -301,26 +307,33 @@ class Processes(NamedTuple):
         return self.rank == 0
 
 
-def init_processes(device: str = "auto", workers: int | None = None, connect: bool = True) -> Processes:
+def init_processes(
+    device: str = "auto", workers: int | None = None, out: Path | None = None, connect: bool = True
+) -> Processes:
     """Find this process's device and place; without torchrun it is alone.
 
-    `workers` None: no loaders on CPUs, else this process's share of the cores. `connect`: the processes will exchange
-    tensors or wait for each other.
+    `workers` None: no loaders on CPUs, else this process's share of the cores. `out`: what all nodes must see.
+    `connect`: the processes will exchange tensors or wait for each other.
     """
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     rank, local_rank, world_size, local_world_size = (int(os.environ.get(k, d)) for k, d in names.items())
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        fail(f"--device {device}: process {local_rank} has no GPU, there are {torch.cuda.device_count()} here")
+    if on_gpu and local_rank >= (num := torch.cuda.device_count()):
+        fail(f"--device {device}: process {local_rank} has no GPU, there are {num} here", from_any=local_rank == num)
     if on_gpu:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True
     if workers is None:
         workers = min(16, os.cpu_count() // local_world_size) if on_gpu else 0
+    several_nodes = out and "MASTER_ADDR" in os.environ and local_world_size < world_size
+    if world_size > 1 and (connect or several_nodes):
+        timeout = timedelta(hours=2)  # a rank may list files for a long time
+        store = store_of_this_attempt(rank, world_size, timeout)
+        if several_nodes:
+            check_nodes(store, rank, world_size, out, "GPUs" if on_gpu else "CPUs")
     if world_size > 1 and connect:
-        # gloo beside nccl carries the stop flag without waiting for the GPU. A rank may list files for a long time.
-        timeout = timedelta(hours=2)
-        place = {"store": store_of_this_attempt(rank, world_size, timeout), "rank": rank, "world_size": world_size}
+        # gloo beside nccl carries the stop flag without waiting for the GPU.
+        place = {"store": store, "rank": rank, "world_size": world_size}
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **place)
         atexit.register(dist.destroy_process_group)
     return Processes(torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), rank, world_size, workers)
@@ -346,6 +359,52 @@ def store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dis
         if store.check([f"{attempt} answers"]) and word in store.get(f"{attempt} answers").decode():
             return dist.PrefixStore(attempt, store)
         time.sleep(0.02)
+
+
+LOOK_SECONDS = 45  # NFS may take 30 to 60 s where it is mounted with nocto, else it shows a new file at once
+
+
+def check_nodes(store: dist.Store, rank: int, world_size: int, out: Path, devices: str) -> None:
+    """End the program on all nodes where one does not see what process 0 writes beside `out`, or has other devices.
+
+    Process 0 leaves .NAME.begun there at its start, with a new word in it. Without it a node could not tell a disk that
+    is not shared from a listing that takes hours; and a disk of its own may hold the files of an earlier run.
+    """
+    out = Path(os.path.abspath(out))
+    begun, place = out.with_name(f".{out.name}.begun"), f"process {rank} on {platform.node()}"
+    if rank == 0:
+        word = uuid.uuid4().hex
+        try:
+            with write_atomically(begun) as temporary:
+                temporary.write_text(word)
+            atexit.register(begun.unlink, missing_ok=True)
+        finally:  # where it cannot be written the others must not wait for it
+            store.set("begun", f"{word} {devices}")
+        answers = [store.get(f"answer {other}").decode() for other in range(1, world_size)]  # waits for each
+        store.set("verdict", next(filter(None, answers), ""))
+        for other in range(1, world_size):  # the store may end with this process
+            store.get(f"heard {other}")
+    else:
+        word, devices0 = store.get("begun").decode().split()
+        end, answer = time.monotonic() + LOOK_SECONDS, ""
+        while not (seen := holds(begun, word)) and time.monotonic() < end:
+            time.sleep(0.2)
+        if not seen:
+            answer = f"--out: {place} does not see {begun}, which process 0 wrote: all nodes need one disk, at one path"
+        elif devices != devices0:
+            answer = f"--device: {place} runs on {devices}, process 0 on {devices0}: all nodes must have the same"
+        store.set(f"answer {rank}", answer)
+    verdict = store.get("verdict").decode()
+    store.set(f"heard {rank}", "")
+    if verdict:
+        fail(verdict)
+
+
+def holds(path: Path, text: str) -> bool:
+    with contextlib.suppress(OSError):
+        os.listdir(path.parent)  # at the opening of a folder NFS asks its server; a name it may know from a minute ago
+        return path.read_text() == text
+    return False
 
 
 def reduce_sum(tensor: Tensor, processes: Processes) -> Tensor:
@@ -2792,9 +2851,17 @@ def data_inputs(data: Path, train: ImageList, val: ImageList) -> dict:
 
 
 def input_digests(inputs: dict, processes: Processes) -> dict[str, str]:
-    """{path: digest} of everything that shapes a run, as checkpoints keep it: computed by rank 0."""
-    found = {os.path.abspath(path): digest_of(thing) for path, thing in inputs.items() if processes.is_main and path}
-    return from_rank0(found, processes)
+    """{path: digest} of everything that shapes a run, as checkpoints keep it: computed by rank 0.
+
+    The images lie on each machine's own disk, perhaps: the first process of each compares its list with rank 0's.
+    """
+    things = {os.path.abspath(path): thing for path, thing in inputs.items() if path}
+    found = from_rank0({path: digest_of(things[path]) for path in things if processes.is_main}, processes)
+    for path, images in things.items() if is_first_of_node() and not processes.is_main else ():
+        if isinstance(images, ImageList) and (digest := digest_of(images)) != found[path]:
+            there, where = f"{platform.node()} has {digest[:30]}", f"process 0's node {found[path][:30]}"
+            fail(f"{path}: {there}, {where}: all nodes need the same images")
+    return found
 
 
 LOCKS = []  # open files: a lock ends with its process
@@ -2821,20 +2888,23 @@ def previous_run(args: argparse.Namespace) -> dict | None:
     A last.pt that is damaged is passed over for the one before it. Other flags than the run began with (those of
     MAY_DIFFER apart) end the program.
     """
+    with contextlib.suppress(OSError):  # no folder yet; no permission: writing will say so
+        lock(args.out)
+    if dist.is_initialized():  # rank 0 has the lock: a process of a killed run, on another node, writes no more
+        dist.all_reduce(BUFFER.zero_())
     if not args.out.is_dir():
         return None
-    with contextlib.suppress(OSError):  # no permission: writing will say so
-        lock(args.out)
-    names = ["model.pt"] if (args.out / "model.pt").exists() else ["last.pt", "last.prev.pt"]
+    there = os.listdir(args.out)  # opens the folder: without that NFS may give the last.pt of a minute ago
+    names = ["model.pt"] if "model.pt" in there else ["last.pt", "last.prev.pt"]
     checkpoint = None
-    for path in (args.out / name for name in names if (args.out / name).exists()):
+    for path in (args.out / name for name in names if name in there):
         try:
             checkpoint = load_file(path)
             break
         except Exception as error:
             print0(f"{path} is damaged ({type(error).__name__}: {str(error)[:100]})")
     else:
-        if any((args.out / name).exists() for name in names):
+        if any(name in there for name in names):
             fail(f"{args.out} holds no checkpoint that can be read: remove it to begin anew, or choose another --out")
         return None
     if path.name == "last.prev.pt":
