@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0  # program
+from common import add_device_flags, argument_parser, at_least, fail, file_sha256, on_several_nodes, print0  # program
 from common import StopSignal, init_processes, progress, wait_until  # processes
 from common import recipe_of, resolution_of  # models
 from common import rand_augment  # noise
@@ -89,8 +89,10 @@ class RowWriter:
     def __init__(self, path: Path):
         with open_label_file(path, LOGITS_FORMAT) as file:
             self.offsets = {name: file[name].id.get_offset() for name in ("logits", "label", "confidence", "status")}
+        # A write to NFS is of a whole page, with what other nodes wrote there since it was read, unless O_DSYNC is set.
+        flags = os.O_WRONLY | (os.O_DSYNC if on_several_nodes() else 0)
         try:
-            self.path, self.file = path, os.open(path, os.O_RDWR)
+            self.path, self.file = path, os.open(path, flags)
         except OSError as error:
             fail(f"{path} cannot be written: {error.strerror}")
         self.queue, self.thread, self.pending = deque(), ThreadPoolExecutor(1), []

@@ -88,6 +88,11 @@ def is_first_of_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
 
 
+def on_several_nodes() -> bool:
+    """Whether torchrun started processes on other machines too."""
+    return "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+
+
 def print0(*words, sep: str = " ") -> None:
     """Print from rank 0 alone, at once: the output may be a file that somebody watches."""
     if is_rank0():
@@ -325,11 +330,10 @@ def init_processes(
         torch.backends.cudnn.benchmark = True
     if workers is None:
         workers = min(16, os.cpu_count() // local_world_size) if on_gpu else 0
-    several_nodes = out and "MASTER_ADDR" in os.environ and local_world_size < world_size
-    if world_size > 1 and (connect or several_nodes):
+    if world_size > 1 and (connect or on_several_nodes()):
         timeout = timedelta(hours=2)  # a rank may list files for a long time
         store = store_of_this_attempt(rank, world_size, timeout)
-        if several_nodes:
+        if on_several_nodes() and out:
             check_nodes(store, rank, world_size, out, "GPUs" if on_gpu else "CPUs")
     if world_size > 1 and connect:
         # gloo beside nccl carries the stop flag without waiting for the GPU.
@@ -432,6 +436,17 @@ def from_rank0(value, processes: Processes):
     if processes.world_size > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+@contextlib.contextmanager
+def first_of_node_first() -> Iterator[None]:
+    """The first process of each machine goes ahead of its others: what it downloads, they find in the cache."""
+    waits = dist.is_initialized() and not is_first_of_node()
+    if waits:
+        dist.all_reduce(BUFFER.zero_())
+    yield
+    if dist.is_initialized() and not waits:
+        dist.all_reduce(BUFFER.zero_())
 
 
 def union_of(items: set, processes: Processes) -> set:
@@ -992,7 +1007,8 @@ def initial_weights(init: str | Path, arch: str | None, num_pixels: int | None) 
     if init == "published":
         if not arch:
             fail("--init published: --arch must say of which model")
-        return published_weights(arch, num_pixels)
+        with first_of_node_first():
+            return published_weights(arch, num_pixels)
     source = read_file(init)
     if isinstance(source, dict) and source.get("format") == CHECKPOINT_FORMAT:
         return source
@@ -2251,7 +2267,7 @@ def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int,
     columns |= {"path": (text, (num,)), "logits": (np.dtype("f2"), (num, len(classes)))}
     columns |= {"held_out": (np.dtype("u1"), (len(held_out), 16))} if held_out else {}
     aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
-    with write_atomically(path) as temporary, h5py.File(temporary, "w", **aligned) as file:
+    with write_atomically(path) as temporary, h5py.File(temporary, "w", locking=False, **aligned) as file:
         for name, (dtype, shape) in columns.items():
             kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape)
             h5py.h5d.create(file.id, name.encode(), kind, space, creation)
@@ -2435,6 +2451,9 @@ def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.nda
 
 
 def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
+    if on_several_nodes():  # NFS drops what it has read of a file when a lock is taken
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     with open_label_file(path, LOGITS_FORMAT) as file:  # network file systems look for changes when a file is opened
         status = map_dataset(file, "status")
     return status if isinstance(wanted, range) else status[wanted]
@@ -2466,7 +2485,7 @@ def sorted_examples(index: np.ndarray, label: np.ndarray, confidence: np.ndarray
 
 
 def write_selection(path: Path, examples: Examples, classes: list[str], **attributes) -> None:
-    with write_atomically(path) as temporary, h5py.File(temporary, "w") as out:
+    with write_atomically(path) as temporary, h5py.File(temporary, "w", locking=False) as out:
         for name in LABEL_FILE_COLUMNS[SELECTION_FORMAT]:
             out[name] = getattr(examples, name)
         out.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
