@@ -117,7 +117,7 @@ def test_two_nodes_one_of_which_is_killed(tiny_data, run_stage, tmp_path):
     run_stage(*train, tmp_path / "1", nproc=2, WITHOUT="matplotlib")
 
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
-    env |= {"SLURM_JOB_NODELIST": "n[0-1]", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    env |= {"SLURM_JOB_NODELIST": "n[0-1]", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [tmp_path / "nodes.sh", tmp_path / "both.py", *label, tmp_path / "2.h5", "and", *train, tmp_path / "2"]
     with open(tmp_path / "stdout", "w") as stdout:
         job = subprocess.Popen([str(word) for word in words], env=env, stdout=stdout, start_new_session=True)
