@@ -9,12 +9,15 @@ import contextlib
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
@@ -44,7 +47,7 @@ CLASSES = ["disc", "square", "triangle"]  # of draw_data
 
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["stage_process", "torch", "torch.distributed", "torchvision", "h5py", "PIL.Image", "numpy", "matplotlib.pyplot"]
+    ["stage_process", "torch.distributed.run", "torchvision", "h5py", "PIL.Image", "numpy", "matplotlib.pyplot"]
 )
 
 
@@ -79,10 +82,8 @@ class Stage:
                 self.processes[-1].start()
             self.pids = [process.pid for process in self.processes]
         else:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-            torchrun += env.get("TORCHRUN", "").split()
             with open(self.outputs[0], "a") as out, open(self.outputs[1], "a") as err:
-                command = [sys.executable, *(torchrun if launcher == "torchrun" else []), script, *self.words[1:]]
+                command = [sys.executable, script, *self.words[1:]]
                 process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=err, start_new_session=True)
             self.processes, self.pids = [process], [process.pid]
 
@@ -151,19 +152,88 @@ def descendants(pid: int) -> list[int]:
 def start_stage(tmp_path_factory):
     """start_stage("03_balance.py", flag, value, ..., nproc=1, NAME="value") -> Stage, running.
 
-    It comes from the fork server, nproc > 1: as so many ranks. launcher="python" or "torchrun": really by these.
+    It comes from the fork server, nproc > 1: as so many ranks. launcher="python": really by a Python of its own.
+    launcher="torchrun": by torchrun's own agent, with the flags in TORCHRUN; it starts and watches start_stage.python3.
     WITHOUT="matplotlib": as if this package was not installed; it saves the second that a picture takes.
     """
-    started, root = [], tmp_path_factory.mktemp("stages")
+    started, number, root = [], itertools.count(), tmp_path_factory.mktemp("stages")
+    (root / "torchrun.py").write_text("from torch.distributed.run import main\n\nmain()\n")
 
     def start(*words, nproc=1, launcher=None, cwd=ROOT, file_size=-1, **env) -> Stage:
-        started.append(Stage(root / str(len(started)), words, nproc, launcher, cwd, file_size, env))
-        return started[-1]
+        if launcher == "torchrun":
+            flags = ["--standalone", f"--nproc-per-node={nproc}", *env.get("TORCHRUN", "").split()]
+            words = [root / "torchrun.py", *flags, *words]
+            env, nproc, launcher = env | {"PYTHON_EXEC": start.python3}, 1, None
+        stage = Stage(root / str(next(number)), words, nproc, launcher, cwd, file_size, env)
+        started.append(stage)  # several threads of python_that_forks start stages
+        return stage
 
-    yield start
+    with python_that_forks(root, start) as start.python3:
+        yield start
     for stage in started:
         if stage.poll() is None:
             stage.kill(wait=False)
+
+
+# A python3 that starts in no time: it has the fork server run the command, hands SIGTERM on, and ends with its status.
+PYTHON3 = """#!{python} -IS
+import json, os, signal, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    request = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
+    server.sendall(json.dumps(request).encode() + b"\\n")
+    answers = server.makefile()
+    pids = json.loads(answers.readline())
+    signal.signal(signal.SIGTERM, lambda number, frame: [os.kill(pid, number) for pid in pids])
+    answer = json.loads(answers.readline())
+for file, text in ((sys.stdout, answer["stdout"]), (sys.stderr, answer["stderr"])):
+    file.write(text)
+sys.stdout.flush()
+sys.exit(answer["status"])
+"""
+
+
+@contextlib.contextmanager
+def python_that_forks(root: Path, start):
+    """Path of a program python3 in a folder of its own, which does for a stage, and for -c, what a python3 would."""
+
+    def serve(connection):
+        with connection:
+            request = json.loads(connection.makefile().readline())
+            words, nproc = [word for word in request["words"] if word != "-u"], 1
+            if words[0] == "-c":
+                script = root / f"{threading.get_ident()}.py"
+                script.write_text(f"import sys\nsys.path[0] = {request['cwd']!r}\n{words[1]}")
+                words = [script, *words[2:]]
+            elif words[0] == "-m":  # torch.distributed.run --standalone --nproc-per-node N
+                nproc, words = int(words[4]), words[5:]
+            script = os.path.join(request["cwd"], words[0])
+            stage = start(script, *words[1:], nproc=nproc, cwd=request["cwd"], **request["env"])
+            connection.sendall(json.dumps(stage.pids).encode() + b"\n")
+            connection.settimeout(0.01)
+            while stage.poll() is None:
+                with contextlib.suppress(TimeoutError):
+                    if not connection.recv(1):  # who asked was killed
+                        stage.kill(wait=False)
+                        return
+            answer = {"status": stage.returncode, "stdout": stage.stdout, "stderr": stage.stderr}
+            connection.sendall(json.dumps(answer).encode() + b"\n")
+
+    def listen(server):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+
+    address = str(root / "socket")
+    (root / "bin").mkdir()
+    for name in ("python3", "python"):
+        (root / "bin" / name).write_text(PYTHON3.format(python=sys.executable, address=address))
+        (root / "bin" / name).chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        threading.Thread(target=listen, args=(server,), daemon=True).start()
+        yield str(root / "bin" / "python3")
 
 
 @pytest.fixture(scope="session")

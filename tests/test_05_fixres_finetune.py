@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, assert_mistake, checkpoint_of, load_stage, patch_name, save_model
+from conftest import assert_mistake, checkpoint_of, load_stage, patch_name, save_model
 
 import common
 from common import build_model
@@ -76,9 +76,8 @@ def test_of_another_model_the_last_linear_layer_trains(capsys):
 
 
 def test_too_many_blocks_are_a_mistake(b0, run_stage, tmp_path):
-    """With a plain Python: the exit status is that of the process."""
     flags = ["--checkpoint", b0, "--image-size", 40, "--out", tmp_path / "o", "--frozen-blocks", 17]
-    done = run_stage(ROOT / "05_fixres_finetune.py", *flags, check=False, launcher="python")
+    done = run_stage("05_fixres_finetune.py", *flags, check=False)
     assert_mistake(done, "--frozen-blocks 17")
     assert not (tmp_path / "o").exists()
 

@@ -1,6 +1,7 @@
 """Stage 06 on made-up sets in the layouts of the released ones: every metric against a transcription of its formula
 from logits that are computed here, gaps, other processes, kills, and models without a data directory."""
 
+import functools
 import json
 import shutil
 import time
@@ -31,9 +32,12 @@ def view_of(image: Image.Image, size: int, fraction: float = 1.0) -> np.ndarray:
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
+loaded = functools.cache(common.load_model)
+
+
 @torch.no_grad()
 def logits_of(path, views: list[np.ndarray]) -> np.ndarray:
-    model, checkpoint = common.load_model(path)
+    model, checkpoint = loaded(path)
     pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
     return model(common.normalize(pixels, common.View.of(checkpoint))).numpy()
 

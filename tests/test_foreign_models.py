@@ -16,7 +16,7 @@ from timm.layers import BatchNormAct2d
 
 import common
 
-OF_EACH_KIND = ["convnext_atto", "vit_tiny_patch16_224", "efficientnet_b0", "resnet50", "resnetv2_50"]
+OF_EACH_KIND = ["convnext_atto", "vit_tiny_patch16_224", "efficientnet_b0", "resnet10t", "resnetv2_18"]
 SHORT = ["--image-size", 32, "--batch-size", 8, "--epochs", 0.67, "--optimizer", "adamw", "--lr", 1e-3]
 SHORT += ["--warmup-epochs", 0, "--average", 0.5, "--num-ops", 1, "--magnitude", 5]
 
