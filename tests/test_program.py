@@ -8,13 +8,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHEAP, ROOT, assert_mistake, assert_same_weights, descendants, draw_data, encoded, metrics_of
+from conftest import CHEAP, ROOT, assert_mistake, assert_same_weights, descendants, draw_data, encoded
 from conftest import noise_image, results_of, save_model, write_files
 from label_files import COLUMNS, read_logits
 
@@ -90,58 +90,68 @@ done
 wait -n && wait -n"""
 TORCHRUN = """#!/bin/bash
 echo $$ >> {tmp}/agent$NODE
-exec {python} -m torch.distributed.run "$@" 2>> {tmp}/stderr$NODE"""
-BOTH = """import runpy, sys
-words = sys.argv[1:]
-cut = words.index("and")
-for sys.argv in (words[:cut], words[cut + 1 :]):
-    runpy.run_path(sys.argv[0], run_name="__main__")"""
+exec {python3} {agent} "$@" """
 
 
-def test_two_nodes_one_of_which_is_killed(tiny_data, run_stage, tmp_path):
-    """docs/nodes.md's script labels and trains as one node with two processes does; the killed agent comes back."""
+@pytest.fixture
+def sbatch(start_stage, tmp_path):
+    """sbatch(words of a stage) -> Popen of the script in docs/nodes.md, whose srun has two nodes, both on this machine.
+
+    torchrun is its own agent, from the fork server, and so are the processes that it starts.
+    """
     script = re.search(r"^```bash\n(.*?)^```", (ROOT / "docs/nodes.md").read_text(), re.M | re.S)[1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        script = script.replace(":29500", f":{free.getsockname()[1]}")
-    commands = {"srun": SRUN, "scontrol": "#!/bin/bash\nprintf '127.0.0.1\\n127.0.0.1\\n'", "torchrun": TORCHRUN}
-    for name, text in (commands | {"nodes.sh": script, "both.py": BOTH}).items():
-        (tmp_path / name).write_text(text.format(tmp=tmp_path, python=sys.executable) if name == "torchrun" else text)
+    python3 = Path(start_stage.python3)
+    torchrun = TORCHRUN.format(tmp=tmp_path, python3=python3, agent=python3.parent.parent / "torchrun.py")
+    commands = {"srun": SRUN, "scontrol": "#!/bin/bash\nprintf '127.0.0.1\\n127.0.0.1\\n'", "torchrun": torchrun}
+    for name, text in commands.items():
+        (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON_EXEC": str(python3), "SLURM_NNODES": "2"}
+    env |= {"SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7", "WITHOUT": "matplotlib"}
+    jobs = []
+
+    def start(*words):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            text = script.replace(":29500", f":{free.getsockname()[1]}")
+        command = ["bash", "-c", text, "nodes.sh", *map(str, words)]
+        jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        return jobs[-1]
+
+    yield start
+    for pid in (pid for job in jobs if job.poll() is None for pid in descendants(job.pid)):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_two_nodes_one_of_which_is_killed(tiny_data, run_stage, sbatch, tmp_path):
+    """docs/nodes.md's script labels and trains as one node with two processes does; the killed agent comes back."""
     teacher = save_model(tmp_path / "teacher.pt", data=str(tiny_data))
     many = write_files(tmp_path / "many", {f"{i}.png": encoded(noise_image(8, 8, i), "PNG") for i in range(600)})
     label = [ROOT / "02_pseudo_label.py", "--teacher", teacher, "--unlabeled", many, "--out"]
     train = [ROOT / "04_train_student.py", "--teacher", teacher, "--arch", CHEAP, "--batch-size", 4, "--ratio", 1]
-    train += ["--optimizer", "sgd", "--lr", 0.01, "--warmup-epochs", 0, "--epochs", 12, "--save-every", 1, "--out"]
+    train += ["--optimizer", "sgd", "--lr", 0.01, "--warmup-epochs", 0, "--epochs", 5, "--save-every", 1, "--out"]
     run_stage(*label, tmp_path / "1.h5", nproc=2)
     run_stage(*train, tmp_path / "1", nproc=2, WITHOUT="matplotlib")
 
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
-    env |= {"SLURM_JOB_NODELIST": "n[0-1]", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [tmp_path / "nodes.sh", tmp_path / "both.py", *label, tmp_path / "2.h5", "and", *train, tmp_path / "2"]
-    with open(tmp_path / "stdout", "w") as stdout:
-        job = subprocess.Popen([str(word) for word in words], env=env, stdout=stdout, start_new_session=True)
-    try:
-        end = time.monotonic() + 120
-        while not (tmp_path / "2" / "metrics.jsonl").exists() or not metrics_of(tmp_path / "2"):
-            assert job.poll() is None and time.monotonic() < end
-            time.sleep(0.005)
-        agent = int((tmp_path / "agent1").read_text())
-        for pid in descendants(agent):
-            os.kill(pid, signal.SIGKILL)
-        assert job.wait(120) == 0, (tmp_path / "stderr0").read_text()[-3000:]
-    finally:
-        for pid in descendants(job.pid) if job.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-    assert [len((tmp_path / name).read_text().split()) for name in ("agent0", "agent1")] == [1, 2]
-    printed = (tmp_path / "stdout").read_text()
-    assert printed.count("600 images, 0 of them done before") == 1 and "600 images, 600 of them done before" in printed
-    assert "from step 0" in printed and printed.count("from step") == 2, printed
+    job = sbatch(*label, tmp_path / "2.h5")
+    assert "600 images, 0 of them done before" in job.communicate(timeout=120)[0] and job.returncode == 0
     one, two = (read_logits(tmp_path / name) for name in ("1.h5", "2.h5"))
     assert all(one[name].tobytes() == two[name].tobytes() for name in COLUMNS)
+
+    for number in (0, 1):
+        (tmp_path / f"agent{number}").unlink()
+    job = sbatch(*train, tmp_path / "2")
+    end = time.monotonic() + 120
+    while not (tmp_path / "2" / "last.pt").exists():
+        assert job.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    for pid in descendants(int((tmp_path / "agent1").read_text())):
+        os.kill(pid, signal.SIGKILL)
+    printed = job.communicate(timeout=120)[0]
+    assert job.returncode == 0 and re.search(r"from step [1-9]", printed), printed
+    assert [len((tmp_path / name).read_text().split()) for name in ("agent0", "agent1")] == [1, 2]
     assert_same_weights(tmp_path / "1" / "model.pt", tmp_path / "2" / "model.pt")
     assert results_of(tmp_path / "1") == results_of(tmp_path / "2")
-    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.fixture
