@@ -1,12 +1,16 @@
 """The numbers behind docs/results.md. `tests/results.py NAME robustness.json` keeps what tests/evidence.sh measured as
-docs/results/NAME.json, small enough for the repository; without arguments docs/results.md is made of these files.
+docs/results/NAME.json, small enough for the repository, and the picture beside it. With and without arguments
+docs/results.md and the README's first table are then made of these files.
 
-    docs/results/NAME.json  {"commit", "machine", "torch", "models": {model: {seed: {"clean", "corrupted", "num"}}}}
+    docs/results/NAME.json  {"commit", "machine", "torch", "verdict": text of verdict.md,
+                             "models": {model: {seed: {"clean", "corrupted", "num"}}}}
 """
 
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +63,10 @@ def collect(name: str, source: Path) -> None:
     kept = {"commit": commit.strip(), "machine": machine, "torch": torch.__version__, "models": models}
     out = ROOT / "docs" / "results" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    if (source.parent / "verdict.md").exists():
+        kept["verdict"] = (source.parent / "verdict.md").read_text()
+    if (source.parent / "robustness.png").exists():
+        shutil.copy(source.parent / "robustness.png", out.with_suffix(".png"))
     with write_atomically(out) as temporary:
         temporary.write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -84,55 +92,83 @@ def shown(found: tuple[float, float, int]) -> str:
     return "not shown" if abs(mean) <= half else "yes" if mean > 0 else "the other way"
 
 
-def tables() -> str:
-    words = [
-        "# Results",
-        "",
-        "Made by `python tests/results.py` of docs/results/*.json, which `tests/evidence.sh` wrote.",
+HEADINGS = ("model", "clean, seed by seed", "clean", "corrupted", "clean - control", "corrupted - control")
+
+
+def cells_of(model: str, models: dict) -> list[str]:
+    """A model's row under HEADINGS."""
+    seeds = models[model]
+    cells = [model, ", ".join(f"{of['clean']:.2f}" for of in seeds.values())]
+    for what in ("clean", "corrupted"):
+        values = [of[what] for of in seeds.values() if of[what] is not None]
+        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.2f}{spread}" if values else "-")
+    both = [
+        difference(models, model, "control", what) if model != "control" else None for what in ("clean", "corrupted")
     ]
+    return cells + [cell(found) for found in both]
+
+
+def table(headings, rows: list) -> list[str]:
+    """Lines of a table in Markdown; numbers, which is all but the first column, to the right."""
+    lines = [list(headings), ["---"] + ["---:"] * (len(headings) - 1), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def made(kept: dict) -> str:
+    """How many images and how many runs, and by what."""
+    nums = max(of["num"] for seeds in kept["models"].values() for of in seeds.values())
+    by = f"commit {kept['commit']}, {kept['machine']}, torch {kept['torch']}"
+    return (
+        f"Top-1 in percent of {nums} images of val. Mean ± standard deviation over the seeds; differences with their "
+        f"95 percent t interval over the seeds; {by}."
+    )
+
+
+def tables() -> str:
+    words = ["# Results", ""]
+    words.append("Made by `python tests/results.py` of docs/results/*.json, which `tests/evidence.sh` wrote.")
     for file in sorted((ROOT / "docs" / "results").glob("*.json")):
         kept, name = json.loads(file.read_text()), file.stem
         models = kept["models"]
-        nums = {of["num"] for seeds in models.values() for of in seeds.values()}
-        words += ["", f"## {name}", ""]
-        made = f"commit {kept['commit']}, {kept['machine']}, torch {kept['torch']}"
-        words += [kept["about"], ""] if "about" in kept else []
-        words.append(f"Top-1 in percent of {max(nums)} images of val; {made}.")
-        words += [
-            "Mean ± standard deviation over the seeds; differences with their 95 percent t interval over the seeds.",
-            "",
-        ]
-        words += [
-            "| model | clean, seed by seed | clean | corrupted | clean against control | corrupted against control |",
-            "|---|---|---:|---:|---:|---:|",
-        ]
-        for model, seeds in models.items():
-            cells = [model, ", ".join(f"{of['clean']:.2f}" for of in seeds.values())]
-            for what in ("clean", "corrupted"):
-                values = [of[what] for of in seeds.values() if of[what] is not None]
-                spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-                cells.append(f"{np.mean(values):.2f}{spread}" if values else "-")
-            cells += [
-                cell(difference(models, model, "control", what) if model != "control" else None)
-                for what in ("clean", "corrupted")
-            ]
-            words.append(f"| {' | '.join(cells)} |")
+        words += ["", f"## {name}", ""] + ([kept["about"], ""] if "about" in kept else [])
+        words += [made(kept), "", *table(HEADINGS, [cells_of(model, models) for model in models])]
+        if "verdict" in kept:
+            words += ["", kept["verdict"].strip()]
+        if file.with_suffix(".png").exists():
+            words += ["", f"![every model a colour, every seed a dot](results/{name}.png)"]
         if name == "claims":
-            words += [
-                "",
-                "| claim | the paper, ImageNet | ours: better arm - worse arm | corrupted | shown |",
-                "|---|---|---:|---:|---|",
-            ]
+            rows = []
             for claim, paper, worse, better in CLAIMS.values():
                 if found := difference(models, better, worse, "clean"):
                     cells = [f"{claim} (`{better}` - `{worse}`)", paper, cell(found)]
-                    cells += [cell(difference(models, better, worse, "corrupted")), shown(found)]
-                    words.append(f"| {' | '.join(cells)} |")
+                    rows.append([*cells, cell(difference(models, better, worse, "corrupted")), shown(found)])
+            headings = ("claim", "the paper, ImageNet", "ours: better arm - worse arm", "corrupted", "shown")
+            words += ["", *table(headings, rows)]
     return "\n".join(words) + "\n"
+
+
+def readme(text: str) -> str:
+    """The README with its first table made of docs/results/demo.json, if that is there."""
+    file = ROOT / "docs" / "results" / "demo.json"
+    if not file.exists():
+        return text
+    kept = json.loads(file.read_text())
+    seeds = max(len(of) for of in kept["models"].values())
+    rows = [
+        [cell for number, cell in enumerate(cells_of(model, kept["models"])) if number != 1] for model in kept["models"]
+    ]
+    words = [f'`SEEDS="{" ".join(map(str, range(seeds)))}" ./run.sh` ends so ([more](docs/results.md)):', ""]
+    words += [*table([HEADINGS[0], *HEADINGS[2:]], rows), "", made(kept), "", kept.get("verdict", "").strip()]
+    return re.sub("(?<=<!-- demo table -->\n).*?(?=<!-- end -->)", lambda _: "\n".join(words) + "\n", text, flags=re.S)
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         collect(sys.argv[1], Path(sys.argv[2]))
-    with write_atomically(ROOT / "docs" / "results.md") as temporary:
-        temporary.write_text(tables())
+    for file, text in (
+        (ROOT / "docs" / "results.md", tables()),
+        (ROOT / "README.md", readme((ROOT / "README.md").read_text())),
+    ):
+        with write_atomically(file) as temporary:
+            temporary.write_text(text)
