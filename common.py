@@ -11,6 +11,7 @@ models of timm    built by timm's names, and what it says of how images must loo
 noise             RandAugment on whole uint8 batches, by tables and by moving pixels; the noise for small images
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
 filters           Gaussians, disks, motion, zoom, edges and distances, as four image libraries compute them
+shards            the members of .tar files, from their headers; an image read in place
 listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
 batches           views as a dataset, keys (which images a step gets, in what order), loaders, the unreadable images
 label files       creating logits.h5; opening it and balanced.h5, a stranger's too; mapping their columns; as CSV
@@ -47,6 +48,7 @@ import signal
 import stat
 import sys
 import tarfile
+import tempfile
 import time
 import uuid
 import warnings
@@ -58,7 +60,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import islice, pairwise, takewhile
+from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -1642,7 +1644,7 @@ def distances(edges: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# listing: finding images in folders and .tar shards, labels from folder names, the held-out tenth of train/
+# shards: the members of .tar files, found from their headers and read in place
 # ----------------------------------------------------------------------------------------------------------------------
 
 EXTENSIONS = (b".jpg", b".jpeg", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm")
@@ -1663,6 +1665,90 @@ def read_member(path: bytes, offset: int, size: int) -> io.BytesIO:
     if tarfile.TarInfo.frombuf(data[:512], "utf-8", "surrogateescape").size != size:
         raise OSError(f"{name} has changed since it was indexed")
     return io.BytesIO(data[512:])
+
+
+# The header, from byte 100 on, of a regular file ("0") without prefix and link, or of the records before one ("x"), as
+# GNU tar, Python and WebDataset write it. Its sum is below 65521. WebDataset's records are a time with a fraction.
+PLAIN_HEADER = rb"(?:[0-7]{7}[\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})\0 ([0x])\0{100}ustar(?:\x0000|  \0)"
+PLAIN_HEADER = re.compile(PLAIN_HEADER + rb".{64}(?:\0{16}|0000000\x000000000\0)\0{167}", re.DOTALL)
+TIME_RECORD = re.compile(rb"(\d\d [acm]time=\d{1,12}(?:\.\d{1,20})?\n)\0*")
+
+
+def plain_header(file: int, at: int) -> tuple[bytes, int, bytes] | None:
+    """(name, size, kind) of the plain header at `at`, else None. The kind is "0" or "x"."""
+    header = os.pread(file, 512, at)
+    plain = PLAIN_HEADER.fullmatch(header, 100)
+    # The low half of Adler-32 is 1 + the sum of the bytes. For the sum that is stored, its own bytes count as spaces.
+    if not plain or (zlib.adler32(header) & 0xFFFF) - 1 != int(plain[2], 8) - 256 + sum(header[148:156]):
+        return None
+    return header[:100].partition(b"\0")[0], int(plain[1], 8), plain[3]
+
+
+def plain_members(file: int, at: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, offset, size) of the files in an open .tar, from the header at `at` up to one that is not plain.
+
+    Several times as fast as tarfile, to which the caller leaves that one: an extension, damage or the end.
+    """
+    while member := plain_header(file, at):
+        name, size, kind = member
+        if kind == b"x":
+            record = TIME_RECORD.fullmatch(os.pread(file, 512, at + 512))
+            member = plain_header(file, at + 1024)
+            if not record or not size == len(record[1]) == int(record[1][:2]) or not member or member[2] != b"0":
+                return
+            at, (name, size, _) = at + 1024, member
+        yield name, at + 512, size
+        at += 512 + -(-size // 512) * 512
+
+
+def tar_members(path: str) -> Iterator[tuple[bytes, int, int]]:
+    """(name, offset, size) of the files in a plain .tar. Of one that is cut off, those before the end, with a line."""
+    last = None
+    try:
+        with tarfile.open(path, "r:") as shard:
+            while (member := shard.next()) is not None:
+                last = member.name
+                shard.members.clear()  # a shard may have millions
+                if member.isfile() and not member.issparse():
+                    yield os.fsencode(last), member.offset_data, member.size
+                if not shard.pax_headers:  # which hold for all members that follow
+                    for plain in plain_members(shard.fileobj.fileno(), shard.offset):
+                        last, shard.offset = os.fsdecode(plain[0]), plain[1] + -(-plain[2] // 512) * 512
+                        yield plain
+            shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
+            if shard.fileobj.read(512).strip(b"\0"):
+                raise tarfile.ReadError("no header of a member, and not the end")
+    except tarfile.TarError as error:
+        if last is None:
+            raise tarfile.ReadError(f"{path} is not a plain .tar file ({error})") from None
+        print0(f"{path} is damaged after {last} ({error}): what follows is not seen")
+
+
+def image_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
+    paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
+    return np.array(paths, "S"), np.array(offsets, np.int64), np.array(sizes, np.int64)
+
+
+def index_shard(root: bytes, path: bytes) -> tuple[np.ndarray, ...]:
+    """The columns of ImageList for the images in one shard, sorted by path."""
+    found, shard = [], os.fsdecode(os.path.join(root, path))
+    try:
+        if not stat.S_ISREG(os.stat(shard).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        for name, offset, size in tar_members(shard):
+            base = name.rpartition(b"/")[2].lower()
+            if base.endswith(EXTENSIONS) and not base.startswith(b"."):
+                found.append((path + b"/" + name, offset, size))
+    except OSError as error:
+        print0(f"{shard} cannot be read ({error.strerror}): its images are not seen")
+    columns = image_columns(found)
+    order = np.argsort(columns[0], kind="stable")
+    return tuple(column[order] for column in columns)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# listing: finding images in folders and .tar shards, labels from folder names, the held-out tenth of train/
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1703,24 +1789,6 @@ class ImageList:
     def load(self, row: int, enough: int = 0) -> Image.Image:
         with self.open(row) as file:
             return load_image(file, enough)
-
-
-def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
-    """The members of a plain .tar file. Of one that is cut off, those before the end, and a line is printed."""
-    last = None
-    try:
-        with tarfile.open(path, "r:") as shard:
-            while (member := shard.next()) is not None:
-                yield member
-                last = member.name
-                shard.members.clear()  # a shard may have millions
-            shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
-            if shard.fileobj.read(512).strip(b"\0"):
-                raise tarfile.ReadError("no header of a member, and not the end")
-    except tarfile.TarError as error:
-        if last is None:
-            raise tarfile.ReadError(f"{path} is not a plain .tar file ({error})") from None
-        print0(f"{path} is damaged after {last} ({error}): what follows is not seen")
 
 
 def find_files(root: bytes) -> Iterator[bytes]:
@@ -1765,50 +1833,59 @@ def is_lost(folder: str) -> bool:
         return True
 
 
-def image_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
-    paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
-    return np.array(paths, "S"), np.array(offsets, np.int64), np.array(sizes, np.int64)
-
-
-def index_shard(root: bytes, path: bytes) -> tuple[np.ndarray, ...]:
-    """The columns of ImageList for the images in one shard."""
-    found, shard = [], os.fsdecode(os.path.join(root, path))
+def joined(blocks: Iterable, scratch: Path | None) -> tuple[np.ndarray, ...]:
+    """The columns (path, offset, size) of all blocks, one after the other: in memory, or mapped from `scratch`."""
+    if not scratch:
+        return tuple(np.concatenate(parts) for parts in zip(*blocks, strict=True))
     try:
-        if not stat.S_ISREG(os.stat(shard).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        for member in tar_members(shard):
-            name = os.fsencode(member.name)
-            base = os.path.basename(name).lower()
-            if member.isfile() and not member.issparse() and base.endswith(EXTENSIONS) and not base.startswith(b"."):
-                found.append((path + b"/" + name, member.offset_data, member.size))
+        files, widths = [tempfile.TemporaryFile(dir=scratch) for _ in range(3)], []  # noqa: SIM115
+        for block in blocks:
+            widths.append((block[0].dtype, len(block[0])))
+            for column, file in zip(block, files, strict=True):
+                column.tofile(file)
+        width = np.dtype(f"S{max(dtype.itemsize for dtype, _ in widths)}")
+        files[0].seek(0)
+        files.append(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115 - the paths, all as long as the longest
+        for dtype, num in widths:
+            np.fromfile(files[0], dtype, num).astype(width).tofile(files[3])
+        num = sum(num for _, num in widths)
+        kinds = zip(files[3:] + files[1:3], (width, np.int64, np.int64), strict=True)
+        return tuple(np.memmap(file, dtype, "r", shape=num) if num else np.zeros(0, dtype) for file, dtype in kinds)
     except OSError as error:
-        print0(f"{shard} cannot be read ({error.strerror}): its images are not seen")
-    return image_columns(found)
+        fail(f"{scratch}: the list of the images cannot be kept there ({error.strerror})")
 
 
-def list_images(root: str | Path) -> ImageList:
+def list_images(root: str | Path, scratch: Path | None = None) -> ImageList:
     """All images below `root`, in the sorted order of their paths; .tar shards are indexed and read in place.
 
     Symbolic links are followed. A folder that is reached twice, for example by a loop of links, counts once.
+    `scratch`: a folder in which the columns lie, in files without a name, so that they take no memory.
     """
     root = os.path.abspath(root)
-    found, shards, columns = find_files(os.fsencode(root)), [], [image_columns([])]
+    found, shards, plain = find_files(os.fsencode(root)), [], [np.zeros(0, "S")]
     while part := list(islice(found, 1 << 16)):  # never a Python list of all names: they may be hundreds of millions
         shards += [path for path in part if path.lower().endswith(b".tar")]
-        columns.append(image_columns([(path, 0, 0) for path in part if not path.lower().endswith(b".tar")]))
+        plain.append(np.array([path for path in part if not path.lower().endswith(b".tar")], "S"))
+    plain = np.sort(np.concatenate(plain))
+    # No other path begins with a shard's and a slash. So the members of a shard follow each other in the sorted list.
+    shards.sort(key=lambda path: path + b"/")
+    places = np.searchsorted(plain, np.array([path + b"/" for path in shards], "S")).tolist()
     index = partial(index_shard, os.fsencode(root))
     processes = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(shards) // 8)
+
+    def blocks(members: Iterable) -> Iterator[tuple[np.ndarray, ...]]:
+        for begin, end, of_shard in zip([0, *places], [*places, len(plain)], chain(members, [()]), strict=True):
+            yield plain[begin:end], *np.zeros((2, end - begin), np.int64)
+            if of_shard:
+                yield of_shard
+
     try:
         if processes > 1:
             with ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD)) as pool:
-                columns += pool.map(index, shards)
-        else:
-            columns += map(index, shards)
+                return ImageList(root, *joined(blocks(pool.map(index, shards)), scratch))
+        return ImageList(root, *joined(blocks(map(index, shards)), scratch))
     except tarfile.TarError as error:
         fail(str(error))
-    path, offset, size = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    order = np.argsort(path, kind="stable")
-    return ImageList(root, path[order], offset[order], size[order])
 
 
 def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -1889,11 +1966,11 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
     return images, labels, classes
 
 
-def unlabeled_images(folder: str | Path, data: str | Path | None = None) -> ImageList:
+def unlabeled_images(folder: str | Path, data: str | Path | None = None, scratch: Path | None = None) -> ImageList:
     """All images below a folder, its labels ignored; of a train/ whose val set is held out, only those that train.
 
     DATA/val where there is none: the held-out tenth of train/. `data`: the data directory, whose train/ and val/ must
-    not lie among the unlabelled images.
+    not lie among the unlabelled images. `scratch`: see `list_images`.
     """
     folder = Path(os.path.abspath(folder))
     if folder.name in ("train", "val") and not (folder.parent / "val").is_dir() and (folder.parent / "train").is_dir():
@@ -1904,16 +1981,16 @@ def unlabeled_images(folder: str | Path, data: str | Path | None = None) -> Imag
         inside = Path(os.path.realpath(data or "", strict=False), split)
         if data and inside.is_dir() and Path(os.path.realpath(folder)) in Path(os.path.realpath(inside)).parents:
             fail(f"--unlabeled {folder} holds the labelled images of {inside}: name a folder of unlabelled ones alone")
-    images = list_images(folder)
+    images = list_images(folder, scratch)
     if not len(images):
         fail(f"{folder}: no images in it (looked for {b' '.join(EXTENSIONS).decode()} and .tar)")
     return images
 
 
-def images_at(path: str, data: str | Path | None = None) -> ImageList:
+def images_at(path: str, data: str | Path | None = None, scratch: Path | None = None) -> ImageList:
     """What stage 02 labels: a single image file, whatever its name, or `unlabeled_images` of a folder."""
     if not os.path.isfile(path):
-        return unlabeled_images(path, data)
+        return unlabeled_images(path, data, scratch)
     return ImageList(os.path.dirname(path), *image_columns([(os.fsencode(os.path.basename(path)), 0, 0)]))
 
 
@@ -2184,24 +2261,30 @@ def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int,
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         fail(f"{path}: {num_wanted} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
+    aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
+    with write_atomically(path) as temporary, h5py.File(temporary, "w", **aligned) as file:
+        allocate_columns(file, num, len(classes), text, len(held_out))
+        for part in slices(num):
+            file["path"][part] = images.path[part].astype(text)
+            file["offset"][part], file["size"][part] = images.offset[part], images.size[part]
+        file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
+        if held_out:
+            file["held_out"][:] = np.frombuffer(b"".join(sorted(held_out)), np.uint8).reshape(-1, 16)
+        file.attrs.update(format=LOGITS_FORMAT, root=images.root, **attributes)
+
+
+def allocate_columns(file: h5py.File, num: int, num_classes: int, text: np.dtype, num_held_out: int = 0) -> None:
+    """Give the columns of `num` rows their places in a logits.h5. They are holes in it until they are written."""
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # h5py's own calls cannot ask for these three
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     columns = {name: (np.dtype(dtype), (num,)) for name, dtype in LABEL_FILE_COLUMNS[LOGITS_FORMAT].items()}
-    columns |= {"path": (text, (num,)), "logits": (np.dtype("f2"), (num, len(classes)))}
-    columns |= {"held_out": (np.dtype("u1"), (len(held_out), 16))} if held_out else {}
-    aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
-    with write_atomically(path) as temporary, h5py.File(temporary, "w", **aligned) as file:
-        for name, (dtype, shape) in columns.items():
-            kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape)
-            h5py.h5d.create(file.id, name.encode(), kind, space, creation)
-        file["path"][:] = images.path.astype(text)
-        file["offset"][:], file["size"][:] = images.offset, images.size
-        file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
-        if held_out:
-            file["held_out"][:] = np.frombuffer(b"".join(sorted(held_out)), np.uint8).reshape(-1, 16)
-        file.attrs.update(format=LOGITS_FORMAT, root=images.root, **attributes)
+    columns |= {"path": (text, (num,)), "logits": (np.dtype("f2"), (num, num_classes))}
+    columns |= {"held_out": (np.dtype("u1"), (num_held_out, 16))} if num_held_out else {}
+    for name, (dtype, shape) in columns.items():
+        kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape)
+        h5py.h5d.create(file.id, name.encode(), kind, space, creation)
 
 
 def open_label_file(path: str | Path, kind: str) -> h5py.File:
@@ -2279,6 +2362,20 @@ def image_list(file: h5py.File, root: str | Path | None = None) -> ImageList:
     return ImageList(os.path.abspath(root or file.attrs["root"]), *columns)
 
 
+def slices(num: int) -> Iterator[slice]:
+    """All of `num` rows, a million at a time: hundreds of millions must not be copied as a whole."""
+    return (slice(begin, min(begin + (1 << 20), num)) for begin in range(0, num, 1 << 20))
+
+
+def same_paths(images: ImageList, others: ImageList, rows: np.ndarray | range | None = None) -> bool:
+    """Whether two lists are equally long and have the same paths, in these rows or (None) in all."""
+    if images is others or len(images) != len(others):
+        return images is others
+    rows = range(len(images)) if rows is None else rows
+    parts = (np.asarray(rows[part]) for part in slices(len(rows)))
+    return all(np.array_equal(images.path[part], others.path[part]) for part in parts)
+
+
 def in_chunks(*columns: list, num_rows: int):
     """(number of the first row, a slice of each column), file after file; a column is a list of the files' datasets."""
     first = 0
@@ -2351,25 +2448,28 @@ def classes_of_folders(paths: np.ndarray, classes: list[str]) -> np.ndarray:
 
 def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
     """(confidence, status) of each file as if the images that are not drawn could not be read."""
-    confidence, status, word = [], [], zlib.crc32(b"fraction %d" % seed)
-    for file in files:
-        hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][:].tolist()), np.int64)
-        drawn = hashes < fraction * 2**32
-        confidence.append(np.where(drawn, file["confidence"][:], np.float32("nan")))
-        status.append(np.where(drawn, file["status"][:], UNREADABLE))
+    confidence, status = ([file[name][:] for file in files] for name in ("confidence", "status"))
+    word = zlib.crc32(b"fraction %d" % seed)
+    for file, confidences, statuses in zip(files, confidence, status, strict=True):
+        for part in slices(len(statuses)):
+            hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][part].tolist()), np.int64)
+            left_out = hashes >= fraction * 2**32
+            confidences[part][left_out], statuses[part][left_out] = np.nan, UNREADABLE
     return confidence, status
 
 
 def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.ndarray:
     """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
-    names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
     try:
         with open(path, newline="") as file:
             truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
     except (OSError, KeyError, UnicodeDecodeError) as error:
         fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
     number = {name: c for c, name in enumerate(classes)}
-    true = np.array([number.get(truth[name], NO_CLASS) if name in truth else UNKNOWN for name in names])
+    classes_of = {name: number.get(found, NO_CLASS) for name, found in truth.items()}
+    true = np.full(sum(len(file["status"]) for file in files), UNKNOWN)
+    for first, names in in_chunks([image_list(file).path for file in files], num_rows=1 << 20):
+        true[first : first + len(names)] = [classes_of.get(os.fsdecode(name), UNKNOWN) for name in names.tolist()]
     if (true == UNKNOWN).all():
         fail(f"--truth {path}: none of its names is in the logits files")
     return true
@@ -2473,8 +2573,7 @@ class SelectedImages:
 def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_root: bool):
     """The one of the newer logits files that has the images of `file` in these rows."""
     for one in newer:
-        fits = (ignore_root or one.attrs["root"] == file.attrs["root"]) and len(one["status"]) == len(images)
-        if fits and np.array_equal(image_list(one).path[rows], images.path[rows]):
+        if (ignore_root or one.attrs["root"] == file.attrs["root"]) and same_paths(image_list(one), images, rows):
             return one
     fail(f"--logits: none of them has the images of {file.filename} in its rows")
 
