@@ -209,8 +209,10 @@ def main() -> None:
         folder = listed.root
     else:
         folder = args.unlabeled or os.path.abspath(os.path.join(data, "unlabeled"))
-        parent = next(parent for parent in args.out.absolute().parents if parent.exists())  # the list lies on its disk
-        listed = images_at(folder, data, scratch=parent) if creates else []
+        scratch = next(
+            parent for parent in args.out.absolute().parents if parent.is_dir()
+        )  # the list lies on that disk
+        listed = images_at(folder, data, scratch) if creates else []
         wanted = range(len(listed))
     stop = StopSignal(processes)
 

@@ -34,7 +34,7 @@ from common import argument_parser, at_least, fail, is_rank0, print0, write_atom
 from common import judged_half  # listing
 from common import DONE, NO_CLASS, UNKNOWN, classes_of_folders, draw_fraction, image_list, in_chunks  # label files
 from common import open_finished, read_classes, read_truth, slices
-from common import BestOfClasses, Examples, by_class, examples_of, write_selection  # selections
+from common import BestOfClasses, Examples, examples_of, ranks, write_selection  # selections
 from common import draw_selection  # pictures
 
 
@@ -175,15 +175,6 @@ def auto_per_class(sizes: np.ndarray) -> int:
     """The lower median of the sizes of the classes that are not empty, at most the paper's 130,000."""
     present = np.sort(sizes[sizes > 0])
     return int(min(present[(len(present) - 1) // 2], 130_000)) if len(present) else 0
-
-
-def ranks(labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The how-manieth entry of its class each one is, from 0. `seen` (C,): those of earlier chunks, brought up to date."""
-    sizes = np.bincount(labels, minlength=len(seen))
-    rank = np.empty(len(labels), np.int64)
-    rank[by_class(labels, len(seen))] = np.arange(len(labels)) + np.repeat(seen - np.cumsum(sizes) + sizes, sizes)
-    seen += sizes
-    return rank
 
 
 def cutoffs(label: list, confidence: list, num_classes: int, limits: tuple[float, float], per_class: int):

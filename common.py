@@ -1837,22 +1837,22 @@ def joined(blocks: Iterable, scratch: Path | None) -> tuple[np.ndarray, ...]:
     """The columns (path, offset, size) of all blocks, one after the other: in memory, or mapped from `scratch`."""
     if not scratch:
         return tuple(np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    try:
-        files, widths = [tempfile.TemporaryFile(dir=scratch) for _ in range(3)], []  # noqa: SIM115
-        for block in blocks:
-            widths.append((block[0].dtype, len(block[0])))
-            for column, file in zip(block, files, strict=True):
-                column.tofile(file)
-        width = np.dtype(f"S{max(dtype.itemsize for dtype, _ in widths)}")
-        files[0].seek(0)
-        files.append(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115 - the paths, all as long as the longest
-        for dtype, num in widths:
-            np.fromfile(files[0], dtype, num).astype(width).tofile(files[3])
-        num = sum(num for _, num in widths)
-        kinds = zip(files[3:] + files[1:3], (width, np.int64, np.int64), strict=True)
-        return tuple(np.memmap(file, dtype, "r", shape=num) if num else np.zeros(0, dtype) for file, dtype in kinds)
-    except OSError as error:
-        fail(f"{scratch}: the list of the images cannot be kept there ({error.strerror})")
+    shapes = []
+    with contextlib.ExitStack() as stack:  # a file that is mapped stays until it is mapped no more
+        try:
+            *files, paths = (stack.enter_context(tempfile.TemporaryFile(dir=scratch)) for _ in range(4))
+            for block in blocks:
+                shapes.append((block[0].dtype, len(block[0])))
+                for column, file in zip(block, files, strict=True):
+                    column.tofile(file)
+            width, num = np.dtype(f"S{max(kind.itemsize for kind, _ in shapes)}"), sum(num for _, num in shapes)
+            files[0].seek(0)
+            for kind, num_paths in shapes:  # the paths again, now that the longest is known
+                np.fromfile(files[0], kind, num_paths).astype(width).tofile(paths)
+        except OSError as error:
+            fail(f"{scratch}: the list of the images cannot be kept there ({error.strerror})")
+        columns = zip((paths, *files[1:]), (width, np.int64, np.int64), strict=True)
+        return tuple(np.memmap(file, kind, "r", shape=num) if num else np.zeros(0, kind) for file, kind in columns)
 
 
 def list_images(root: str | Path, scratch: Path | None = None) -> ImageList:
@@ -2164,16 +2164,24 @@ class StoredViews(ImageDataset):
         return row, [eval_view(Image.fromarray(self.array[r]), self.clean) for r in rows], None
 
 
-@lru_cache(maxsize=4)
 def permutation(num: int, seed: int, stream: str, epoch: int) -> np.ndarray:
-    return np.random.default_rng(seed_words(seed, f"{stream} order", epoch)).permutation(num)
+    """The order of `num` rows in an epoch: that of numpy's `permutation`, in half of its memory."""
+    order = np.arange(num, dtype=np.int32 if num < 2**31 else np.int64)
+    np.random.default_rng(seed_words(seed, f"{stream} order", epoch)).shuffle(order)
+    return order
 
 
 def train_keys(num: int, batch_size: int, seed: int, stream: str, steps: range, processes: Processes) -> Iterator[list]:
     """This process's keys (epoch, row) of each step: an endless stream of permutations, cut into constant batches."""
+    epoch, order = -1, None
     for step in steps:
-        positions = range(step * batch_size + processes.rank, (step + 1) * batch_size, processes.world_size)
-        yield [(p // num, int(permutation(num, seed, stream, p // num)[p % num])) for p in positions]
+        keys = []
+        for p in range(step * batch_size + processes.rank, (step + 1) * batch_size, processes.world_size):
+            if p // num != epoch:  # the positions ascend: one order at a time, for it may be half a gigabyte
+                epoch, order = p // num, None
+                order = permutation(num, seed, stream, epoch)
+            keys.append((epoch, int(order[p % num])))
+        yield keys
 
 
 def grid_keys(num: int, batch_size: int, processes: Processes) -> Iterator[list]:
@@ -2503,6 +2511,15 @@ def by_class(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return np.argsort(labels.astype(np.int16) if num_classes < 1 << 15 else labels, kind="stable")
 
 
+def ranks(labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The how-manieth entry of its class each one is, from 0. `seen` (C,): those of earlier chunks, updated."""
+    sizes = np.bincount(labels, minlength=len(seen))
+    rank = np.empty(len(labels), np.int64)
+    rank[by_class(labels, len(seen))] = np.arange(len(labels)) + np.repeat(seen - np.cumsum(sizes) + sizes, sizes)
+    seen += sizes
+    return rank
+
+
 def highest(score: np.ndarray, num: int) -> np.ndarray:
     """The positions, ascending, of the `num` highest scores. Of equal scores the first ones count."""
     if len(score) <= num:
@@ -2584,13 +2601,27 @@ def read_selection(path: str | Path) -> tuple[dict[int, h5py.File], dict[str, np
     files = {}
     for i in np.unique(number).tolist():
         name = names[i] if os.path.exists(names[i]) else os.path.join(os.path.dirname(path), os.path.basename(names[i]))
-        files[i], rows = open_label_file(name, LOGITS_FORMAT), row[number == i]
+        files[i], (rows, labels) = open_label_file(name, LOGITS_FORMAT), of_file(i, number, row, label)
         if read_classes(files[i]) != classes or not 0 <= rows.min() <= rows.max() < len(files[i]["status"]):
             fail(f"{path}: its rows or classes are not those of {name}: run 03 again")
         # In a top-p selection an image may stand under a class that is not its most probable one.
-        if method != "top-p" and not np.array_equal(map_dataset(files[i], "label")[rows], label[number == i]):
+        now = map_dataset(files[i], "label")
+        if method != "top-p" and any((now[rows[part]] != labels[part]).any() for part in slices(len(rows))):
             print0(f"{path}: the labels in {name} are others: if it was made anew, run 03 again")
     return files, {"file": number, "row": row, "label": label}, method
+
+
+def of_file(i: int, number: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
+    """The entries of file `i` in the columns of a selection: no copies where that file is the only one."""
+    is_of = number == i
+    return list(columns) if is_of.all() else [column[is_of] for column in columns]
+
+
+def distinct(rows: np.ndarray) -> np.ndarray:
+    """What np.unique gives, without a sort where the rows are in order, as those of a selection are."""
+    if (rows[1:] < rows[:-1]).any():
+        return np.unique(rows)
+    return rows[np.append(True, rows[1:] != rows[:-1])]
 
 
 def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarray]:
@@ -2600,7 +2631,7 @@ def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarr
     numbers = [number for number, root in roots.items() if len(roots) == 1 or root == folder]
     if len(numbers) != 1:
         fail(f"{path} is of several folders: label one by one, --unlabeled {' or '.join(roots.values())}")
-    return image_list(files[numbers[0]], folder), np.unique(selection["row"][selection["file"] == numbers[0]])
+    return image_list(files[numbers[0]], folder), distinct(*of_file(numbers[0], selection["file"], selection["row"]))
 
 
 class SelectedImages:
@@ -2909,8 +2940,11 @@ def digest_of(thing) -> str:
     file, rows = thing
     facts = {name: str(value) for name, value in file.attrs.items()} | {name: str(file[name].shape) for name in file}
     sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    rows = distinct(rows)
     for name in ("label", "confidence", "status"):
-        sha256.update(map_dataset(file, name)[np.unique(rows)].tobytes())
+        column = map_dataset(file, name)
+        for part in slices(len(rows)):
+            sha256.update(column[rows[part]].tobytes())
     return sha256.hexdigest()
 
 
