@@ -31,7 +31,7 @@ from conftest import CHEAP, ROOT, noise_image, save_model  # makes common import
 
 from common import DONE, LOGITS_FORMAT, SELECTION_FORMAT, TODO, allocate_columns, file_sha256, open_label_file, slices
 
-PER_SHARD, NUM_NAMES = 10_000, 4096
+PER_SHARD, NUM_CLASSES, NUM_NAMES = 10_000, 1000, 4096
 READ_HEADERS = """
 import os, sys
 for folder, _, names in os.walk(sys.argv[1]):
@@ -63,8 +63,8 @@ with h5py.File(sys.argv[1], locking=False) as file:
 ORDERS = """
 import sys, common
 num = int(sys.argv[1])
-steps = range(num // 1000 - 1, num // 1000 + 2)
-keys = common.train_keys(num, 1000, 0, "orders", steps, common.init_processes("cpu", 0))
+steps = range(num // 100 - 1, num // 100 + 2)
+keys = common.train_keys(num, 100, 0, "orders", steps, common.init_processes("cpu", 0))
 print(sum(map(len, keys)), "keys")
 """
 
@@ -123,7 +123,7 @@ def listing(folder: Path, num_rows: int) -> None:
 
 def write_images(folder: Path) -> list[str]:
     """DATA with an image a class in train/ and val/, and 4,096 names of one image in unlabeled/; the classes."""
-    classes = [f"{c:04}" for c in range(1000)]
+    classes = [f"{c:04}" for c in range(NUM_CLASSES)]
     noise_image(40, 40).save(folder / "0.png")
     names = [f"{split}/{name}/0.png" for split in ("train", "val") for name in classes]
     for name in names + [f"unlabeled/{i:04}.png" for i in range(NUM_NAMES)]:
@@ -149,6 +149,12 @@ def write_labels(path: Path, num_rows: int, classes: list[str], root: Path, teac
         file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
         facts = {"arch": CHEAP, "image_size": 32, "teacher": "t", "teacher_sha256": teacher_sha256}
         file.attrs.update(format=LOGITS_FORMAT, root=str(root), precision="fp32", noised="no", **facts)
+
+
+def make_labels(folder: Path, num_rows: int) -> None:
+    classes, teacher = write_images(folder), folder / "model.pt"
+    save_model(teacher, classes=classes)
+    write_labels(folder / "logits.h5", num_rows, classes, folder / "unlabeled", file_sha256(teacher))
 
 
 def labels(folder: Path, num_rows: int) -> None:
@@ -207,9 +213,7 @@ def main() -> None:
         if "listing" in args.what:
             listing(folder, args.rows)
         if {*args.what} - {"listing"}:
-            classes, teacher = write_images(folder), folder / "model.pt"
-            save_model(teacher, classes=classes)
-            write_labels(folder / "logits.h5", args.rows, classes, folder / "unlabeled", file_sha256(teacher))
+            make_labels(folder, args.rows)
         if "labels" in args.what:
             labels(folder, args.rows)
         if "balance" in args.what:
