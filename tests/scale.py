@@ -83,7 +83,7 @@ def measured(what: str, *words, until=None) -> None:
         mapped = max(mapped, int(status.get("VmHWM", "0").split()[0]))
         if until and not said and until():
             said = f"{time.perf_counter() - began:.0f} s up to it; "
-        time.sleep(0.02)
+        time.sleep(0.05)
         pid, code, found = os.wait4(process.pid, os.WNOHANG)  # with the CPU seconds of its children
         usage = found if pid else None
     seconds, printed = time.perf_counter() - began, process.stdout.read()
