@@ -37,7 +37,7 @@ from common import digests_of_val, images_at, is_lost, root_of  # listing
 from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
 from common import DONE, HELD_OUT, LOGITS_FORMAT, TODO, UNREADABLE, status_of, write_csv  # label files
 from common import create_logits, image_list, map_dataset, open_label_file, read_classes, read_held_out
-from common import selected_images  # selections
+from common import same_paths, selected_images  # label files, selections
 from common import load_model  # checkpoints
 from common import autocast, noise_model, precision_of, step_generator  # training
 
@@ -211,7 +211,10 @@ def main() -> None:
         folder = listed.root
     else:
         folder = args.unlabeled or os.path.abspath(os.path.join(data, "unlabeled"))
-        listed = images_at(folder, data) if creates else []
+        scratch = next(
+            parent for parent in args.out.absolute().parents if parent.is_dir()
+        )  # the list lies on that disk
+        listed = images_at(folder, data, scratch) if creates else []
         wanted = range(len(listed))
     stop = StopSignal(processes)
 
@@ -228,9 +231,9 @@ def main() -> None:
         # Without val/ both of these names stand for a part of train/. One image is not all of its folder.
         is_part = os.path.basename(folder) in ("train", "val") or os.path.isfile(folder) or len(images) == 1
         listed = images_at(folder) if is_part else images
-        if not np.array_equal(images.path, listed.path):
+        if not same_paths(images, listed):
             fail(f"{args.out} has other images than {folder}: choose another --out")
-    elif len(images) != len(listed) or not np.array_equal(images.path[wanted], listed.path[wanted]):
+    elif not same_paths(images, listed, wanted):
         fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")
 
     # Batch k is a fixed list of rows and belongs to process k % world_size. It is labelled whole, if only in part done.
