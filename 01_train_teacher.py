@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, args.workers)
+    processes = init_processes(args.device, args.workers, args.out)
     begun = previous_run(args)
 
     # What the flags and the weights to start from say about the model and its images.

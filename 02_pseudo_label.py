@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256, print0  # program
+from common import add_device_flags, argument_parser, at_least, fail, file_sha256, on_several_nodes, print0  # program
 from common import StopSignal, init_processes, progress, wait_until  # processes
 from common import recipe_of, resolution_of  # models
 from common import rand_augment  # noise
@@ -37,7 +37,7 @@ from common import digests_of_val, images_at, is_lost, root_of  # listing
 from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
 from common import DONE, HELD_OUT, LOGITS_FORMAT, TODO, UNREADABLE, status_of, write_csv  # label files
 from common import create_logits, image_list, map_dataset, open_label_file, read_classes, read_held_out
-from common import selected_images  # selections
+from common import same_paths, selected_images  # label files, selections
 from common import load_model  # checkpoints
 from common import autocast, noise_model, precision_of, step_generator  # training
 
@@ -89,8 +89,10 @@ class RowWriter:
     def __init__(self, path: Path):
         with open_label_file(path, LOGITS_FORMAT) as file:
             self.offsets = {name: file[name].id.get_offset() for name in ("logits", "label", "confidence", "status")}
+        # A write to NFS is of a whole page, with what other nodes wrote there since it was read, unless O_DSYNC is set.
+        flags = os.O_WRONLY | (os.O_DSYNC if on_several_nodes() else 0)
         try:
-            self.path, self.file = path, os.open(path, os.O_RDWR)
+            self.path, self.file = path, os.open(path, flags)
         except OSError as error:
             fail(f"{path} cannot be written: {error.strerror}")
         self.queue, self.thread, self.pending = deque(), ThreadPoolExecutor(1), []
@@ -190,7 +192,7 @@ def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | rang
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, args.workers, connect=False)  # no collectives, so no time limits
+    processes = init_processes(args.device, args.workers, args.out, connect=False)  # so no time limits
     model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
     view, sha256, precision = View.of(checkpoint), file_sha256(args.teacher), precision_of(args.precision, processes)
     data, arch, magnitude = checkpoint.get("data"), checkpoint["arch"], args.noised
@@ -209,7 +211,10 @@ def main() -> None:
         folder = listed.root
     else:
         folder = args.unlabeled or os.path.abspath(os.path.join(data, "unlabeled"))
-        listed = images_at(folder, data) if creates else []
+        scratch = next(
+            parent for parent in args.out.absolute().parents if parent.is_dir()
+        )  # the list lies on that disk
+        listed = images_at(folder, data, scratch) if creates else []
         wanted = range(len(listed))
     stop = StopSignal(processes)
 
@@ -226,9 +231,9 @@ def main() -> None:
         # Without val/ both of these names stand for a part of train/. One image is not all of its folder.
         is_part = os.path.basename(folder) in ("train", "val") or os.path.isfile(folder) or len(images) == 1
         listed = images_at(folder) if is_part else images
-        if not np.array_equal(images.path, listed.path):
+        if not same_paths(images, listed):
             fail(f"{args.out} has other images than {folder}: choose another --out")
-    elif len(images) != len(listed) or not np.array_equal(images.path[wanted], listed.path[wanted]):
+    elif not same_paths(images, listed, wanted):
         fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")
 
     # Batch k is a fixed list of rows and belongs to process k % world_size. It is labelled whole, if only in part done.

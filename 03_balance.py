@@ -33,8 +33,8 @@ import torch
 from common import argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
 from common import judged_half  # listing
 from common import DONE, NO_CLASS, UNKNOWN, classes_of_folders, draw_fraction, image_list, in_chunks  # label files
-from common import open_finished, read_classes, read_truth
-from common import Examples, sorted_examples, write_selection  # selections
+from common import open_finished, read_classes, read_truth, slices
+from common import BestOfClasses, Examples, examples_of, ranks, write_selection  # selections
 from common import draw_selection  # pictures
 
 
@@ -164,51 +164,6 @@ def calibrate(args: argparse.Namespace, val: h5py.File, classes: list[str]) -> d
     return report | {"min_precision": wanted, "reached": reached, "at": at, "curve": curve}
 
 
-def highest(score: np.ndarray, num: int) -> np.ndarray:
-    """The positions, ascending, of the `num` highest scores. Of equal scores the first ones count."""
-    if len(score) <= num:
-        return np.arange(len(score))
-    least = np.partition(score, len(score) - num)[len(score) - num]
-    chosen = score > least
-    chosen[np.flatnonzero(score == least)[: num - chosen.sum()]] = True
-    return np.flatnonzero(chosen)
-
-
-class BestOfClasses:
-    """The `per_class` highest scores of each class, of entries that come in chunks: memory O(classes x per_class).
-
-    The index of the entries must ascend, within a chunk and from chunk to chunk: ties go to the lower index.
-    """
-
-    def __init__(self, num_classes: int, per_class: int):
-        self.num_classes, self.per_class = num_classes, per_class
-        self.cutoff = np.full(num_classes, -np.inf, np.float32)  # of a full class: only higher scores get in
-        self.chunks = [(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))]  # [0]: the best so far
-        self.num_new = 0
-
-    def add(self, label: np.ndarray, score: np.ndarray, index: np.ndarray) -> None:
-        self.chunks.append((label, score, index))
-        self.num_new += len(label)
-        if self.num_new > max(1 << 18, len(self.chunks[0][0])):
-            self.best()
-
-    def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(label, score, index) of all that is kept, class after class, the index ascending in each."""
-        label, score, index = (np.concatenate(parts) for parts in zip(*self.chunks, strict=True))
-        # numpy sorts 16 bits by radix, 5 times as fast
-        order = np.argsort(label.astype(np.int16) if self.num_classes < 1 << 15 else label, kind="stable")
-        ends = np.cumsum(np.bincount(label, minlength=self.num_classes))
-        kept = []
-        for c, of_class in enumerate(np.split(order, ends[:-1])):
-            of_class = of_class[highest(score[of_class], self.per_class)]
-            if len(of_class) == self.per_class:
-                self.cutoff[c] = score[of_class].min()
-            kept.append(of_class)
-        kept = np.concatenate(kept)
-        self.chunks, self.num_new = [(label[kept], score[kept], index[kept])], 0
-        return self.chunks[0]
-
-
 def repeat_evenly(num: int, per_class: int, rng: np.random.Generator) -> np.ndarray:
     """How often each of `num` images is used so that the sum is `per_class`: copies differ by at most one."""
     copies = np.full(num, per_class // num)
@@ -222,29 +177,67 @@ def auto_per_class(sizes: np.ndarray) -> int:
     return int(min(present[(len(present) - 1) // 2], 130_000)) if len(present) else 0
 
 
+def cutoffs(label: list, confidence: list, num_classes: int, limits: tuple[float, float], per_class: int):
+    """Of each class: (the number of its confidences between the limits, the `per_class`-th highest, how many equal it).
+
+    The last is the number that is kept of those that equal the cutoff. A class with fewer images has the cutoff 0.
+    A float32 up to 1 is ordered as its 30 bits are. They are found ten at a time, the first ones first, by counting
+    those whose earlier bits are the cutoff's. So the memory is a thousand counts a class, of any number of images.
+    """
+    bits, left, sizes = np.zeros(num_classes, np.uint32), np.full(num_classes, per_class), None
+    for shift in (20, 10, 0):
+        counts = np.zeros((num_classes, 1 << 10), np.int64)
+        for _, labels, scores in in_chunks(label, confidence, num_rows=1 << 20):
+            rows = np.flatnonzero(is_between(scores, *limits))
+            labels, numbers = labels[rows], scores[rows].view(np.uint32) >> shift
+            fits = numbers >> 10 == bits[labels]
+            np.add.at(counts, (labels[fits], numbers[fits] & 1023), 1)
+        so_high = counts[:, ::-1].cumsum(1)  # so many are in the last 1, 2, ... 1024 of the intervals
+        if sizes is None:
+            sizes = so_high[:, -1]
+            is_full = sizes > per_class
+        if not is_full.any():
+            break
+        higher = (so_high < left[:, None]).sum(1).clip(max=1023)  # so many intervals lie above the cutoff's
+        left -= np.where(higher > 0, so_high[np.arange(num_classes), higher - 1], 0)
+        bits = np.where(is_full, bits << 10 | (1023 - higher).astype(np.uint32), 0).astype(np.uint32)
+    return sizes, bits.view(np.float32), left
+
+
 def select_noisy_student(
     label: list, confidence: list, num_classes: int, threshold: float, per_class: int, seed: int, max_confidence=1.0
 ):
     """The paper's rule: (index, label, confidence) of each example, from the files' columns of these names.
 
-    `per_class` 0: no balance, each image above the threshold once.
+    The columns are read five times, a chunk at a time, and the examples come in the order of the index. `per_class` 0:
+    no balance, each image above the threshold once.
     """
-    best = BestOfClasses(num_classes, per_class or sum(map(len, label)))
-    for first, labels, scores in in_chunks(label, confidence, num_rows=1 << 20):
-        rows = np.flatnonzero(is_between(scores, threshold, max_confidence))
-        rows = rows[scores[rows] > best.cutoff[labels[rows]]]
-        best.add(labels[rows], scores[rows], first + rows)
-    labels, scores, index = best.best()
-    if not per_class:
-        return index, labels, scores
-    sizes = np.bincount(labels, minlength=num_classes)
-    copies = [repeat_evenly(sizes[c], per_class, np.random.default_rng([seed, c])) for c in np.flatnonzero(sizes)]
-    copies = np.concatenate([np.zeros(0, np.int64), *copies])
-    return np.repeat(index, copies), np.repeat(labels, copies), np.repeat(scores, copies)
+    limits, columns = (threshold, max_confidence), (label, confidence)
+    sizes, cutoff, num_equal = cutoffs(*columns, num_classes, limits, per_class or sum(map(len, label)))
+    kept = np.minimum(sizes, per_class) if per_class else sizes
+    begins, copies = np.cumsum(kept) - kept, np.ones(kept.sum() if per_class else 0, np.int32)
+    for c in np.flatnonzero(kept) if per_class else ():
+        rng = np.random.default_rng([seed, c])
+        copies[begins[c] : begins[c] + kept[c]] = repeat_evenly(kept[c], per_class, rng)
+    num = copies.sum() if per_class else kept.sum()
+    examples = np.empty(num, np.int64), np.empty(num, np.int32), np.empty(num, np.float32)
+    end, seen, seen_equal = 0, np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
+    for first, labels, scores in in_chunks(*columns, num_rows=1 << 20):
+        rows = np.flatnonzero(is_between(scores, *limits))
+        rows = rows[scores[rows] >= cutoff[labels[rows]]]
+        equal = np.flatnonzero(scores[rows] == cutoff[labels[rows]])  # of these the first ones count
+        of_equal = labels[rows[equal]]
+        rows = np.delete(rows, equal[ranks(of_equal, seen_equal) >= num_equal[of_equal]])
+        labels, scores = labels[rows], scores[rows]
+        times = copies[begins[labels] + ranks(labels, seen)] if per_class else np.ones(len(rows), np.int32)
+        begin, end = end, end + times.sum()
+        for column, values in zip(examples, (first + rows, labels, scores), strict=True):
+            column[begin:end] = np.repeat(values, times)
+    return examples
 
 
 def select_top_p(logits: list, status: list, num_classes: int, top_p: int, per_class: int):
-    """Yalniz et al.'s rule: (index, label, probability) of each example, from the files' logits."""
+    """Yalniz et al.'s rule: (index, label, probability) of each example in this order, from the files' logits."""
     best, top_p = BestOfClasses(num_classes, per_class), min(top_p, num_classes)
     num_rows = max(1, (1 << 19) // num_classes)  # 2 MB in float32: a cache's size
     for first, chunk, statuses in in_chunks(logits, status, num_rows=num_rows):
@@ -268,22 +261,25 @@ def select_top_p(logits: list, status: list, num_classes: int, top_p: int, per_c
         counts[edge] = is_top[place, label[edge]]
         best.add(label[counts].astype(np.int32), score[counts], first + rows.numpy()[row[counts]])
     label, score, index = best.best()
-    return index, label, score
+    order = np.lexsort((label, index))
+    return index[order], label[order], score[order]
 
 
 def describe(args, threshold: float, per_class: int, classes: list[str], sizes: dict, examples: Examples) -> dict:
     """What balanced.json says. `sizes`: those before the selection, {what: (C,)}."""
     label, num_classes = examples.label, len(classes)
-    kept, used = (np.bincount(labels, minlength=num_classes) for labels in (label[examples.is_first], label))
-    lowest = np.ones(num_classes, np.float32)
-    np.minimum.at(lowest, label, examples.confidence)
+    kept, used, lowest = *np.zeros((2, num_classes), np.int64), np.ones(num_classes, np.float32)
+    for part in slices(len(label)):
+        kept += np.bincount(label[part][examples.is_first[part]], minlength=num_classes)
+        used += np.bincount(label[part], minlength=num_classes)
+        np.minimum.at(lowest, label[part], examples.confidence[part])
     columns = sizes | {"kept": kept, "copies": used - kept, "examples": used}
     columns = {what: nums.tolist() for what, nums in columns.items()}
     columns["lowest_confidence"] = [float(low) if num else None for low, num in zip(lowest, kept, strict=True)]
     report = {"method": args.method, "threshold": threshold, "per_class": per_class or "all"}
     report |= {"max_confidence": args.max_confidence, "fraction": args.fraction}
     report |= {"images": int(sizes["candidates"].sum()), "above_threshold": int(sizes["above_threshold"].sum())}
-    report |= {"examples": len(label), "unique_images": 1 + int((np.diff(examples.index) != 0).sum())}
+    report |= {"examples": len(label), "unique_images": 1 + int((examples.index[1:] != examples.index[:-1]).sum())}
     report["empty_classes"] = [name for name, num in zip(classes, kept, strict=True) if not num]
     report["classes"] = {name: {what: values[c] for what, values in columns.items()} for c, name in enumerate(classes)}
     return report
@@ -381,7 +377,7 @@ def main() -> None:
         chosen = select_top_p([file["logits"] for file in files], status, len(classes), args.top_p, per_class)
     if not len(chosen[0]):
         fail(f"no image of {', '.join(paths)} is readable: there is nothing to select")
-    examples = sorted_examples(*chosen, [len(part) for part in label])
+    examples = examples_of(*chosen, [len(part) for part in label])
     flags = {"method": args.method, "threshold": threshold, "per_class": per_class or "all"}
     flags |= {name: getattr(args, name) for name in ("top_p", "seed", "max_confidence", "fraction")}
     write_selection(args.out, examples, classes, files=json.dumps(paths), **flags)

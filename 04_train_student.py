@@ -37,7 +37,7 @@ from common import ImageList, digests_of, labeled_images, unlabeled_images  # li
 from common import Batch, unreadable_images  # batches
 from common import DONE, LOGITS_FORMAT, TODO, image_list, map_dataset, open_label_file  # label files
 from common import columns_of, options_of, read_classes
-from common import SelectedImages, newer_file, read_selection  # selections
+from common import SelectedImages, newer_file, of_file, read_selection  # selections
 from common import plan_of, soft_cross_entropy  # optimization
 from common import data_inputs, data_of, input_digests, load_model, previous_run, read_checkpoint  # checkpoints
 from common import resume_or_exit
@@ -177,7 +177,7 @@ class StoredLabels:
         newer = [open_label_file(name, LOGITS_FORMAT) for name in args.logits]
         done = np.ones(len(row), dtype=bool)
         for i, file in files.items():
-            rows = row[number == i]
+            (rows,) = of_file(i, number, row)
             if newer:
                 files[i] = file = newer_file(newer, file, lists[i], rows, ignore_root=len(roots) == 1)
                 if method != "top-p":  # there the label is the class under which the image was chosen
@@ -204,7 +204,7 @@ class StoredLabels:
     @property
     def inputs(self) -> dict:
         """The selection, and of each logits file the rows in use: others may still be being filled."""
-        rows = {i: self.images.row[self.images.file_number == i] for i in self.files}
+        rows = {i: of_file(i, self.images.file_number, self.images.row)[0] for i in self.files}
         return {self.path: self.path} | {file.filename: (file, rows[i]) for i, file in self.files.items()}
 
     def look_up(self, columns: dict[int, np.ndarray], examples: np.ndarray) -> np.ndarray:
@@ -228,7 +228,7 @@ class StoredLabels:
 
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, args.workers)
+    processes = init_processes(args.device, args.workers, args.out)
     begun = previous_run(args)
 
     # What the unlabelled images are said to show, and what the student takes over from its teacher unless a flag says

@@ -114,7 +114,7 @@ def draw_resolutions(path: Path, before: dict, after: dict, old_size: int, new_s
 
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, args.workers)
+    processes = init_processes(args.device, args.workers, args.out)
     begun = previous_run(args)
     check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
     model, source = load_model(args.checkpoint, processes.device)

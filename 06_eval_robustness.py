@@ -899,7 +899,7 @@ def main() -> None:
     args = parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):  # each item is saved when it is done: only one is lost
         signal.signal(number, lambda *_: sys.exit(143))
-    processes = init_processes(args.device, args.workers)
+    processes = init_processes(args.device, args.workers, args.out)
     results_file = args.out / "robustness.json"
     earlier, baseline = read_results(results_file), read_baseline(args.baseline)
     if args.imagenet_p:

@@ -11,6 +11,7 @@ models of timm    built by timm's names, and what it says of how images must loo
 noise             RandAugment on whole uint8 batches, by tables and by moving pixels; the noise for small images
 views             decoding an image file, the clean (evaluation) view, the random training crop, normalizing
 filters           Gaussians, disks, motion, zoom, edges and distances, as four image libraries compute them
+shards            the members of .tar files, from their headers; an image read in place
 listing           lists of images in folders and .tar shards, lost folders, labels from folder names, held-out images
 batches           views as a dataset, keys (which images a step gets, in what order), loaders, the unreadable images
 label files       creating logits.h5; opening it and balanced.h5, a stranger's too; mapping their columns; as CSV
@@ -47,6 +48,7 @@ import signal
 import stat
 import sys
 import tarfile
+import tempfile
 import time
 import uuid
 import warnings
@@ -58,7 +60,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import islice, pairwise, takewhile
+from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -83,6 +85,16 @@ def is_rank0() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def is_first_of_node() -> bool:
+    """Whether this is the one process of its machine that says what is wrong there."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0
+
+
+def on_several_nodes() -> bool:
+    """Whether torchrun started processes on other machines too."""
+    return "MASTER_ADDR" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+
+
 def print0(*words, sep: str = " ") -> None:
     """Print from rank 0 alone, at once: the output may be a file that somebody watches."""
     if is_rank0():
@@ -92,9 +104,10 @@ def print0(*words, sep: str = " ") -> None:
 def fail(message: str, from_any: bool = False) -> NoReturn:
     """End with the user's mistake: one line on stderr, exit status 2.
 
-    All processes meet the same mistake, and rank 0 prints it. `from_any`: this process may be the only one to meet it.
+    All processes of a machine meet the same mistake, and the first prints it: another machine may have another disk.
+    `from_any`: this process may be the only one to meet it.
     """
-    if from_any or is_rank0():
+    if from_any or is_first_of_node():
         print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -251,7 +264,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.name or path.is_dir():
         fail(f"{path} is a folder, expected the name of a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # in containers process ids are often equal
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -301,26 +314,32 @@ class Processes(NamedTuple):
         return self.rank == 0
 
 
-def init_processes(device: str = "auto", workers: int | None = None, connect: bool = True) -> Processes:
+def init_processes(
+    device: str = "auto", workers: int | None = None, out: Path | None = None, connect: bool = True
+) -> Processes:
     """Find this process's device and place; without torchrun it is alone.
 
-    `workers` None: no loaders on CPUs, else this process's share of the cores. `connect`: the processes will exchange
-    tensors or wait for each other.
+    `workers` None: no loaders on CPUs, else this process's share of the cores. `out`: what all nodes must see.
+    `connect`: the processes will exchange tensors or wait for each other.
     """
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     rank, local_rank, world_size, local_world_size = (int(os.environ.get(k, d)) for k, d in names.items())
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        fail(f"--device {device}: process {local_rank} has no GPU, there are {torch.cuda.device_count()} here")
+    if on_gpu and local_rank >= (num := torch.cuda.device_count()):
+        fail(f"--device {device}: process {local_rank} has no GPU, there are {num} here", from_any=local_rank == num)
     if on_gpu:
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True
     if workers is None:
         workers = min(16, os.cpu_count() // local_world_size) if on_gpu else 0
+    if world_size > 1 and (connect or on_several_nodes()):
+        timeout = timedelta(hours=2)  # a rank may list files for a long time
+        store = store_of_this_attempt(rank, world_size, timeout)
+        if on_several_nodes() and out:
+            check_nodes(store, rank, world_size, out, "GPUs" if on_gpu else "CPUs")
     if world_size > 1 and connect:
-        # gloo beside nccl carries the stop flag without waiting for the GPU. A rank may list files for a long time.
-        timeout = timedelta(hours=2)
-        place = {"store": store_of_this_attempt(rank, world_size, timeout), "rank": rank, "world_size": world_size}
+        # gloo beside nccl carries the stop flag without waiting for the GPU.
+        place = {"store": store, "rank": rank, "world_size": world_size}
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **place)
         atexit.register(dist.destroy_process_group)
     return Processes(torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"), rank, world_size, workers)
@@ -348,6 +367,52 @@ def store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dis
         time.sleep(0.02)
 
 
+LOOK_SECONDS = 45  # NFS may take 30 to 60 s where it is mounted with nocto, else it shows a new file at once
+
+
+def check_nodes(store: dist.Store, rank: int, world_size: int, out: Path, devices: str) -> None:
+    """End the program on all nodes where one does not see what process 0 writes beside `out`, or has other devices.
+
+    Process 0 leaves .NAME.begun there at its start, with a new word in it. Without it a node could not tell a disk that
+    is not shared from a listing that takes hours; and a disk of its own may hold the files of an earlier run.
+    """
+    out = Path(os.path.abspath(out))
+    begun, place = out.with_name(f".{out.name}.begun"), f"process {rank} on {platform.node()}"
+    if rank == 0:
+        word = uuid.uuid4().hex
+        try:
+            with write_atomically(begun) as temporary:
+                temporary.write_text(word)
+            atexit.register(begun.unlink, missing_ok=True)
+        finally:  # where it cannot be written the others must not wait for it
+            store.set("begun", f"{word} {devices}")
+        answers = [store.get(f"answer {other}").decode() for other in range(1, world_size)]  # waits for each
+        store.set("verdict", next(filter(None, answers), ""))
+        for other in range(1, world_size):  # the store may end with this process
+            store.get(f"heard {other}")
+    else:
+        word, devices0 = store.get("begun").decode().split()
+        end, answer = time.monotonic() + LOOK_SECONDS, ""
+        while not (seen := holds(begun, word)) and time.monotonic() < end:
+            time.sleep(0.2)
+        if not seen:
+            answer = f"--out: {place} does not see {begun}, which process 0 wrote: all nodes need one disk, at one path"
+        elif devices != devices0:
+            answer = f"--device: {place} runs on {devices}, process 0 on {devices0}: all nodes must have the same"
+        store.set(f"answer {rank}", answer)
+    verdict = store.get("verdict").decode()
+    store.set(f"heard {rank}", "")
+    if verdict:
+        fail(verdict)
+
+
+def holds(path: Path, text: str) -> bool:
+    with contextlib.suppress(OSError):
+        os.listdir(path.parent)  # at the opening of a folder NFS asks its server; a name it may know from a minute ago
+        return path.read_text() == text
+    return False
+
+
 def reduce_sum(tensor: Tensor, processes: Processes) -> Tensor:
     """The sum over all processes, in place."""
     if processes.world_size > 1:
@@ -373,6 +438,17 @@ def from_rank0(value, processes: Processes):
     if processes.world_size > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+@contextlib.contextmanager
+def first_of_node_first() -> Iterator[None]:
+    """The first process of each machine goes ahead of its others: what it downloads, they find in the cache."""
+    waits = dist.is_initialized() and not is_first_of_node()
+    if waits:
+        dist.all_reduce(BUFFER.zero_())
+    yield
+    if dist.is_initialized() and not waits:
+        dist.all_reduce(BUFFER.zero_())
 
 
 def union_of(items: set, processes: Processes) -> set:
@@ -933,7 +1009,8 @@ def initial_weights(init: str | Path, arch: str | None, num_pixels: int | None) 
     if init == "published":
         if not arch:
             fail("--init published: --arch must say of which model")
-        return published_weights(arch, num_pixels)
+        with first_of_node_first():
+            return published_weights(arch, num_pixels)
     source = read_file(init)
     if isinstance(source, dict) and source.get("format") == CHECKPOINT_FORMAT:
         return source
@@ -1647,7 +1724,7 @@ def distances(edges: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# listing: finding images in folders and .tar shards, labels from folder names, the held-out tenth of train/
+# shards: the members of .tar files, found from their headers and read in place
 # ----------------------------------------------------------------------------------------------------------------------
 
 EXTENSIONS = (b".jpg", b".jpeg", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff", b".ppm")
@@ -1668,6 +1745,90 @@ def read_member(path: bytes, offset: int, size: int) -> io.BytesIO:
     if tarfile.TarInfo.frombuf(data[:512], "utf-8", "surrogateescape").size != size:
         raise OSError(f"{name} has changed since it was indexed")
     return io.BytesIO(data[512:])
+
+
+# The header, from byte 100 on, of a regular file ("0") without prefix and link, or of the records before one ("x"), as
+# GNU tar, Python and WebDataset write it. Its sum is below 65521. WebDataset's records are a time with a fraction.
+PLAIN_HEADER = rb"(?:[0-7]{7}[\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})\0 ([0x])\0{100}ustar(?:\x0000|  \0)"
+PLAIN_HEADER = re.compile(PLAIN_HEADER + rb".{64}(?:\0{16}|0000000\x000000000\0)\0{167}", re.DOTALL)
+TIME_RECORD = re.compile(rb"(\d\d [acm]time=\d{1,12}(?:\.\d{1,20})?\n)\0*")
+
+
+def plain_header(file: int, at: int) -> tuple[bytes, int, bytes] | None:
+    """(name, size, kind) of the plain header at `at`, else None. The kind is "0" or "x"."""
+    header = os.pread(file, 512, at)
+    plain = PLAIN_HEADER.fullmatch(header, 100)
+    # The low half of Adler-32 is 1 + the sum of the bytes. For the sum that is stored, its own bytes count as spaces.
+    if not plain or (zlib.adler32(header) & 0xFFFF) - 1 != int(plain[2], 8) - 256 + sum(header[148:156]):
+        return None
+    return header[:100].partition(b"\0")[0], int(plain[1], 8), plain[3]
+
+
+def plain_members(file: int, at: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, offset, size) of the files in an open .tar, from the header at `at` up to one that is not plain.
+
+    Several times as fast as tarfile, to which the caller leaves that one: an extension, damage or the end.
+    """
+    while member := plain_header(file, at):
+        name, size, kind = member
+        if kind == b"x":
+            record = TIME_RECORD.fullmatch(os.pread(file, 512, at + 512))
+            member = plain_header(file, at + 1024)
+            if not record or not size == len(record[1]) == int(record[1][:2]) or not member or member[2] != b"0":
+                return
+            at, (name, size, _) = at + 1024, member
+        yield name, at + 512, size
+        at += 512 + -(-size // 512) * 512
+
+
+def tar_members(path: str) -> Iterator[tuple[bytes, int, int]]:
+    """(name, offset, size) of the files in a plain .tar. Of one that is cut off, those before the end, with a line."""
+    last = None
+    try:
+        with tarfile.open(path, "r:") as shard:
+            while (member := shard.next()) is not None:
+                last = member.name
+                shard.members.clear()  # a shard may have millions
+                if member.isfile() and not member.issparse():
+                    yield os.fsencode(last), member.offset_data, member.size
+                if not shard.pax_headers:  # which hold for all members that follow
+                    for plain in plain_members(shard.fileobj.fileno(), shard.offset):
+                        last, shard.offset = os.fsdecode(plain[0]), plain[1] + -(-plain[2] // 512) * 512
+                        yield plain
+            shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
+            if shard.fileobj.read(512).strip(b"\0"):
+                raise tarfile.ReadError("no header of a member, and not the end")
+    except tarfile.TarError as error:
+        if last is None:
+            raise tarfile.ReadError(f"{path} is not a plain .tar file ({error})") from None
+        print0(f"{path} is damaged after {last} ({error}): what follows is not seen")
+
+
+def image_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
+    paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
+    return np.array(paths, "S"), np.array(offsets, np.int64), np.array(sizes, np.int64)
+
+
+def index_shard(root: bytes, path: bytes) -> tuple[np.ndarray, ...]:
+    """The columns of ImageList for the images in one shard, sorted by path."""
+    found, shard = [], os.fsdecode(os.path.join(root, path))
+    try:
+        if not stat.S_ISREG(os.stat(shard).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        for name, offset, size in tar_members(shard):
+            base = name.rpartition(b"/")[2].lower()
+            if base.endswith(EXTENSIONS) and not base.startswith(b"."):
+                found.append((path + b"/" + name, offset, size))
+    except OSError as error:
+        print0(f"{shard} cannot be read ({error.strerror}): its images are not seen")
+    columns = image_columns(found)
+    order = np.argsort(columns[0], kind="stable")
+    return tuple(column[order] for column in columns)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# listing: finding images in folders and .tar shards, labels from folder names, the held-out tenth of train/
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1708,24 +1869,6 @@ class ImageList:
     def load(self, row: int, enough: int = 0) -> Image.Image:
         with self.open(row) as file:
             return load_image(file, enough)
-
-
-def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
-    """The members of a plain .tar file. Of one that is cut off, those before the end, and a line is printed."""
-    last = None
-    try:
-        with tarfile.open(path, "r:") as shard:
-            while (member := shard.next()) is not None:
-                yield member
-                last = member.name
-                shard.members.clear()  # a shard may have millions
-            shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
-            if shard.fileobj.read(512).strip(b"\0"):
-                raise tarfile.ReadError("no header of a member, and not the end")
-    except tarfile.TarError as error:
-        if last is None:
-            raise tarfile.ReadError(f"{path} is not a plain .tar file ({error})") from None
-        print0(f"{path} is damaged after {last} ({error}): what follows is not seen")
 
 
 def find_files(root: bytes) -> Iterator[bytes]:
@@ -1770,50 +1913,59 @@ def is_lost(folder: str) -> bool:
         return True
 
 
-def image_columns(found: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, ...]:
-    paths, offsets, sizes = zip(*found, strict=True) if found else ((), (), ())
-    return np.array(paths, "S"), np.array(offsets, np.int64), np.array(sizes, np.int64)
+def joined(blocks: Iterable, scratch: Path | None) -> tuple[np.ndarray, ...]:
+    """The columns (path, offset, size) of all blocks, one after the other: in memory, or mapped from `scratch`."""
+    if not scratch:
+        return tuple(np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    shapes = []
+    with contextlib.ExitStack() as stack:  # a file that is mapped stays until it is mapped no more
+        try:
+            *files, paths = (stack.enter_context(tempfile.TemporaryFile(dir=scratch)) for _ in range(4))
+            for block in blocks:
+                shapes.append((block[0].dtype, len(block[0])))
+                for column, file in zip(block, files, strict=True):
+                    column.tofile(file)
+            width, num = np.dtype(f"S{max(kind.itemsize for kind, _ in shapes)}"), sum(num for _, num in shapes)
+            files[0].seek(0)
+            for kind, num_paths in shapes:  # the paths again, now that the longest is known
+                np.fromfile(files[0], kind, num_paths).astype(width).tofile(paths)
+        except OSError as error:
+            fail(f"{scratch}: the list of the images cannot be kept there ({error.strerror})")
+        columns = zip((paths, *files[1:]), (width, np.int64, np.int64), strict=True)
+        return tuple(np.memmap(file, kind, "r", shape=num) if num else np.zeros(0, kind) for file, kind in columns)
 
 
-def index_shard(root: bytes, path: bytes) -> tuple[np.ndarray, ...]:
-    """The columns of ImageList for the images in one shard."""
-    found, shard = [], os.fsdecode(os.path.join(root, path))
-    try:
-        if not stat.S_ISREG(os.stat(shard).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        for member in tar_members(shard):
-            name = os.fsencode(member.name)
-            base = os.path.basename(name).lower()
-            if member.isfile() and not member.issparse() and base.endswith(EXTENSIONS) and not base.startswith(b"."):
-                found.append((path + b"/" + name, member.offset_data, member.size))
-    except OSError as error:
-        print0(f"{shard} cannot be read ({error.strerror}): its images are not seen")
-    return image_columns(found)
-
-
-def list_images(root: str | Path) -> ImageList:
+def list_images(root: str | Path, scratch: Path | None = None) -> ImageList:
     """All images below `root`, in the sorted order of their paths; .tar shards are indexed and read in place.
 
     Symbolic links are followed. A folder that is reached twice, for example by a loop of links, counts once.
+    `scratch`: a folder in which the columns lie, in files without a name, so that they take no memory.
     """
     root = os.path.abspath(root)
-    found, shards, columns = find_files(os.fsencode(root)), [], [image_columns([])]
+    found, shards, plain = find_files(os.fsencode(root)), [], [np.zeros(0, "S")]
     while part := list(islice(found, 1 << 16)):  # never a Python list of all names: they may be hundreds of millions
         shards += [path for path in part if path.lower().endswith(b".tar")]
-        columns.append(image_columns([(path, 0, 0) for path in part if not path.lower().endswith(b".tar")]))
+        plain.append(np.array([path for path in part if not path.lower().endswith(b".tar")], "S"))
+    plain = np.sort(np.concatenate(plain))
+    # No other path begins with a shard's and a slash. So the members of a shard follow each other in the sorted list.
+    shards.sort(key=lambda path: path + b"/")
+    places = np.searchsorted(plain, np.array([path + b"/" for path in shards], "S")).tolist()
     index = partial(index_shard, os.fsencode(root))
     processes = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), len(shards) // 8)
+
+    def blocks(members: Iterable) -> Iterator[tuple[np.ndarray, ...]]:
+        for begin, end, of_shard in zip([0, *places], [*places, len(plain)], chain(members, [()]), strict=True):
+            yield plain[begin:end], *np.zeros((2, end - begin), np.int64)
+            if of_shard:
+                yield of_shard
+
     try:
         if processes > 1:
             with ProcessPoolExecutor(processes, multiprocessing.get_context(START_METHOD)) as pool:
-                columns += pool.map(index, shards)
-        else:
-            columns += map(index, shards)
+                return ImageList(root, *joined(blocks(pool.map(index, shards)), scratch))
+        return ImageList(root, *joined(blocks(map(index, shards)), scratch))
     except tarfile.TarError as error:
         fail(str(error))
-    path, offset, size = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-    order = np.argsort(path, kind="stable")
-    return ImageList(root, path[order], offset[order], size[order])
 
 
 def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -1894,11 +2046,11 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
     return images, labels, classes
 
 
-def unlabeled_images(folder: str | Path, data: str | Path | None = None) -> ImageList:
+def unlabeled_images(folder: str | Path, data: str | Path | None = None, scratch: Path | None = None) -> ImageList:
     """All images below a folder, its labels ignored; of a train/ whose val set is held out, only those that train.
 
     DATA/val where there is none: the held-out tenth of train/. `data`: the data directory, whose train/ and val/ must
-    not lie among the unlabelled images.
+    not lie among the unlabelled images. `scratch`: see `list_images`.
     """
     folder = Path(os.path.abspath(folder))
     if folder.name in ("train", "val") and not (folder.parent / "val").is_dir() and (folder.parent / "train").is_dir():
@@ -1909,16 +2061,16 @@ def unlabeled_images(folder: str | Path, data: str | Path | None = None) -> Imag
         inside = Path(os.path.realpath(data or "", strict=False), split)
         if data and inside.is_dir() and Path(os.path.realpath(folder)) in Path(os.path.realpath(inside)).parents:
             fail(f"--unlabeled {folder} holds the labelled images of {inside}: name a folder of unlabelled ones alone")
-    images = list_images(folder)
+    images = list_images(folder, scratch)
     if not len(images):
         fail(f"{folder}: no images in it (looked for {b' '.join(EXTENSIONS).decode()} and .tar)")
     return images
 
 
-def images_at(path: str, data: str | Path | None = None) -> ImageList:
+def images_at(path: str, data: str | Path | None = None, scratch: Path | None = None) -> ImageList:
     """What stage 02 labels: a single image file, whatever its name, or `unlabeled_images` of a folder."""
     if not os.path.isfile(path):
-        return unlabeled_images(path, data)
+        return unlabeled_images(path, data, scratch)
     return ImageList(os.path.dirname(path), *image_columns([(os.fsencode(os.path.basename(path)), 0, 0)]))
 
 
@@ -2092,16 +2244,24 @@ class StoredViews(ImageDataset):
         return row, [eval_view(Image.fromarray(self.array[r]), self.clean) for r in rows], None
 
 
-@lru_cache(maxsize=4)
 def permutation(num: int, seed: int, stream: str, epoch: int) -> np.ndarray:
-    return np.random.default_rng(seed_words(seed, f"{stream} order", epoch)).permutation(num)
+    """The order of `num` rows in an epoch: that of numpy's `permutation`, in half of its memory."""
+    order = np.arange(num, dtype=np.int32 if num < 2**31 else np.int64)
+    np.random.default_rng(seed_words(seed, f"{stream} order", epoch)).shuffle(order)
+    return order
 
 
 def train_keys(num: int, batch_size: int, seed: int, stream: str, steps: range, processes: Processes) -> Iterator[list]:
     """This process's keys (epoch, row) of each step: an endless stream of permutations, cut into constant batches."""
+    epoch, order = -1, None
     for step in steps:
-        positions = range(step * batch_size + processes.rank, (step + 1) * batch_size, processes.world_size)
-        yield [(p // num, int(permutation(num, seed, stream, p // num)[p % num])) for p in positions]
+        keys = []
+        for p in range(step * batch_size + processes.rank, (step + 1) * batch_size, processes.world_size):
+            if p // num != epoch:  # the positions ascend: one order at a time, for it may be half a gigabyte
+                epoch, order = p // num, None
+                order = permutation(num, seed, stream, epoch)
+            keys.append((epoch, int(order[p % num])))
+        yield keys
 
 
 def grid_keys(num: int, batch_size: int, processes: Processes) -> Iterator[list]:
@@ -2189,24 +2349,30 @@ def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int,
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(folder).free) < needed:
         fail(f"{path}: {num_wanted} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
+    aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
+    with write_atomically(path) as temporary, h5py.File(temporary, "w", locking=False, **aligned) as file:
+        allocate_columns(file, num, len(classes), text, len(held_out))
+        for part in slices(num):
+            file["path"][part] = images.path[part].astype(text)
+            file["offset"][part], file["size"][part] = images.offset[part], images.size[part]
+        file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
+        if held_out:
+            file["held_out"][:] = np.frombuffer(b"".join(sorted(held_out)), np.uint8).reshape(-1, 16)
+        file.attrs.update(format=LOGITS_FORMAT, root=images.root, **attributes)
+
+
+def allocate_columns(file: h5py.File, num: int, num_classes: int, text: np.dtype, num_held_out: int = 0) -> None:
+    """Give the columns of `num` rows their places in a logits.h5. They are holes in it until they are written."""
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # h5py's own calls cannot ask for these three
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     columns = {name: (np.dtype(dtype), (num,)) for name, dtype in LABEL_FILE_COLUMNS[LOGITS_FORMAT].items()}
-    columns |= {"path": (text, (num,)), "logits": (np.dtype("f2"), (num, len(classes)))}
-    columns |= {"held_out": (np.dtype("u1"), (len(held_out), 16))} if held_out else {}
-    aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
-    with write_atomically(path) as temporary, h5py.File(temporary, "w", **aligned) as file:
-        for name, (dtype, shape) in columns.items():
-            kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape)
-            h5py.h5d.create(file.id, name.encode(), kind, space, creation)
-        file["path"][:] = images.path.astype(text)
-        file["offset"][:], file["size"][:] = images.offset, images.size
-        file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
-        if held_out:
-            file["held_out"][:] = np.frombuffer(b"".join(sorted(held_out)), np.uint8).reshape(-1, 16)
-        file.attrs.update(format=LOGITS_FORMAT, root=images.root, **attributes)
+    columns |= {"path": (text, (num,)), "logits": (np.dtype("f2"), (num, num_classes))}
+    columns |= {"held_out": (np.dtype("u1"), (num_held_out, 16))} if num_held_out else {}
+    for name, (dtype, shape) in columns.items():
+        kind, space = h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape)
+        h5py.h5d.create(file.id, name.encode(), kind, space, creation)
 
 
 def open_label_file(path: str | Path, kind: str) -> h5py.File:
@@ -2284,6 +2450,20 @@ def image_list(file: h5py.File, root: str | Path | None = None) -> ImageList:
     return ImageList(os.path.abspath(root or file.attrs["root"]), *columns)
 
 
+def slices(num: int) -> Iterator[slice]:
+    """All of `num` rows, a million at a time: hundreds of millions must not be copied as a whole."""
+    return (slice(begin, min(begin + (1 << 20), num)) for begin in range(0, num, 1 << 20))
+
+
+def same_paths(images: ImageList, others: ImageList, rows: np.ndarray | range | None = None) -> bool:
+    """Whether two lists are equally long and have the same paths, in these rows or (None) in all."""
+    if images is others or len(images) != len(others):
+        return images is others
+    rows = range(len(images)) if rows is None else rows
+    parts = (np.asarray(rows[part]) for part in slices(len(rows)))
+    return all(np.array_equal(images.path[part], others.path[part]) for part in parts)
+
+
 def in_chunks(*columns: list, num_rows: int):
     """(number of the first row, a slice of each column), file after file; a column is a list of the files' datasets."""
     first = 0
@@ -2356,31 +2536,37 @@ def classes_of_folders(paths: np.ndarray, classes: list[str]) -> np.ndarray:
 
 def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
     """(confidence, status) of each file as if the images that are not drawn could not be read."""
-    confidence, status, word = [], [], zlib.crc32(b"fraction %d" % seed)
-    for file in files:
-        hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][:].tolist()), np.int64)
-        drawn = hashes < fraction * 2**32
-        confidence.append(np.where(drawn, file["confidence"][:], np.float32("nan")))
-        status.append(np.where(drawn, file["status"][:], UNREADABLE))
+    confidence, status = ([file[name][:] for file in files] for name in ("confidence", "status"))
+    word = zlib.crc32(b"fraction %d" % seed)
+    for file, confidences, statuses in zip(files, confidence, status, strict=True):
+        for part in slices(len(statuses)):
+            hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][part].tolist()), np.int64)
+            left_out = hashes >= fraction * 2**32
+            confidences[part][left_out], statuses[part][left_out] = np.nan, UNREADABLE
     return confidence, status
 
 
 def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.ndarray:
     """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
-    names = [os.fsdecode(path) for file in files for path in image_list(file).path.tolist()]
     try:
         with open(path, newline="") as file:
             truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
     except (OSError, KeyError, UnicodeDecodeError) as error:
         fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
     number = {name: c for c, name in enumerate(classes)}
-    true = np.array([number.get(truth[name], NO_CLASS) if name in truth else UNKNOWN for name in names])
+    classes_of = {name: number.get(found, NO_CLASS) for name, found in truth.items()}
+    true = np.full(sum(len(file["status"]) for file in files), UNKNOWN)
+    for first, names in in_chunks([image_list(file).path for file in files], num_rows=1 << 20):
+        true[first : first + len(names)] = [classes_of.get(os.fsdecode(name), UNKNOWN) for name in names.tolist()]
     if (true == UNKNOWN).all():
         fail(f"--truth {path}: none of its names is in the logits files")
     return true
 
 
 def status_of(path: Path, wanted: np.ndarray | range) -> np.ndarray:
+    if on_several_nodes():  # NFS drops what it has read of a file when a lock is taken
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     with open_label_file(path, LOGITS_FORMAT) as file:  # network file systems look for changes when a file is opened
         status = map_dataset(file, "status")
     return status if isinstance(wanted, range) else status[wanted]
@@ -2402,17 +2588,79 @@ class Examples(NamedTuple):
     is_first: np.ndarray  # bool: not a copy of the example before it
 
 
-def sorted_examples(index: np.ndarray, label: np.ndarray, confidence: np.ndarray, file_sizes: list[int]) -> Examples:
-    order = np.lexsort((label, index))
-    index, label, confidence = index[order], label[order], confidence[order]
+def by_class(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The positions of the entries, class after class, ascending in each."""
+    # numpy sorts 16 bits by radix, 5 times as fast
+    return np.argsort(labels.astype(np.int16) if num_classes < 1 << 15 else labels, kind="stable")
+
+
+def ranks(labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The how-manieth entry of its class each one is, from 0. `seen` (C,): those of earlier chunks, updated."""
+    sizes = np.bincount(labels, minlength=len(seen))
+    rank = np.empty(len(labels), np.int64)
+    rank[by_class(labels, len(seen))] = np.arange(len(labels)) + np.repeat(seen - np.cumsum(sizes) + sizes, sizes)
+    seen += sizes
+    return rank
+
+
+def highest(score: np.ndarray, num: int) -> np.ndarray:
+    """The positions, ascending, of the `num` highest scores. Of equal scores the first ones count."""
+    if len(score) <= num:
+        return np.arange(len(score))
+    least = np.partition(score, len(score) - num)[len(score) - num]
+    chosen = score > least
+    chosen[np.flatnonzero(score == least)[: num - chosen.sum()]] = True
+    return np.flatnonzero(chosen)
+
+
+class BestOfClasses:
+    """The `per_class` highest scores of each class, of entries that come in chunks: memory O(classes x per_class).
+
+    The index of the entries must ascend, within a chunk and from chunk to chunk: ties go to the lower index.
+    """
+
+    def __init__(self, num_classes: int, per_class: int):
+        self.num_classes, self.per_class = num_classes, per_class
+        self.cutoff = np.full(num_classes, -np.inf, np.float32)  # of a full class: only higher scores get in
+        self.chunks = [(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int64))]  # [0]: the best so far
+        self.num_new = 0
+
+    def add(self, label: np.ndarray, score: np.ndarray, index: np.ndarray) -> None:
+        self.chunks.append((label, score, index))
+        self.num_new += len(label)
+        if self.num_new > max(1 << 18, len(self.chunks[0][0])):
+            self.best()
+
+    def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(label, score, index) of all that is kept, class after class, the index ascending in each."""
+        label, score, index = (np.concatenate(parts) for parts in zip(*self.chunks, strict=True))
+        ends = np.cumsum(np.bincount(label, minlength=self.num_classes))
+        kept = []
+        for c, of_class in enumerate(np.split(by_class(label, self.num_classes), ends[:-1])):
+            of_class = of_class[highest(score[of_class], self.per_class)]
+            if len(of_class) == self.per_class:
+                self.cutoff[c] = score[of_class].min()
+            kept.append(of_class)
+        kept = np.concatenate(kept)
+        self.chunks, self.num_new = [(label[kept], score[kept], index[kept])], 0
+        return self.chunks[0]
+
+
+def examples_of(index: np.ndarray, label: np.ndarray, confidence: np.ndarray, file_sizes: list[int]) -> Examples:
+    """The entries, sorted by (index, label), as a selection."""
     starts = np.cumsum([0, *file_sizes])
-    file = np.searchsorted(starts, index, side="right") - 1
-    is_first = np.append(True, (np.diff(index) != 0) | (np.diff(label) != 0))
-    return Examples(file.astype(np.uint16), index - starts[file], label, confidence, index, is_first)
+    places = np.searchsorted(index, starts)
+    file = np.repeat(np.arange(len(file_sizes), dtype=np.uint16), np.diff(places))
+    row = index if len(file_sizes) == 1 else index.copy()  # a hundred million examples: no copy that is not needed
+    for start, begin, end in zip(starts[1:-1], places[1:-1], places[2:], strict=True):
+        row[begin:end] -= start
+    is_first = np.ones(len(index), dtype=bool)
+    is_first[1:] = (index[1:] != index[:-1]) | (label[1:] != label[:-1])
+    return Examples(file, row, label, confidence, index, is_first)
 
 
 def write_selection(path: Path, examples: Examples, classes: list[str], **attributes) -> None:
-    with write_atomically(path) as temporary, h5py.File(temporary, "w") as out:
+    with write_atomically(path) as temporary, h5py.File(temporary, "w", locking=False) as out:
         for name in LABEL_FILE_COLUMNS[SELECTION_FORMAT]:
             out[name] = getattr(examples, name)
         out.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
@@ -2436,13 +2684,27 @@ def read_selection(path: str | Path) -> tuple[dict[int, h5py.File], dict[str, np
     files = {}
     for i in np.unique(number).tolist():
         name = names[i] if os.path.exists(names[i]) else os.path.join(os.path.dirname(path), os.path.basename(names[i]))
-        files[i], rows = open_label_file(name, LOGITS_FORMAT), row[number == i]
+        files[i], (rows, labels) = open_label_file(name, LOGITS_FORMAT), of_file(i, number, row, label)
         if read_classes(files[i]) != classes or not 0 <= rows.min() <= rows.max() < len(files[i]["status"]):
             fail(f"{path}: its rows or classes are not those of {name}: run 03 again")
         # In a top-p selection an image may stand under a class that is not its most probable one.
-        if method != "top-p" and not np.array_equal(map_dataset(files[i], "label")[rows], label[number == i]):
+        now = map_dataset(files[i], "label")
+        if method != "top-p" and any((now[rows[part]] != labels[part]).any() for part in slices(len(rows))):
             print0(f"{path}: the labels in {name} are others: if it was made anew, run 03 again")
     return files, {"file": number, "row": row, "label": label}, method
+
+
+def of_file(i: int, number: np.ndarray, *columns: np.ndarray) -> list[np.ndarray]:
+    """The entries of file `i` in the columns of a selection: no copies where that file is the only one."""
+    is_of = number == i
+    return list(columns) if is_of.all() else [column[is_of] for column in columns]
+
+
+def distinct(rows: np.ndarray) -> np.ndarray:
+    """What np.unique gives, without a sort where the rows are in order, as those of a selection are."""
+    if (rows[1:] < rows[:-1]).any():
+        return np.unique(rows)
+    return rows[np.append(True, rows[1:] != rows[:-1])]
 
 
 def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarray]:
@@ -2452,7 +2714,7 @@ def selected_images(path: Path, folder: str | None) -> tuple[ImageList, np.ndarr
     numbers = [number for number, root in roots.items() if len(roots) == 1 or root == folder]
     if len(numbers) != 1:
         fail(f"{path} is of several folders: label one by one, --unlabeled {' or '.join(roots.values())}")
-    return image_list(files[numbers[0]], folder), np.unique(selection["row"][selection["file"] == numbers[0]])
+    return image_list(files[numbers[0]], folder), distinct(*of_file(numbers[0], selection["file"], selection["row"]))
 
 
 class SelectedImages:
@@ -2478,8 +2740,7 @@ class SelectedImages:
 def newer_file(newer: list, file, images: ImageList, rows: np.ndarray, ignore_root: bool):
     """The one of the newer logits files that has the images of `file` in these rows."""
     for one in newer:
-        fits = (ignore_root or one.attrs["root"] == file.attrs["root"]) and len(one["status"]) == len(images)
-        if fits and np.array_equal(image_list(one).path[rows], images.path[rows]):
+        if (ignore_root or one.attrs["root"] == file.attrs["root"]) and same_paths(image_list(one), images, rows):
             return one
     fail(f"--logits: none of them has the images of {file.filename} in its rows")
 
@@ -2762,8 +3023,11 @@ def digest_of(thing) -> str:
     file, rows = thing
     facts = {name: str(value) for name, value in file.attrs.items()} | {name: str(file[name].shape) for name in file}
     sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    rows = distinct(rows)
     for name in ("label", "confidence", "status"):
-        sha256.update(map_dataset(file, name)[np.unique(rows)].tobytes())
+        column = map_dataset(file, name)
+        for part in slices(len(rows)):
+            sha256.update(column[rows[part]].tobytes())
     return sha256.hexdigest()
 
 
@@ -2797,9 +3061,17 @@ def data_inputs(data: Path, train: ImageList, val: ImageList) -> dict:
 
 
 def input_digests(inputs: dict, processes: Processes) -> dict[str, str]:
-    """{path: digest} of everything that shapes a run, as checkpoints keep it: computed by rank 0."""
-    found = {os.path.abspath(path): digest_of(thing) for path, thing in inputs.items() if processes.is_main and path}
-    return from_rank0(found, processes)
+    """{path: digest} of everything that shapes a run, as checkpoints keep it: computed by rank 0.
+
+    The images lie on each machine's own disk, perhaps: the first process of each compares its list with rank 0's.
+    """
+    things = {os.path.abspath(path): thing for path, thing in inputs.items() if path}
+    found = from_rank0({path: digest_of(things[path]) for path in things if processes.is_main}, processes)
+    for path, images in things.items() if is_first_of_node() and not processes.is_main else ():
+        if isinstance(images, ImageList) and (digest := digest_of(images)) != found[path]:
+            there, where = f"{platform.node()} has {digest[:30]}", f"process 0's node {found[path][:30]}"
+            fail(f"{path}: {there}, {where}: all nodes need the same images")
+    return found
 
 
 LOCKS = []  # open files: a lock ends with its process
@@ -2826,20 +3098,23 @@ def previous_run(args: argparse.Namespace) -> dict | None:
     A last.pt that is damaged is passed over for the one before it. Other flags than the run began with (those of
     MAY_DIFFER apart) end the program.
     """
+    with contextlib.suppress(OSError):  # no folder yet; no permission: writing will say so
+        lock(args.out)
+    if dist.is_initialized():  # rank 0 has the lock: a process of a killed run, on another node, writes no more
+        dist.all_reduce(BUFFER.zero_())
     if not args.out.is_dir():
         return None
-    with contextlib.suppress(OSError):  # no permission: writing will say so
-        lock(args.out)
-    names = ["model.pt"] if (args.out / "model.pt").exists() else ["last.pt", "last.prev.pt"]
+    there = os.listdir(args.out)  # opens the folder: without that NFS may give the last.pt of a minute ago
+    names = ["model.pt"] if "model.pt" in there else ["last.pt", "last.prev.pt"]
     checkpoint = None
-    for path in (args.out / name for name in names if (args.out / name).exists()):
+    for path in (args.out / name for name in names if name in there):
         try:
             checkpoint = load_file(path)
             break
         except Exception as error:
             print0(f"{path} is damaged ({type(error).__name__}: {str(error)[:100]})")
     else:
-        if any((args.out / name).exists() for name in names):
+        if any(name in there for name in names):
             fail(f"{args.out} holds no checkpoint that can be read: remove it to begin anew, or choose another --out")
         return None
     if path.name == "last.prev.pt":
@@ -3844,7 +4119,7 @@ def draw_sheet(images: list, examples, shown: list[int]) -> Image.Image:
     sheet = Image.new("RGB", (SHEET_LEFT[-1] + SIDE, len(shown) * (SIDE + CAPTION)), "white")
     pen = ImageDraw.Draw(sheet)
     for line, c in enumerate(shown):
-        of_class = np.flatnonzero(examples.label == c)
+        of_class = np.flatnonzero((examples.label == c) & examples.is_first)
         of_class = of_class[np.argsort(-examples.confidence[of_class], kind="stable")]
         top = line * (SIDE + CAPTION)
         if not len(of_class):
@@ -3864,7 +4139,7 @@ def draw_selection(path: Path, images: list[ImageList], classes: list[str], exam
     """
     if (plt := pyplot()) is None:
         return
-    sizes, examples = report["classes"], Examples(*(column[examples.is_first] for column in examples))
+    sizes = report["classes"]
     shown = sorted(range(len(classes)), key=lambda c: -sizes[classes[c]]["candidates"])
     shown = shown if len(shown) <= 40 else shown[:20] + shown[-20:]  # those with the most images and the fewest
     names = [name if len(name) <= 32 else name[:31] + "…" for name in (classes[c] for c in shown)]
@@ -3886,7 +4161,9 @@ def draw_selection(path: Path, images: list[ImageList], classes: list[str], exam
     axis = figure.add_axes((0.62, sheet_height + names_height, 0.38, height))
     edges = np.linspace(0, 1, len(histogram) + 1)
     axis.stairs(histogram, edges, fill=True, label="all")
-    axis.stairs(np.histogram(examples.confidence, len(histogram), (0, 1))[0], edges, fill=True, label="kept")
+    axis.stairs(
+        np.histogram(examples.confidence[examples.is_first], len(histogram), (0, 1))[0], edges, fill=True, label="kept"
+    )
     if report["method"] == "noisy-student":
         axis.axvline(report["threshold"], color="black", linestyle=":", label=f"threshold {report['threshold']:g}")
     axis.set_xlabel("confidence")

@@ -3,6 +3,7 @@ that is labelled again."""
 
 import csv
 import errno
+import fcntl
 import hashlib
 import os
 import pickle
@@ -106,6 +107,17 @@ def test_labels_do_not_depend_on_the_number_of_processes(nproc, launcher, random
     bad = list(got["path"]).index(b"7.png")
     assert got["status"][bad] == 2 and got["label"][bad] == -1 and np.isnan(got["confidence"][bad])
     assert (np.delete(got["status"], bad) == 1).all()
+
+
+def test_on_several_nodes_a_write_is_of_its_own_bytes(tmp_path, monkeypatch):
+    """NFS clients write whole pages, unless O_DSYNC is set. On one node it would only make the writes slow."""
+    new_file(tmp_path / "l.h5")
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    for local_world_size, expected in (("2", 0), ("1", os.O_DSYNC)):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
+        flags = fcntl.fcntl(stage.RowWriter(tmp_path / "l.h5").file, fcntl.F_GETFL)
+        assert flags & os.O_DSYNC == expected and flags & os.O_ACCMODE == os.O_WRONLY
 
 
 def dirty_files() -> tuple[dict, dict]:

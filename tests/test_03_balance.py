@@ -144,6 +144,22 @@ def test_a_thousand_classes_in_four_files(per_class):
     assert set(sizes.tolist()) == {0, per_class} and (sizes[990:] == 0).all()
 
 
+@pytest.mark.parametrize("per_class", [0, 1000])
+def test_a_selection_takes_little_more_memory_than_its_examples(per_class):
+    """The index, the label and the confidence of an example are 16 bytes: 2.1 GB for 130 million."""
+    import tracemalloc
+
+    rng = np.random.default_rng(0)
+    label = (1000 * rng.random(2_000_000) ** 2).astype(np.int32)
+    confidence = rng.random(len(label), dtype=np.float32)
+    tracemalloc.start()
+    index, *_ = balance.select_noisy_student([label], [confidence], 1000, 0.3, per_class, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(index) == (1000 * per_class or (confidence > np.float32(0.3)).sum())
+    assert peak < 16 * len(index) + 4 * len(label) + 50e6, f"{peak / 1e6:.0f} MB"
+
+
 @st.composite
 def logit_files(draw):
     num_classes = draw(st.integers(1, 5))

@@ -1,6 +1,7 @@
 """The data set and its loaders: the order of images, what a batch holds, unreadable images, any number of workers."""
 
 import numpy as np
+import pytest
 import torch
 from conftest import encoded, make_tar, noise_image, write_files
 from hypothesis import given, settings
@@ -131,6 +132,21 @@ def test_train_keys_are_the_same_for_any_processes_and_any_start(num, sixths, se
     assert stream(num, batch_size, seed, 0, range(25), 2) == alone
     assert stream(num, batch_size, seed, 0, range(25), 3) == alone
     assert stream(num, batch_size, seed, 0, range(start, 25)) == alone[start:]
+
+
+@pytest.mark.parametrize("num", [1, 7, 70_001])
+def test_an_order_is_numpys_permutation(num):
+    rng = np.random.default_rng(common.seed_words(3, "x order", 2))
+    assert (common.permutation(num, 3, "x", 2) == rng.permutation(num)).all()
+
+
+def test_an_order_is_made_once_an_epoch(monkeypatch):
+    """One of 130 million images takes half a gigabyte and seconds."""
+    made, make = [], common.permutation
+    monkeypatch.setattr(common, "permutation", lambda *words: made.append(words[-1]) or make(*words))
+    for _ in train_keys(10, 3, 0, "x", range(4, 40), ranks(1)[0]):
+        pass
+    assert made == list(range(1, 12))
 
 
 def test_train_keys_orders_differ():

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from types import SimpleNamespace
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -13,6 +14,7 @@ import pytest
 from conftest import assert_mistake, encoded, load_stage, noise_image, write_files
 from label_files import create_logits, CLASSES, logits_of, new_file, write_logits
 
+import common
 from common import LOGITS_FORMAT, SELECTION_FORMAT, ImageList, list_images, open_label_file, read_classes
 
 
@@ -50,6 +52,28 @@ def as_nobody():
         os.seteuid(65534)
     yield
     os.seteuid(user)
+
+
+def test_columns_are_handled_in_parts(tmp_path, monkeypatch):
+    """Parts of three rows, and the whole in one: the same files, comparisons, digests and draws."""
+
+    def answers(path):
+        names = [f"{i:02}.png" for i in range(11)]
+        with open_label_file(write_logits(path, np.eye(11, 3), names=names), LOGITS_FORMAT) as file:
+            images, rows = common.image_list(file), np.array([0, 1, 1, 1, 4, 8, 8, 10])
+            last = replace(images, path=np.append(images.path[:10], b"x"))
+            yield [file[name][:].tolist() for name in ("path", "offset", "size")]
+            yield [common.same_paths(images, other) for other in (images, replace(images), last, images[:10])]
+            yield [common.same_paths(images, last, found) for found in (rows[:-1], range(10), rows)]
+            yield [common.digest_of((file, found)) for found in (rows, rows[::-1], np.unique(rows))]
+            yield [column.tolist() for (column,) in common.draw_fraction([file], 0.5, 3)]
+
+    whole = [*answers(tmp_path / "whole.h5")]
+    assert whole[1:3] == [[True, True, False, False], [True, True, False]] and len({*whole[3]}) == 1
+    assert 0 < np.isnan(whole[4][0]).sum() < 11
+    in_threes = lambda num: (slice(begin, min(begin + 3, num)) for begin in range(0, num, 3))  # noqa: E731
+    monkeypatch.setattr(common, "slices", in_threes)
+    np.testing.assert_equal([*answers(tmp_path / "whole.h5")], whole)
 
 
 def test_a_folder_or_a_file_without_permission_is_one_line(capsys, mistake):

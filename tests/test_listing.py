@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import subprocess
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +148,116 @@ def test_of_a_shard_that_is_cut_off_the_members_before_the_end_are_read(tmp_path
     assert len(list_images(tmp_path)) == 3 and not capsys.readouterr().out
     (tmp_path / "0.tar").write_bytes(whole[:fourth] + b"x" * 512 + whole[fourth + 512 :])  # no header
     assert len(list_images(tmp_path)) == 3 and "is damaged after 2.png" in capsys.readouterr().out
+
+
+def by_tarfile(path):
+    """(name, offset, size) of the files of a shard, and whether it is damaged, as tarfile alone says."""
+    found = []
+    try:
+        with tarfile.open(path, "r:") as shard:
+            while (member := shard.next()) is not None:
+                if member.isfile() and not member.issparse():
+                    found.append((os.fsencode(member.name), member.offset_data, member.size))
+            shard.fileobj.seek(shard.offset)
+            return found, bool(shard.fileobj.read(512).strip(b"\0"))
+    except tarfile.TarError:
+        return found, True
+
+
+MEMBERS = [
+    ("a.jpg", {}),
+    ("d/b.jpg", {"size": 513}),
+    ("time.jpg", {"mtime": 1.7e9 + 0.123}),
+    ("empty.jpg", {"size": 0}),
+]
+MEMBERS += [
+    ("d", {"type": tarfile.DIRTYPE, "size": 0}),
+    ("link", {"type": tarfile.SYMTYPE, "linkname": "a.jpg", "size": 0}),
+]
+MEMBERS += [("x" * 96 + ".jpg", {}), ("p" * 99 + "/" + "q" * 99, {}), ("bär.jpg", {"uname": "ä", "mode": 0o7777})]
+MEMBERS += [
+    ("old.jpg", {"type": tarfile.AREGTYPE}),
+    ("old/", {"type": tarfile.AREGTYPE, "size": 0}),
+    ("last.jpg", {"mtime": 5.5}),
+]
+KINDS = [(tarfile.USTAR_FORMAT, {}), (tarfile.GNU_FORMAT, {}), (tarfile.PAX_FORMAT, {})]
+
+
+@pytest.mark.parametrize(("kind", "of_all"), [*KINDS, (tarfile.PAX_FORMAT, {"comment": "of all members"})])
+def test_members_are_those_that_tarfile_finds(kind, of_all, tmp_path, capsys):
+    """Of all kinds, and in shards of which a byte of a header has changed."""
+    path, rng = tmp_path / "0.tar", np.random.default_rng(0)
+    with tarfile.open(path, "w", format=kind, pax_headers=of_all) as shard:
+        for name, how in MEMBERS:
+            member = tarfile.TarInfo(name)
+            member.size = 600
+            for key, value in how.items():
+                setattr(member, key, value)
+            shard.addfile(member, io.BytesIO(b"x" * member.size))
+    whole, (members, is_damaged) = path.read_bytes(), by_tarfile(path)
+    assert len(members) >= 9 and not is_damaged
+    assert [*common.tar_members(path)] == members
+    blocks = np.arange(0, len(whole), 512)
+    headers = [at for at in blocks.tolist() if whole[at + 257 : at + 262] == b"ustar"]
+    fields = [0, 99, *range(100, 157), 157, *range(257, 265), 265, 330, 345, 400, 511]
+    for _ in range(200):
+        data, at = bytearray(whole), rng.choice(headers) + rng.choice(fields)
+        data[at] = rng.choice([*b"\0 7x01", 0x80, rng.integers(256)])
+        if rng.random() < 0.5:  # with a sum that is right
+            begin = at // 512 * 512
+            data[begin + 148 : begin + 156] = b" " * 8
+            data[begin + 148 : begin + 156] = b"%06o\0 " % sum(data[begin : begin + 512])
+        path.write_bytes(data)
+        capsys.readouterr()
+        found = []
+        try:
+            found.extend(common.tar_members(path))
+            is_damaged = "is damaged after" in capsys.readouterr().out
+        except tarfile.TarError:
+            is_damaged = True
+        assert (found, is_damaged) == by_tarfile(path), at
+
+
+@pytest.mark.parametrize("mtime", [0, 1.7e9 + 0.123])  # a fraction has a record of its own, as WebDataset's shards
+def test_plain_members_are_found_without_tarfile(mtime, tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for i in range(50):
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.mtime = mtime
+            shard.addfile(member)
+    parsed, parse = [], tarfile.TarInfo.frombuf
+    monkeypatch.setattr(tarfile.TarInfo, "frombuf", lambda *words: parsed.append(1) or parse(*words))
+    assert len(list_images(tmp_path)) == 50 and len(parsed) <= 4
+
+
+def test_a_list_on_the_disk_is_the_list_in_memory(tmp_path, mistake):
+    """Also where names of files and shards begin alike, and with members that are not in order."""
+    root, scratch = tmp_path / "images", tmp_path / "scratch"
+    scratch.mkdir()
+    members = {
+        name: b"x" * i for i, name in enumerate(["b.png", "a.png", "deep/a.png", "deep-a.png", "long" * 9 + ".png"])
+    }
+    for name in ("a.tar", "a.tar-b.tar", "a/b.tar", "a-b.tar", "b/c.tar", "z.tar"):
+        make_tar(root / name, members)
+    names = [
+        "a.png",
+        "a.tar-a.png",
+        "a.tar.png",
+        "a.tarr/a.png",
+        "a/b.png",
+        "a/b.tar.png",
+        "b.png",
+        "b/c.tar0.png",
+        "~.png",
+    ]
+    write_files(root, dict.fromkeys(names, b""))
+    rows, on_disk = list_images(root), list_images(root, scratch)
+    assert len(rows) == 6 * len(members) + len(names) and rows.path.tolist() == sorted(rows.path.tolist())
+    for column in ("path", "offset", "size"):
+        one, other = getattr(rows, column), getattr(on_disk, column)
+        assert one.dtype == other.dtype and (one == other).all() and isinstance(other, np.memmap)
+    assert not [*scratch.iterdir()]
+    mistake(lambda: list_images(root, tmp_path / "missing"), "missing", "cannot be kept")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_every_other_command_of_the_texts_is_known(commands_of, monkeypatch):
             for flag, file in pairwise(words):
                 assert flag not in ("-r", "-c") or (ROOT / file).exists(), (name, command)
         else:
-            assert re.match(r"(python|torchrun( --[\w-]+ \d+)?) 0\d_\w+\.py", command), (name, command)
+            assert re.match(r"(python|torchrun( --[\w-]+ \S+)*) 0\d_\w+\.py", command), (name, command)
 
 
 def test_what_the_texts_name_is_there():
@@ -673,3 +673,62 @@ def test_a_folder_without_unlabeled_is_said_before_anything_is_trained(commands_
     (tmp_path / "mine").mkdir()
     commands, printed = commands_of(data=tmp_path / "mine", status=2)
     assert commands == {} and "error: " in printed and "no folder unlabeled/" in printed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tests/gpu.sh
+# ----------------------------------------------------------------------------------------------------------------------
+
+RECORDS = """#!/bin/sh
+case "$*" in
+*device_count*) echo $GPUS ;;
+00_*) for folder in train/a val/a unlabeled; do mkdir -p "$4/$folder" && touch "$4/$folder/1.png"; done ;;
+*$FAILS*) echo why && exit 1 ;;
+esac
+[ "$1" = -c ] || echo "$*" >> commands
+"""
+
+
+def test_what_waits_for_a_gpu_is_known(tmp_path, monkeypatch):
+    """Every command of gpu.sh parses; without GPUs and files it says what it leaves out; a failure is status 1."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "gpu.sh", tmp_path / "tests")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(RECORDS)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / "tf_efficientnet_b0_ns-c0e6a31c.pth").touch()
+    env = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "FAILS": "nothing",
+        "WEIGHTS": str(tmp_path),
+    }
+
+    def run(**settings):
+        done = subprocess.run([tmp_path / "tests/gpu.sh"], env=env | settings, text=True, capture_output=True)
+        assert not done.stderr, done
+        return done.returncode, done.stdout.splitlines()
+
+    status, lines = run(GPUS="2", IMAGENET="imagenet", SVHN="svhn")
+    assert status == 0 and len(lines) == 52 and lines[-1] == "50 steps done, 0 left out (), 0 failed ()"
+    commands = [shlex.split(line) for line in (tmp_path / "commands").read_text().splitlines()]
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        if words[0] == "-m":
+            assert distributed_run.parse_args(words[2:]).nproc_per_node == "2"
+            words = words[5:]
+        monkeypatch.setattr("sys.argv", words)
+        path = Path(words[0])
+        (importlib.import_module(path.stem) if path.parts[0] == "tests" else load_stage(path.stem)).parse_args()
+    text = [" ".join(words) for words in commands]
+    for precision in ("fp32", "bf16", "fp16"):
+        stages = {line[:2] for line in text if f"--device cuda --precision {precision}" in line}
+        assert stages == {"01", "02", "04", "05", "06"}, precision
+    assert sum("--compile" in line for line in text) == 5 and sum(line.startswith("-m") for line in text) == 5
+    assert sum("--init tf_efficientnet" in line or f"--init {tmp_path}" in line for line in text) == 1
+
+    status, lines = run(GPUS="0", FAILS="04_train_student")
+    assert status == 1 and [line.split()[1] for line in lines if line.startswith("FAILED")] == ["fp32-04"]
+    left_out = [line.split()[1] for line in lines if line.startswith("skipped")]
+    assert left_out == ["precisions", "two-gpus", "benchmark", "published-b0", "published-b7", "svhn"]
+    assert lines[-1] == f"7 steps done, 6 left out ({' '.join(left_out)}), 1 failed (fp32-04)"
