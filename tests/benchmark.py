@@ -71,7 +71,7 @@ ROOMS = {  # of `all`: what --quick makes of each
 }
 
 
-def parse_args(words: list[str]) -> argparse.Namespace:
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     commands = parser.add_subparsers(required=True)
 
