@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -131,12 +132,11 @@ def tables() -> str:
     for file in sorted((ROOT / "docs" / "results").glob("*.json")):
         kept, name = json.loads(file.read_text()), file.stem
         models = kept["models"]
-        words += ["", f"## {name}", ""] + ([kept["about"], ""] if "about" in kept else [])
-        words += [made(kept), "", *table(HEADINGS, [cells_of(model, models) for model in models])]
-        if "verdict" in kept:
-            words += ["", kept["verdict"].strip()]
+        words += ["", f"## {name}", "", *folded(kept.get("about", ""))]
+        words += [*folded(made(kept)), *table(HEADINGS, [cells_of(model, models) for model in models])]
+        words += ["", *folded(kept.get("verdict", ""))]
         if file.with_suffix(".png").exists():
-            words += ["", f"![every model a colour, every seed a dot](results/{name}.png)"]
+            words += [f"![every model a colour, every seed a dot](results/{name}.png)"]
         if name == "claims":
             rows = []
             for claim, paper, worse, better in CLAIMS.values():
@@ -146,6 +146,11 @@ def tables() -> str:
             headings = ("claim", "the paper, ImageNet", "ours: better arm - worse arm", "corrupted", "shown")
             words += ["", *table(headings, rows)]
     return "\n".join(words) + "\n"
+
+
+def folded(text: str) -> list[str]:
+    """A paragraph in lines of 120 columns and an empty line."""
+    return [*textwrap.wrap(text, 120), ""] if text else []
 
 
 def readme(text: str) -> str:
@@ -159,7 +164,9 @@ def readme(text: str) -> str:
         [cell for number, cell in enumerate(cells_of(model, kept["models"])) if number != 1] for model in kept["models"]
     ]
     words = [f'`SEEDS="{" ".join(map(str, range(seeds)))}" ./run.sh` ends so ([more](docs/results.md)):', ""]
-    words += [*table([HEADINGS[0], *HEADINGS[2:]], rows), "", made(kept), "", kept.get("verdict", "").strip()]
+    words += [*table([HEADINGS[0], *HEADINGS[2:]], rows), "", *folded(made(kept)), *folded(kept.get("verdict", ""))]
+    if file.with_suffix(".png").exists():
+        words.append("![every model a colour, every seed a dot](docs/results/demo.png)")
     return re.sub("(?<=<!-- demo table -->\n).*?(?=<!-- end -->)", lambda _: "\n".join(words) + "\n", text, flags=re.S)
 
 
