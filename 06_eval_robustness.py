@@ -892,7 +892,8 @@ def evaluate_model(path: str, name: str, entry: dict, parts: list[Part], val, ch
         save()
         top1 = measured.get("top1", measured.get(item))
         top1 = top1["top1"] if isinstance(top1, dict) else top1
-        print0(f"{name} {part.name} {item}: {' '.join(f'{value:.2f}' for value in np.atleast_1d(top1))}")
+        what = "clean" if part.name == "clean" else f"{part.name} {item}"
+        print0(f"{name} {what}: {' '.join(f'{value:.2f}' for value in np.atleast_1d(top1))}")
 
 
 def main() -> None:

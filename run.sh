@@ -11,6 +11,10 @@
 # What is not set is chosen for the images, and it says what and why.
 set -euo pipefail # all of this in bash 3.2 too: macOS has no newer one
 data=${1:-}
+if [ "$data" = --help ] || [ "$data" = -h ]; then # the head of this file and its settings
+    sed -n -e '2,/^set /s/^# \{0,1\}//p' -e '/^SEEDS=/,/^NPROC=/s/^\([A-Z_]*=\)${[A-Z_]*:-\(.*\)}  */\1\2   /p' "$0"
+    exit
+fi
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; } # macOS has no realpath -m
 [ -z "$data" ] || [ "$data" = test ] || data=$(absolute "$data")
 [ -z "${INIT:-}" ] || [ "$INIT" = published ] || INIT=$(absolute "$INIT")
@@ -54,8 +58,7 @@ SEEDS=${SEEDS:-${SEED:-0}}          # several: the whole loop for each, on the s
 SEED=${SEEDS%% *}
 ROUNDS=${ROUNDS:-2}                 # self-training rounds
 CHOOSE=${CHOOSE:-1}                 # 0: nothing is chosen on val; THRESHOLD is 0.5, the last student teaches the next one
-# Lists: the teacher, then one student a round; the last one repeats.
-ARCHS=${ARCHS:-efficientnet_b0}
+ARCHS=${ARCHS:-efficientnet_b0}     # the models. Lists: the teacher's, then a student's a round; the last one repeats
 IMAGE_SIZE=${IMAGE_SIZE:-}          # pixels, chosen below; the fine-tuning at the end adds a quarter
 RATIO=${RATIO:-3}                   # unlabelled images for each labelled one; the teacher gets as many labelled ones in all
 STEPS=${STEPS:-}                    # of a student, chosen below; the teacher and the control get as many
@@ -72,7 +75,7 @@ several=$([ "$SEEDS" = "$SEED" ] || echo yes)
 demo_seed=$([ -n "$several" ] && echo 0 || echo "$SEED")
 if [ -z "$data" ]; then demo=demo$([ "$demo_seed" = 0 ] || echo "-seed$demo_seed"); fi
 data=${data:-data/$demo}
-OUT=${OUT:-$PWD/runs/$(basename "$data")}
+OUT=${OUT:-$PWD/runs/$(basename "$data")}  # where everything is written
 
 stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the very same command
     local name=$1 done=$OUT/.done/$1 command=${*:2}

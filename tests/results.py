@@ -164,7 +164,7 @@ def readme(text: str) -> str:
         [cell for number, cell in enumerate(cells_of(model, kept["models"])) if number != 1] for model in kept["models"]
     ]
     words = [f'`SEEDS="{" ".join(map(str, range(seeds)))}" ./run.sh` ends so ([more](docs/results.md)):', ""]
-    words += [*table([HEADINGS[0], *HEADINGS[2:]], rows), "", *folded(made(kept)), *folded(kept.get("verdict", ""))]
+    words += [*table([HEADINGS[0], *HEADINGS[2:]], rows), "", *folded(f"{made(kept)} {kept.get('verdict', '')}")]
     if file.with_suffix(".png").exists():
         words.append("![every model a colour, every seed a dot](docs/results/demo.png)")
     return re.sub("(?<=<!-- demo table -->\n).*?(?=<!-- end -->)", lambda _: "\n".join(words) + "\n", text, flags=re.S)

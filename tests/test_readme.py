@@ -669,6 +669,13 @@ def test_floors_are_a_line_each_and_status_2(commands_of, monkeypatch, capsys):
     assert commands_of(FLOORS="3", status=2)[0] == {} == commands_of(FLOORS="1", status=2)[0]
 
 
+def test_help_lists_each_setting_with_its_default():
+    done = subprocess.run(["bash", ROOT / "run.sh", "--help"], text=True, capture_output=True, timeout=60, check=True)
+    settings = re.findall(r"^([A-Z_]+)=\$\{\1:-", (ROOT / "run.sh").read_text(), re.M)
+    assert len(settings) >= 17 and re.findall(r"^([A-Z_]+)=.* # \w", done.stdout, re.M) == settings
+    assert "ROUNDS=2 " in done.stdout and "./run.sh DATA_DIR" in done.stdout and not done.stderr
+
+
 def test_a_folder_without_unlabeled_is_said_before_anything_is_trained(commands_of, tmp_path):
     (tmp_path / "mine").mkdir()
     commands, printed = commands_of(data=tmp_path / "mine", status=2)

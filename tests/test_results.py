@@ -192,7 +192,7 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     before, after = "# Title\n<!-- demo table -->\n", "<!-- end -->\nmore\n"
     text = results.readme(f"{before}old\n{after}")
     assert text.startswith(before) and text.endswith(after) and "old" not in text
-    assert "\n\nIt helped.\n\n![" in text and "(docs/results/demo.png)" in text
+    assert "It helped.\n\n![" in text and "(docs/results/demo.png)" in text
     assert "| student1 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in text
     assert 'SEEDS="0 1 2" ./run.sh' in text and results.readme(text) == text
 
