@@ -69,7 +69,7 @@ step labels-cpu python 02_pseudo_label.py --teacher "$run/fp32/teacher/model.pt"
 [ "$gpus" -eq 0 ] || step labels-compared same_labels "$run/gpu.h5" "$run/cpu.h5"
 two="python -m torch.distributed.run --standalone --nproc-per-node 2" # with synchronised batch norm
 if [ "$gpus" -gt 1 ]; then smoke two-gpus "$two" --device cuda; else skip two-gpus "$gpus GPUs, 2 are needed"; fi
-for mode in inference train label balance noise robustness; do
+for mode in all robustness; do
     if [ "$gpus" -gt 0 ]; then step "benchmark-$mode" python tests/benchmark.py $mode --device cuda; fi
 done
 [ "$gpus" -gt 0 ] || skip benchmark "no GPU: docs/speed.md has what was measured on CPUs"
