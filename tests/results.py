@@ -2,7 +2,7 @@
 docs/results/NAME.json, small enough for the repository, and the picture beside it. With and without arguments
 docs/results.md and the README's first table are then made of these files.
 
-    docs/results/NAME.json  {"commit", "machine", "torch", "verdict": text of verdict.md,
+    docs/results/NAME.json  {"commit", "machine", "torch", "verdict": last paragraph of verdict.md,
                              "models": {model: {seed: {"clean", "corrupted", "num"}}}}
 """
 
@@ -65,7 +65,7 @@ def collect(name: str, source: Path) -> None:
     out = ROOT / "docs" / "results" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     if (source.parent / "verdict.md").exists():
-        kept["verdict"] = (source.parent / "verdict.md").read_text()
+        kept["verdict"] = (source.parent / "verdict.md").read_text().strip().split("\n\n")[-1]  # the table is made anew
     if (source.parent / "robustness.png").exists():
         shutil.copy(source.parent / "robustness.png", out.with_suffix(".png"))
     with write_atomically(out) as temporary:
@@ -120,10 +120,8 @@ def made(kept: dict) -> str:
     """How many images and how many runs, and by what."""
     nums = max(of["num"] for seeds in kept["models"].values() for of in seeds.values())
     by = f"commit {kept['commit']}, {kept['machine']}, torch {kept['torch']}"
-    return (
-        f"Top-1 in percent of {nums} images of val. Mean ± standard deviation over the seeds; differences with their "
-        f"95 percent t interval over the seeds; {by}."
-    )
+    what = "mean ± standard deviation over the seeds, differences ± their 95 percent t interval"
+    return f"Top-1 in percent of {nums:,} images of val, {what}; {by}."
 
 
 def tables() -> str:

@@ -185,14 +185,14 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     assert not any("unbalanced" in line for line in lines)  # was not run
 
     # The demo's are the README's first table too, with the verdict; the picture is beside the numbers.
-    (tmp_path / "verdict.md").write_text("It helped.\n")
+    (tmp_path / "verdict.md").write_text("| a table |\n\nIt helped.\n")
     (tmp_path / "robustness.png").write_bytes(b"png")
     results.collect("demo", tmp_path / "robustness.json")
     assert (tmp_path / "docs/results/demo.png").exists() and "](results/demo.png)" in results.tables()
     before, after = "# Title\n<!-- demo table -->\n", "<!-- end -->\nmore\n"
     text = results.readme(f"{before}old\n{after}")
     assert text.startswith(before) and text.endswith(after) and "old" not in text
-    assert "It helped.\n\n![" in text and "(docs/results/demo.png)" in text
+    assert "It helped.\n\n![" in text and "a table" not in text and "(docs/results/demo.png)" in text
     assert "| student1 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in text
     assert 'SEEDS="0 1 2" ./run.sh' in text and results.readme(text) == text
 
