@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256, on_several_nodes, print0  # program
+from common import add_device_flags, argument_parser, at_least, fail, file_sha256, nearest_folder  # program
+from common import on_several_nodes, print0  # program
 from common import StopSignal, init_processes, progress, wait_until  # processes
 from common import recipe_of, resolution_of  # models
 from common import rand_augment  # noise
@@ -211,10 +212,7 @@ def main() -> None:
         folder = listed.root
     else:
         folder = args.unlabeled or os.path.abspath(os.path.join(data, "unlabeled"))
-        scratch = next(
-            parent for parent in args.out.absolute().parents if parent.is_dir()
-        )  # the list lies on that disk
-        listed = images_at(folder, data, scratch) if creates else []
+        listed = images_at(folder, data, nearest_folder(args.out)) if creates else []  # it lies on that disk
         wanted = range(len(listed))
     stop = StopSignal(processes)
 

@@ -258,6 +258,11 @@ def flags_of(args: argparse.Namespace) -> dict:
     return {name: plain(value) for name, value in vars(args).items()}
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder in which `path` lies or, where that is not there yet, the nearest one above it."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
 @contextlib.contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same folder. At the end it is synced and renamed, after an error removed."""
@@ -2346,8 +2351,7 @@ def create_logits(path: Path, images: ImageList, classes: list, num_wanted: int,
     """
     num, text = len(images), h5py.string_dtype("utf-8", images.path.dtype.itemsize)
     needed = num * (text.itemsize + 17) + num_wanted * (2 * len(classes) + 8)  # bytes of all columns
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(folder).free) < needed:
+    if (free := shutil.disk_usage(nearest_folder(path)).free) < needed:
         fail(f"{path}: {num_wanted} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk")
     aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
     with write_atomically(path) as temporary, h5py.File(temporary, "w", locking=False, **aligned) as file:
