@@ -1,67 +1,98 @@
 #!/usr/bin/env bash
-# The runs behind docs/results.md. Each finished run is kept; interrupted and started again, it continues.
+# The runs behind docs/results.md. Interrupted and started again, it continues.
 #
 #   tests/evidence.sh demo              run.sh as it is, five seeds: does a student beat its control?
-#   tests/evidence.sh cifar10 DATA_DIR  the same on CIFAR-10 with 4,000 labels, nothing chosen on its test images
+#   tests/evidence.sh cifar10 DATA      the same on CIFAR-10 with 4,000 labels, nothing chosen on its test images
 #   tests/evidence.sh claims            what the papers say of noise, labels, selection and order, one arm each, on the demo
+#   tests/evidence.sh steady            the demo's teacher alone, with today's recipe and the one before it: the spread
+#   tests/evidence.sh steady-cifar10 DATA
 #
-# Arms share teacher, labels and number of steps of a seed. Variables: SEEDS, OUT (runs/evidence), ARMS (names; all).
-# Each ends with docs/results/NAME.json, and docs/results.md is made of these files: python tests/results.py
+# Arms share teacher, labels and number of steps of a seed. Variables: SEEDS, OUT (runs/evidence), ARMS (names; all), and
+# those of run.sh. A seed ends with docs/results/NAME/seedN.json, arms that are there already stay in it, and
+# docs/results.md is made of these files. Two at a time, each with its own seeds, use two cores best:
+#
+#   OMP_NUM_THREADS=1 SEEDS="0 2 4" taskset -c 0 tests/evidence.sh demo
 set -euo pipefail
+data=${2:+$(cd "$2" && pwd)}
 cd "$(dirname "$0")/.."
-what=${1:?demo, cifar10 or claims}
-OUT=${OUT:-runs/evidence}
+what=${1:?demo, cifar10, claims, steady or steady-cifar10}
+OUT=${OUT:-runs/evidence}/$what
+case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac
 [ ! -e .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
 
-case $what in
-demo) SEEDS=${SEEDS:-0 1 2 3 4} OUT=$OUT/demo ./run.sh ;;
-cifar10) # STEPS and THRESHOLD come from other seeds than these; see docs/results.md
-    SEEDS=${SEEDS:-0 1 2 3 4} OUT=$OUT/cifar10 CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} STEPS=${STEPS:-6250} ./run.sh "$2" ;;
-claims)
-    SEEDS=${SEEDS:-0 1 2 3 4 5 6 7}
-    # One round, nothing chosen on val: every arm differs from student1 in what its name says, and in nothing else.
-    SEEDS=$SEEDS OUT=$OUT/claims CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} FIXRES_STEPS=0 ./run.sh
-    for seed in $SEEDS; do
-        run=$OUT/claims/seed$seed
-        [[ $SEEDS == *" "* ]] || run=$OUT/claims
-        student=$(cat "$run/.done/student1") control=$(cat "$run/.done/control") balance=$(cat "$run/.done/balance1")
-        student=${student% --out *} control=${control% --out *} balance=${balance% --out *}
-        labels="$run/logits1.h5" teacher="$run/teacher/model.pt"
-        arm() { # arm NAME COMMAND...: a training, if ARMS has its name; the last of equal flags counts
-            [[ " ${ARMS:-$1} " != *" $1 "* ]] || python3 "${@:2}" --out "$run/$1"
-        }
-        select_() { # select_ NAME FLAGS...: another selection of the same labels
-            [ -e "$run/$1.h5" ] || python3 $balance "${@:2}" --out "$run/$1.h5"
-        }
-        arm without-randaugment $student --num-ops 0
-        arm without-model-noise $student --dropout 0 --drop-path 0
-        arm without-noise $student --num-ops 0 --dropout 0 --drop-path 0
-        [ -e "$run/noised.h5" ] || python3 02_pseudo_label.py --teacher "$teacher" --noised --out "$run/noised.h5"
-        [ -e "$run/noised-balanced.h5" ] || python3 ${balance/"$labels"/"$run/noised.h5"} --out "$run/noised-balanced.h5"
-        arm noised-teacher $student --pseudo-labels "$run/noised-balanced.h5"
-        arm hard-labels $student --temperature 0
-        select_ unbalanced --per-class all
-        arm unbalanced $student --pseudo-labels "$run/unbalanced.h5"
-        for share in 0.125 0.25 0.5; do
-            select_ "share-$share" --fraction $share
-            arm "share-$share" $student --pseudo-labels "$run/share-$share.h5"
-        done
-        arm ratio-1 $student --ratio 1
-        arm larger-student $student --arch efficientnet_b1
-        arm larger-control $control --arch efficientnet_b1
-        arm from-its-teacher $student --init "$teacher"
-        # Three quarters of the steps on the selection alone, one on the labelled images: together as many as student1's.
-        [[ $student =~ --epochs\ ([0-9.]+) ]] && epochs=${BASH_REMATCH[1]}
-        passes=$(python3 -c "import json, os, sys
-rows, epochs, folders = json.load(open(sys.argv[1]))['examples'], float(sys.argv[2]), os.walk(sys.argv[3])
-print(3 * epochs * sum(len(files) for _, _, files in folders) / rows)" "$run/balanced1.json" "$epochs" data/demo/train)
-        arm pretrained $student --unlabeled-only --batch-size 64 --epochs "$passes" --eval-every 0
-        arm finetuned $control --init "$run/pretrained/model.pt" --epochs "$epochs"
-        arm consistency $student --consistency kl --ratio 0
-    done ;;
-*) echo "error: $what: expected demo, cifar10 or claims" >&2 && exit 2 ;;
+case $what in # the seeds of `steady` are those on which the recipe was found
+demo) SEEDS=${SEEDS:-0 1 2 3 4} ;;
+cifar10) SEEDS=${SEEDS:-0 1 2 3 4} ;;
+claims) SEEDS=${SEEDS:-0 1 2 3 4 5 6 7} ;;
+steady) SEEDS=${SEEDS:-100 101 102 103 104 105 106 107 108 109} ;;
+steady-cifar10) SEEDS=${SEEDS:-100 101 102 103 104} ;;
+*) echo "error: $what: expected demo, cifar10, claims, steady or steady-cifar10" >&2 && exit 2 ;;
 esac
-models=()
-for model in "$OUT/$what"/{,seed*/}*/model.pt; do [ ! -e "$model" ] || models+=("$model"); done
-[ "$what" != claims ] || python3 06_eval_robustness.py "${models[@]}" --data data/demo --corrupt --num-images 500 --out "$OUT/claims/robustness"
-python3 tests/results.py "$what" "$OUT/$what/robustness/robustness.json"
+if [ -z "$data" ]; then # the same drawn images for all seeds
+    data=data/demo number=0
+    [ "$what" != steady ] || data=data/demo-seed100 number=100
+    [ -e "$data/unlabeled_truth.csv" ] || python3 00_prepare_data.py demo --out "$data" --seed $number
+fi
+
+arm() { # arm NAME COMMAND...: a training into $run/NAME, if ARMS has its name; the last of equal flags counts
+    [[ " ${ARMS:-$1} " != *" $1 "* ]] || python3 "${@:2}" --out "$run/$1"
+}
+claims() { # one round, nothing chosen on val: every arm differs from student1 in what its name says, and in nothing else
+    local seed=$1 student control balance labels teacher share epochs passes
+    SEEDS=$seed OUT=$run CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} ROUNDS=1 FIXRES_STEPS=0 TABLE=0 ./run.sh "$data"
+    student=$(cat "$run/.done/student1") control=$(cat "$run/.done/control") balance=$(cat "$run/.done/balance1")
+    student=${student% --out *} control=${control% --out *} balance=${balance% --out *}
+    labels="$run/logits1.h5" teacher="$run/teacher/model.pt"
+    select_() { # select_ NAME FLAGS...: another selection of the same labels
+        [ -e "$run/$1.h5" ] || python3 $balance "${@:2}" --out "$run/$1.h5"
+    }
+    arm without-randaugment $student --num-ops 0
+    arm without-model-noise $student --dropout 0 --drop-path 0
+    arm without-noise $student --num-ops 0 --dropout 0 --drop-path 0
+    [ -e "$run/noised.h5" ] || python3 02_pseudo_label.py --teacher "$teacher" --noised --out "$run/noised.h5"
+    [ -e "$run/noised-balanced.h5" ] || python3 ${balance/"$labels"/"$run/noised.h5"} --out "$run/noised-balanced.h5"
+    arm noised-teacher $student --pseudo-labels "$run/noised-balanced.h5"
+    arm hard-labels $student --temperature 0
+    select_ unbalanced --per-class all
+    arm unbalanced $student --pseudo-labels "$run/unbalanced.h5"
+    for share in 0.125 0.25 0.5; do
+        select_ "share-$share" --fraction $share
+        arm "share-$share" $student --pseudo-labels "$run/share-$share.h5"
+    done
+    arm ratio-1 $student --ratio 1
+    arm larger-student $student --arch efficientnet_b1
+    arm larger-control $control --arch efficientnet_b1
+    arm from-its-teacher $student --init "$teacher"
+    # Three quarters of the steps on the selection alone, one on the labelled images: together as many as student1's.
+    [[ $student =~ --epochs\ ([0-9.]+) ]] && epochs=${BASH_REMATCH[1]}
+    passes=$(python3 -c "import json, os, sys
+rows, epochs, folders = json.load(open(sys.argv[1]))['examples'], float(sys.argv[2]), os.walk(sys.argv[3])
+print(3 * epochs * sum(len(files) for _, _, files in folders) / rows)" "$run/balanced1.json" "$epochs" "$data/train")
+    arm pretrained $student --unlabeled-only --batch-size 64 --epochs "$passes" --eval-every 0
+    arm finetuned $control --init "$run/pretrained/model.pt" --epochs "$epochs"
+    arm consistency $student --consistency kl --ratio 0
+}
+steady() { # STEPS steps of 64 labelled images, as run.sh trains a teacher
+    local recipe number epochs flags
+    recipe=$(sed 's/#.*//' recipes/small.txt | xargs) number=$(find "$data/train/" -type f | wc -l)
+    epochs=$(python3 -c "print(${STEPS:-1012} * 64 / $number)")
+    flags="--arch efficientnet_b0 --image-size 32 --batch-size 64 --epochs $epochs --eval-every 0 --seed $1"
+    flags+=" --warmup-epochs $((50 * 64 / number + 1)) ${NOISE:-}"
+    arm before 01_train_teacher.py --data "$data" ${recipe/--classifier-lr 0.03/} --weight-decay 0.02 $flags
+    arm today 01_train_teacher.py --data "$data" $recipe $flags
+}
+for seed in $SEEDS; do
+    run=$OUT/seed$seed
+    case $what in
+    demo) SEEDS=$seed OUT=$run ./run.sh "$data" ;;
+    # STEPS and THRESHOLD come from other seeds than these; see docs/results.md
+    cifar10) SEEDS=$seed OUT=$run CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} ./run.sh "$data" ;;
+    claims) claims "$seed" ;;
+    *) steady "$seed" ;;
+    esac
+    corrupt=""
+    [[ $what == steady* ]] || corrupt="--corrupt --num-images 500"
+    [ -e "$run/robustness/robustness.json" ] || python3 06_eval_robustness.py "$run"/*/model.pt --data "$data" $corrupt \
+        --out "$run/robustness"
+    python3 tests/results.py "$what" "seed$seed" "$run/robustness/robustness.json"
+done

@@ -166,16 +166,22 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     spec.loader.exec_module(results)
     monkeypatch.setattr(results, "ROOT", tmp_path)
     top1 = {"control": (70, 71, 72), "student1": (74, 77, 77), "hard-labels": (74, 76, 78), "ratio-1": (78, 80, 81)}
-    source = {
-        f"runs/seed{seed}/{model}/model.pt": {
-            "clean": {"top1": values[seed], "num": 1000},
-            "corrupt": {"top1": values[seed] / 2},
+    selection = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accuracy_after": 71.0}, "more": 1}
+    (tmp_path / "balanced.json").write_text(json.dumps(selection))
+    sources = []
+    for seed in range(3):
+        runs = tmp_path / f"seed{seed}"
+        save_model(runs / "student1" / "model.pt", inputs={str(tmp_path / "balanced.h5"): "0"})
+        entries = {
+            str(runs / model / "model.pt"): {
+                "clean": {"top1": values[seed], "num": 1000},
+                "corrupt": {"top1": values[seed] / 2},
+            }
+            for model, values in top1.items()
         }
-        for model, values in top1.items()
-        for seed in range(3)
-    }
-    (tmp_path / "robustness.json").write_text(json.dumps(source))
-    results.collect("claims", tmp_path / "robustness.json")
+        sources.append(tmp_path / f"{seed}.json")
+        sources[-1].write_text(json.dumps(entries))
+        results.collect("claims", f"seed{seed}", sources[-1])
     lines = results.tables().splitlines()
     # Differences 4, 6, 5: 5 +- 4.3027 * 1 / sqrt(3). Corrupted ones are half as large.
     assert "| student1 | 74.00, 77.00, 77.00 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in lines
@@ -184,17 +190,23 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     assert shown["ratio-1 student1"] == "the other way |"
     assert not any("unbalanced" in line for line in lines)  # was not run
 
-    # The demo's are the README's first table too, with the verdict; the picture is beside the numbers.
-    (tmp_path / "verdict.md").write_text("| a table |\n\nIt helped.\n")
-    (tmp_path / "robustness.png").write_bytes(b"png")
-    results.collect("demo", tmp_path / "robustness.json")
-    assert (tmp_path / "docs/results/demo.png").exists() and "](results/demo.png)" in results.tables()
+    # The demo's are the README's first table too, with the verdict; the picture is beside the numbers. A seed that
+    # another commit measured is named.
+    for seed, source in enumerate(sources):
+        results.collect("demo", f"seed{seed}", source)
+    file = tmp_path / "docs" / "results" / "demo" / "seed2.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "abc"}))
+    results.draw(results.models_of(results.runs_of("demo")), file.with_name("dots.png"))
+    assert file.with_name("dots.png").exists() and "](results/demo/dots.png)" in results.tables()
     before, after = "# Title\n<!-- demo table -->\n", "<!-- end -->\nmore\n"
-    text = results.readme(f"{before}old\n{after}")
-    assert text.startswith(before) and text.endswith(after) and "old" not in text
-    assert "It helped.\n\n![" in text and "a table" not in text and "(docs/results/demo.png)" in text
-    assert "| student1 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in text
+    text = results.readme(f"{before}of earlier runs\n{after}")
+    assert text.startswith(before) and text.endswith(after) and "earlier" not in text
+    assert "(docs/results/demo/dots.png)" in text and "| student1 | 76.00 ± 1.73 | 38.00 ± 0.87 |" in text
     assert 'SEEDS="0 1 2" ./run.sh' in text and results.readme(text) == text
+    words = " ".join(text.split())
+    assert "Over 3 seeds student1 is 5.0 points better than control" in words and "+2.5 to +7.5 points" in words
+    assert "kept 120 of 1000 unlabelled images (12 percent; confidence above 0.5), 71.0 percent of their" in words
+    assert "seeds 0 1: commit" in words and "seeds 2: commit abc" in words
 
 
 # ----------------------------------------------------------------------------------------------------------------------
