@@ -370,7 +370,8 @@ def main() -> None:
     if args.method == "noisy-student":
         if not sizes["above_threshold"].sum():
             name, best = "--min-precision: " if args.min_precision else "--", sizes["highest_confidence"].max()
-            fail(f"{name}threshold {threshold:g} leaves no image: the highest confidence is {best:.3f}")
+            best = f"the highest confidence is {best:.3f}; lower it, or train the teacher longer"
+            fail(f"{name}threshold {threshold:g} leaves no image: {best}")
         columns = label, confidence, len(classes)
         chosen = select_noisy_student(*columns, threshold, per_class, args.seed, args.max_confidence)
     else:

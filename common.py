@@ -3963,7 +3963,7 @@ def verdict(rows: list[Row], selection: dict, is_rising: bool) -> str:
         advice.append("more seeds")
     else:
         kind = "helped" if points > 0 else "did harm"
-        words.append(f"The interval leaves out 0, as chance alone seldom does: the unlabelled images {kind}.")
+        words.append(f"The interval leaves out 0, so chance is an unlikely cause: the unlabelled images {kind}.")
     for other, heading in (("teacher", "clean top-1"), ("control", "corrupted top-1")):
         if other in models and (found := difference(student, models[other], heading)):
             words.append(f"Against {other}, {heading}: {found[0]:+.1f} ± {found[1]:.1f} points.")
@@ -3985,7 +3985,9 @@ def verdict(rows: list[Row], selection: dict, is_rising: bool) -> str:
             advice.append("more labelled images or a lower threshold, for most unlabelled images are left out")
     top1 = np.mean(models.get("teacher", student).values.get("clean top-1", 100))
     if top1 < 60:
-        advice.append(f"more labelled images, for the teacher is right on {top1:.0f} percent alone")
+        advice.append(f"more labelled images or more STEPS, for the teacher is right on {top1:.0f} percent alone")
+    if (num := student.nums.get("clean top-1", 1000)) < 200:
+        advice.append(f"more held-out images (val/), for {num} judge little")
     if is_rising:
         advice.append("longer runs (STEPS), for the student was still getting better")
     return " ".join(words) + (f" To try next: {'; '.join(advice)}." if advice else "")

@@ -12,7 +12,8 @@
 set -euo pipefail # all of this in bash 3.2 too: macOS has no newer one
 data=${1:-}
 if [ "$data" = --help ] || [ "$data" = -h ]; then # the head of this file and its settings
-    sed -n -e '2,/^set /s/^# \{0,1\}//p' -e '/^SEEDS=/,/^NPROC=/s/^\([A-Z_]*=\)${[A-Z_]*:-\(.*\)}  */\1\2   /p' "$0"
+    sed -n -e '2,/^set /s/^# \{0,1\}//p' -e '/^SEEDS=/,/^NPROC=/s/^\([A-Z_]*=\)${[A-Z_]*:-\(.*\)}  */\1\2   /p' "$0" |
+        sed -e 's/^SEEDS=[^ ]*/SEEDS=0/' -e 's/^OUT=[^#]*#/OUT=runs\/<folder of the data>   #/' -e 's/^NPROC=[^#]*#/NPROC=<GPUs, or 1>   #/'
     exit
 fi
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; } # macOS has no realpath -m
@@ -59,13 +60,13 @@ SEED=${SEEDS%% *}
 ROUNDS=${ROUNDS:-2}                 # self-training rounds
 CHOOSE=${CHOOSE:-1}                 # 0: nothing is chosen on val; THRESHOLD is 0.5, the last student teaches the next one
 ARCHS=${ARCHS:-efficientnet_b0}     # the models. Lists: the teacher's, then a student's a round; the last one repeats
-IMAGE_SIZE=${IMAGE_SIZE:-}          # pixels, chosen below; the fine-tuning at the end adds a quarter
-RATIO=${RATIO:-3}                   # unlabelled images for each labelled one; the teacher gets as many labelled ones in all
-STEPS=${STEPS:-}                    # of a student, chosen below; the teacher and the control get as many
+IMAGE_SIZE=${IMAGE_SIZE:-}          # pixels, chosen for the images; the fine-tuning at the end adds a quarter
+RATIO=${RATIO:-3}                   # unlabelled images for each labelled one; a step of the teacher has BATCH x (1 + RATIO) labelled ones
+STEPS=${STEPS:-}                    # of a student, chosen for the images; the teacher and the control get as many
 EPOCHS=${EPOCHS:-}                  # passes over the labelled images, in place of STEPS
 BATCH=${BATCH:-16}                  # labelled images a step
 INIT=${INIT:-}                      # weights that every model starts from: a file, or published (of ARCHS)
-RECIPE=${RECIPE:-}                  # the flags of 01 and 04, chosen below
+RECIPE=${RECIPE:-}                  # the flags of 01 and 04, chosen for the images
 NOISE=${NOISE:-}                    # flags after those, such as "--num-ops 2 --magnitude 9"
 THRESHOLD=${THRESHOLD:-}            # of the confidence, chosen in each round; the paper's 0.3 is for 1,000 classes
 RELABEL=${RELABEL:-0}               # 1: each student relabels what the first teacher selected, as in the paper
@@ -136,7 +137,8 @@ if [ -z "$RECIPE" ]; then
 fi
 recipe=$(sed 's/#.*//' "$RECIPE" | xargs) # stands in the commands, so that another recipe is another command
 if [ "$CHOOSE" != 0 ] && [ $((num_choose < num_judge ? num_choose : num_judge)) -lt 20 ]; then
-    CHOOSE=0 && echo "CHOOSE=0: half of the $((num_choose + num_judge)) images in val is too few to choose on"
+    CHOOSE=0 why="THRESHOLD=${THRESHOLD:-0.5}, and the last student teaches the next one"
+    echo "CHOOSE=0: half of the $((num_choose + num_judge)) images in val is too few to choose on: $why"
 fi
 judge=""
 if [ "$CHOOSE" != 0 ]; then
@@ -152,7 +154,11 @@ print("teacher" if teacher > student else "student", f"{student:.2f} percent aga
 table() { # table MODELS...: it keeps what it measured, so that again it takes seconds; the verdict beside the results
     python3 06_eval_robustness.py "$@" --data "$data" --corrupt --fgsm 2 --num-images 500 $judge --out "$OUT/robustness"
     rm -f "$OUT/verdict.md"
-    [ ! -e "$OUT/robustness/verdict.md" ] || cp "$OUT/robustness/verdict.md" "$OUT/verdict.md"
+    if [ -e "$OUT/robustness/verdict.md" ]; then
+        cp "$OUT/robustness/verdict.md" "$OUT/verdict.md"
+    else
+        echo "no verdict: there is no control beside the students (CONTROL=$CONTROL)"
+    fi
 }
 if [ -n "$several" ]; then
     export IMAGE_SIZE STEPS RECIPE CHOOSE NPROC crop
@@ -228,5 +234,5 @@ if [ "$FIXRES_STEPS" != 0 ]; then
         --lr 1e-3 --schedule cosine --bn-momentum 0.1 --seed "$SEED" --out "$OUT/fixres"
     models+=("$OUT/untuned/model.pt" "$OUT/fixres/model.pt")
 fi
-[ -z "$taught" ] || echo "Taught: ${taught#, }."
+[ -z "$taught" ] || echo "Taught: ${taught#, }. The result is ${models[${#models[@]} - 1]}."
 [ "${TABLE:-1}" = 0 ] || table "${models[@]}"

@@ -619,6 +619,7 @@ def test_threshold_and_teacher_are_chosen_on_half_of_val(commands_of):
         rule = f"/val{number}.h5 --val-half choose --min-precision 0.9"
         assert rule in commands[f"balance{number}"] and "--threshold" not in commands[f"balance{number}"]
     assert "Taught: student1 by teacher, student2 by student1." in printed and "71.00 percent" in printed
+    assert re.search(r"The result is \S.*/fixres/model\.pt\.", printed)
 
     # the teacher is better: it teaches again, and what it has labelled is used again
     commands, printed = commands_of(TOP1="72 71")
@@ -636,6 +637,7 @@ def test_nothing_is_chosen_on_too_few_images_or_if_told_so(commands_of, found, s
     commands, printed = commands_of(found, **settings, TOP1="72 71")
     assert "--threshold 0.5" in commands["balance1"] and not {"val1", "choice1"} & commands.keys()
     assert "student2 by student1" in printed and ("is too few to choose on" in printed) == (settings == {})
+    assert settings or "too few to choose on: THRESHOLD=0.5, and the last student" in printed
 
 
 def test_floors_are_a_line_each_and_status_2(commands_of, monkeypatch, capsys):
@@ -674,6 +676,7 @@ def test_help_lists_each_setting_with_its_default():
     settings = re.findall(r"^([A-Z_]+)=\$\{\1:-", (ROOT / "run.sh").read_text(), re.M)
     assert len(settings) >= 17 and re.findall(r"^([A-Z_]+)=.* # \w", done.stdout, re.M) == settings
     assert "ROUNDS=2 " in done.stdout and "./run.sh DATA_DIR" in done.stdout and not done.stderr
+    assert "$" not in done.stdout
 
 
 def test_a_folder_without_unlabeled_is_said_before_anything_is_trained(commands_of, tmp_path):

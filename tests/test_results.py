@@ -128,6 +128,9 @@ def test_the_verdict(models, selection, rising, expected, absent):
 def test_a_teacher_of_other_classes_and_a_report_of_something_else_do_not_stop_the_verdict(tmp_path):
     found = rows(teacher=[50], control=[70], student1=[80])
     found[0] = found[0]._replace(values={}, nums={})
+    few = common.verdict([row._replace(nums={"clean top-1": 5}) for row in found], {}, False)
+    assert "more held-out images (val/), for 5 judge little" in few
+    assert "held-out" not in common.verdict(found, {}, False)
     (tmp_path / "mine.json").write_text('{"what": "no selection"}')
     path = save_model(tmp_path / "student1" / "model.pt", inputs={str(tmp_path / "mine.h5"): "0"})
     found[2] = found[2]._replace(paths=[str(path)])
