@@ -235,6 +235,7 @@ SIGNS = [
     "torchvision.models",
     "timm_names",
     "pandas",
+    "noisy-student-logits-1",
 ]  # of the blocks
 
 
@@ -339,6 +340,19 @@ def test_logits_in_pandas(use, call_main, tiny_data, tmp_path):
         lines = list(csv.reader(file))
     assert names["labels"][["path", "class"]].values.tolist() == [line[:2] for line in lines[1:]] and len(lines) == 22
     assert lines[1][1] in printed and "mean" in printed
+
+
+def test_labels_of_a_model_of_ones_own(use, call_main, tiny_data, tmp_path):
+    """03 selects from the file of the block, and 04 trains on it."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo").symlink_to(tiny_data)
+    (tmp_path / "runs").mkdir()
+    names, _ = use("noisy-student-logits-1", CHEAP)
+    words = [tmp_path / "runs" / "mine.h5", "--threshold", 0, "--per-class", 2, "--out", tmp_path / "b.h5"]
+    assert call_main("03_balance", *words).returncode == 0
+    words = ["--arch", CHEAP, "--epochs", 0.1, "--batch-size", 4, "--out", tmp_path / "student"]
+    assert call_main("04_train_student", "--pseudo-labels", tmp_path / "b.h5", *words).returncode == 0
+    assert checkpoint_of(tmp_path / "student" / "model.pt")["classes"] == names["classes"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
