@@ -57,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--threshold", type=at_least(0), default=0.3, help="keep confidence above it; 0.3: paper, 1,000 classes")
     one_of("--min-precision", type=share, help="the lowest threshold above which this share of --calibration is right")
+    add("--min-share", type=share, help="for --min-precision: only thresholds above which this share of val is left")
     add("--calibration", type=Path, help="what 02 gives for DATA/val: how many are right above thresholds 0 to 0.99")
     add("--val-half", choices=["all", "choose"], default="all", help="of --calibration: all, or the half to choose on")
     add("--per-class", type=word_or_number, default="auto", help="K; auto: lower median, <= 130,000; all: no balance")
@@ -121,11 +122,12 @@ def answers_above(threshold: float, confidence: np.ndarray, right: np.ndarray) -
     return point | {"precision_interval": wilson(num_right, num)}
 
 
-def choose_threshold(curve: list[dict], min_precision: float) -> tuple[dict, bool]:
+def choose_threshold(curve: list[dict], min_precision: float, min_share: float | None = None) -> tuple[dict, bool]:
     """The point with the lowest threshold at which so many are right, True; else that with the most right, False.
 
     The most are right where few are left, by luck: 20 images at least must be above that one, if val has so many.
     """
+    curve = [point for point in curve if point["share"] >= (min_share or 0)] or curve[:1]
     reached = [point for point in curve if point["kept"] and point["precision"] >= min_precision]
     points = [point for point in curve if point["kept"] >= (20 if curve[0]["kept"] >= 20 else 1)]
     return (reached[0], True) if reached else (max(points, key=lambda point: point["precision"]), False)
@@ -144,7 +146,7 @@ def calibrate(args: argparse.Namespace, val: h5py.File, classes: list[str]) -> d
     curve, wanted = [answers_above(step / 100, confidence, right) for step in range(100)], args.min_precision
     at, reached = answers_above(args.threshold, confidence, right), None
     if wanted:
-        at, reached = choose_threshold(curve, wanted)
+        at, reached = choose_threshold(curve, wanted, args.min_share)
 
     def percent(point: dict, what: str) -> str:
         low, high = point[f"{what}_interval"]
@@ -157,6 +159,7 @@ def calibrate(args: argparse.Namespace, val: h5py.File, classes: list[str]) -> d
             print0(f"{point['threshold']:5.2f} {percent(point, 'share'):>21} {percent(point, 'precision'):>21}")
     why = {True: f", the lowest that reaches --min-precision {wanted}", None: ""}
     why[False] = f", at which the most are right: --min-precision {wanted} is not reached"
+    why[False] += f" with --min-share {args.min_share}" * bool(args.min_share)
     found = f"{at['right']} of {at['kept']} right, {percent(at, 'precision')} percent"
     found += ": so few images say little" if at["kept"] < 20 else ""
     print0(f"threshold {at['threshold']:g}{why[reached]}: {found}")
@@ -352,6 +355,8 @@ def main() -> None:
         fail("--method top-p needs a number --per-class (the paper's is 16,000 of 100 million images)")
     if args.method == "top-p" and (args.max_confidence < 1 or args.calibration):
         fail("--max-confidence and --calibration are for --method noisy-student: top-p does not look at the confidence")
+    if args.min_share and not args.min_precision:
+        fail("--min-share is for the threshold of --min-precision, which is not given")
     if not args.calibration and (args.min_precision or args.val_half != "all"):
         fail("--min-precision and --val-half need --calibration, what 02 gives for DATA/val with the same teacher")
     paths, files = open_inputs(args)
@@ -370,8 +375,7 @@ def main() -> None:
     if args.method == "noisy-student":
         if not sizes["above_threshold"].sum():
             name, best = "--min-precision: " if args.min_precision else "--", sizes["highest_confidence"].max()
-            best = f"the highest confidence is {best:.3f}; lower it, or train the teacher longer"
-            fail(f"{name}threshold {threshold:g} leaves no image: {best}")
+            fail(f"{name}threshold {threshold:g} leaves no image: the highest confidence is {best:.3f}; train longer")
         columns = label, confidence, len(classes)
         chosen = select_noisy_student(*columns, threshold, per_class, args.seed, args.max_confidence)
     else:

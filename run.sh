@@ -143,6 +143,7 @@ fi
 judge=""
 if [ "$CHOOSE" != 0 ]; then
     judge="--val-half judge" why="the next teacher and, if not given, THRESHOLD, the lowest above which 90 percent are right"
+    why+=", of those that leave two thirds of val"
     echo "CHOOSE=$CHOOSE: on $num_choose images of val, $why; the other $num_judge judge in the table"
 fi
 better='import json, sys
@@ -207,7 +208,7 @@ for round in $(seq "$ROUNDS"); do
         stage "label$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --unlabeled "$data/unlabeled" --out "$logits"
         if [ "$CHOOSE" != 0 ] && [ -z "$THRESHOLD" ]; then
             stage "val$round" 02_pseudo_label.py --teacher "$teacher/model.pt" --unlabeled "$data/val" --out "$val"
-            rule=(--calibration "$val" --val-half choose --min-precision 0.9)
+            rule=(--calibration "$val" --val-half choose --min-precision 0.9 --min-share 0.67)
         fi
         [ ! -e "$data/unlabeled_truth.csv" ] || rule+=(--truth "$data/unlabeled_truth.csv")
         stage "balance$round" 03_balance.py "$logits" "${rule[@]}" --out "$selection"

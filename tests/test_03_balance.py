@@ -434,6 +434,13 @@ def test_the_threshold_is_the_lowest_at_which_so_many_are_right(num, seed, wante
     assert reached == bool(good)
     assert at["threshold"] == (min(good) if good else min(t for t in many if many[t] == max(many.values())))
 
+    # With a share that must be left the same of the thresholds that leave it.
+    enough = {t: share for t, (kept, share) in shares.items() if kept >= 2 / 3 * num}
+    at, reached = balance.choose_threshold(curve, wanted, 2 / 3)
+    good, many = [t for t in enough if enough[t] >= wanted], {t: of for t, of in many.items() if t in enough} or enough
+    assert reached == bool(good)
+    assert at["threshold"] == (min(good) if good else min(t for t in many if many[t] == max(many.values())))
+
 
 def test_what_is_printed_holds_on_fresh_images():
     """Of the intervals at a given threshold 95 percent hold; that it is chosen on the same images costs little."""
@@ -456,8 +463,8 @@ def test_min_precision_sets_the_threshold_of_the_selection(two_files, tmp_path, 
     answers += [(1, 0, 0.75)]
     val, out = write_val(tmp_path / "val.h5", answers), tmp_path / "o.h5"
 
-    def chosen(wanted):
-        done = run(*two_files, "--out", out, "--calibration", val, "--min-precision", wanted)
+    def chosen(wanted, *more):
+        done = run(*two_files, "--out", out, "--calibration", val, "--min-precision", wanted, *more)
         assert done.returncode == 0, done
         _, attrs, _ = read_selection(out)
         report = json.loads(out.with_suffix(".json").read_text())
@@ -470,6 +477,9 @@ def test_min_precision_sets_the_threshold_of_the_selection(two_files, tmp_path, 
     threshold, reached, printed = chosen(0.96)
     assert (threshold, reached) == (0.55, False)
     assert "--min-precision 0.96 is not reached" in printed and "38 of 40 right, 95.0 (83.5 to 98.6) percent" in printed
+    assert chosen(0.95, "--min-share", 0.8)[:2] == (0.55, True)
+    threshold, reached, printed = chosen(0.95, "--min-share", 0.81)  # above 0.55 are 40 of 50
+    assert (threshold, reached) == (0.0, False) and "is not reached with --min-share 0.81: 40 of 50 right" in printed
 
 
 def test_what_cannot_calibrate_is_a_mistake(two_files, tmp_path, run):
@@ -480,6 +490,7 @@ def test_what_cannot_calibrate_is_a_mistake(two_files, tmp_path, run):
     assert_mistake(run(*two_files, "--out", out, "--min-precision", 0.9), "--min-precision", "--calibration")
     assert_mistake(run(*two_files, "--out", out, "--val-half", "choose"), "--val-half", "--calibration")
     assert_mistake(run(*base, val, "--min-precision", 1.5), "--min-precision", "1.5")
+    assert_mistake(run(*base, val, "--min-share", 0.5), "--min-share", "--min-precision")
     top_p = ["--method", "top-p", "--per-class", 2]
     assert_mistake(run(*base, val, *top_p), "--calibration", "top-p")
     assert_mistake(run(*two_files, "--out", val, "--calibration", val), "--out", "val.h5")

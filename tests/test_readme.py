@@ -630,7 +630,7 @@ def test_threshold_and_teacher_are_chosen_on_half_of_val(commands_of):
     for number, teacher in ((1, "/teacher/model.pt"), (2, "/student1/model.pt")):
         assert all(f"{teacher} " in commands[f"{name}{number}"] for name in ("label", "val", "student"))
         assert "/my data/val --out" in commands[f"val{number}"]
-        rule = f"/val{number}.h5 --val-half choose --min-precision 0.9"
+        rule = f"/val{number}.h5 --val-half choose --min-precision 0.9 --min-share 0.67"
         assert rule in commands[f"balance{number}"] and "--threshold" not in commands[f"balance{number}"]
     assert "Taught: student1 by teacher, student2 by student1." in printed and "71.00 percent" in printed
     assert re.search(r"The result is \S.*/fixres/model\.pt\.", printed)
