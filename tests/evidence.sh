@@ -43,6 +43,7 @@ claims() { # one round, nothing chosen on val: every arm differs from student1 i
     student=$(cat "$run/.done/student1") control=$(cat "$run/.done/control") balance=$(cat "$run/.done/balance1")
     student=${student% --out *} control=${control% --out *} balance=${balance% --out *}
     labels="$run/logits1.h5" teacher="$run/teacher/model.pt"
+    [[ $student =~ --epochs\ ([0-9.]+) ]] && epochs=${BASH_REMATCH[1]} # of 32 labelled and 32 unlabelled images a step
     select_() { # select_ NAME FLAGS...: another selection of the same labels
         [ -e "$run/$1.h5" ] || python3 $balance "${@:2}" --out "$run/$1.h5"
     }
@@ -59,18 +60,17 @@ claims() { # one round, nothing chosen on val: every arm differs from student1 i
         select_ "share-$share" --fraction $share
         arm "share-$share" $student --pseudo-labels "$run/share-$share.h5"
     done
-    arm ratio-1 $student --ratio 1
+    arm ratio-3 $student --batch-size 16 --ratio 3 --epochs "$(python3 -c "print($epochs / 2)")" # as many images a step
     arm larger-student $student --arch efficientnet_b1
     arm larger-control $control --arch efficientnet_b1
     arm from-its-teacher $student --init "$teacher"
-    # Three quarters of the steps on the selection alone, one on the labelled images: together as many as student1's.
-    [[ $student =~ --epochs\ ([0-9.]+) ]] && epochs=${BASH_REMATCH[1]}
+    # Half of the steps on the selection alone, half on the labelled images: together as many as student1's.
     passes=$(python3 -c "import json, os, sys
 rows, epochs, folders = json.load(open(sys.argv[1]))['examples'], float(sys.argv[2]), os.walk(sys.argv[3])
-print(3 * epochs * sum(len(files) for _, _, files in folders) / rows)" "$run/balanced1.json" "$epochs" "$data/train")
+print(epochs * sum(len(files) for _, _, files in folders) / rows)" "$run/balanced1.json" "$epochs" "$data/train")
     arm pretrained $student --unlabeled-only --batch-size 64 --epochs "$passes" --eval-every 0
     arm finetuned $control --init "$run/pretrained/model.pt" --epochs "$epochs"
-    arm consistency $student --consistency kl --ratio 0
+    arm consistency $student --consistency kl --ratio 0 --batch-size 64 --epochs "$(python3 -c "print($epochs * 2)")"
 }
 steady() { # STEPS steps of 64 labelled images, as run.sh trains a teacher
     local recipe number epochs flags

@@ -34,7 +34,7 @@ CLAIMS = {
     "1/8": ("more unlabelled images help: all against 1/8", "B4: 83.4 at 1/128", "share-0.125", "student1"),
     "1/4": ("all against 1/4", "", "share-0.25", "student1"),
     "1/2": ("all against 1/2", "", "share-0.5", "student1"),
-    "ratio": ("a higher ratio helps: 3 against 1", "L2: 86.7 to 87.4", "ratio-1", "student1"),
+    "ratio": ("a higher ratio helps: 3 against 1", "L2: 86.7 to 87.4", "student1", "ratio-3"),
     "larger": ("a larger student is better", "B0 to B1: 77.9 to 79.5", "student1", "larger-student"),
     "larger control": ("and than the labels alone with that model", "", "larger-control", "larger-student"),
     "scratch": ("from scratch is as good as from the teacher", "", "from-its-teacher", "student1"),

@@ -594,7 +594,7 @@ def test_the_length_grows_with_the_root_of_the_images(commands_of, num, steps):
     assert f"STEPS={steps}: for {num} labelled images" in printed
     words = {name: shlex.split(commands[name]) for name in ("teacher", "student1")}
     epochs = {name: float(words[name][words[name].index("--epochs") + 1]) for name in words}
-    assert epochs["student1"] * num / 16 == pytest.approx(steps) == epochs["teacher"] * num / 64
+    assert epochs["student1"] * num / 32 == pytest.approx(steps) == epochs["teacher"] * num / 64
 
 
 def test_the_length_has_a_point_in_countries_with_a_comma(commands_of, tmp_path):
@@ -617,7 +617,7 @@ def test_what_is_given_is_not_chosen(commands_of):
     words = shlex.split(commands["student1"])
     last = {word: value for word, value in pairwise(words) if word.startswith("--")}  # of a flag given twice it counts
     assert last["--image-size"] == "96" and "--min-crop-area" not in last
-    assert float(last["--epochs"]) == pytest.approx(7 * 16 / 300)
+    assert float(last["--epochs"]) == pytest.approx(7 * 32 / 300)
     assert "--threshold 0.7" in commands["balance1"] and "val1" not in commands and "choice1" in commands
     assert not any(f"{name}=" in printed for name in ("IMAGE_SIZE", "RECIPE", "STEPS"))
     commands, printed = commands_of("1 300 500 500 500", NPROC="1", EPOCHS="7")

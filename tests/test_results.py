@@ -168,7 +168,7 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     results = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(results)
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    top1 = {"control": (70, 71, 72), "student1": (74, 77, 77), "hard-labels": (74, 76, 78), "ratio-1": (78, 80, 81)}
+    top1 = {"control": (70, 71, 72), "student1": (74, 77, 77), "hard-labels": (74, 76, 78), "ratio-3": (70, 73, 72)}
     selection = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accuracy_after": 71.0}, "more": 1}
     (tmp_path / "balanced.json").write_text(json.dumps(selection))
     sources = []
@@ -190,7 +190,7 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     assert "| student1 | 74.00, 77.00, 77.00 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in lines
     shown = {line.split("`")[3] + " " + line.split("`")[1]: line.split(" | ")[-1] for line in lines if "` - `" in line}
     assert shown["control student1"] == "yes |" and shown["hard-labels student1"] == "not shown |"
-    assert shown["ratio-1 student1"] == "the other way |"
+    assert shown["student1 ratio-3"] == "the other way |"
     assert not any("unbalanced" in line for line in lines)  # was not run
 
     # The demo's are the README's first table too, with the verdict; the picture is beside the numbers. A seed that
