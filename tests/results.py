@@ -2,6 +2,7 @@
 measured of a seed as docs/results/NAME/SEED.json, small enough for the repository. With and without arguments
 docs/results.md, its pictures and the README's first table are then made of these files.
 
+    docs/results/NAME/about.txt   what stands above its table
     docs/results/NAME/seedN.json  {"commit", "machine", "torch", "models": {model: {"clean", "corrupted", "num"}},
                                    "selection": of the last student, "is_rising": it was still getting better}
 """
@@ -46,17 +47,6 @@ CLAIMS = {
         "control",
         "consistency",
     ),
-}
-
-
-# What stands above each table.
-ABOUT = {
-    "demo": "`tests/evidence.sh demo`: `./run.sh` as it is, one set of data, each training seed once, as it came. The "
-    "table is of the half of val on which nothing was chosen; corrupted: of 500 of its images.",
-    "steady": "`tests/evidence.sh steady`: trainings of a teacher on the demo's images of seed 100 (1,012 steps of 64 "
-    "labelled images, `run.sh`'s flags) that differ in the seed alone. `today` is recipes/small.txt, `before` has "
-    "`--weight-decay 0.02` and no `--classifier-lr`, `classifier-lr` has the first without the second. The decay of "
-    "0.3 was chosen after its run with seed 101.",
 }
 
 
@@ -189,6 +179,14 @@ def table(headings, rows: list) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def filled(headings, rows: list) -> tuple[list, list]:
+    """The columns without those that are empty, or that say again what the column before them says."""
+    columns = [*zip(headings, *rows, strict=True)]
+    kept = [number for number, column in enumerate(columns) if {*column[1:]} != {"-"}]
+    kept = [number for number in kept if not number or columns[number][1:] != columns[number - 1][1:]]
+    return [headings[number] for number in kept], [[row[number] for number in kept] for row in rows]
+
+
 def made(runs: dict[str, dict]) -> str:
     """How many images and how many runs, and by what."""
     nums = max(of["num"] for run in runs.values() for of in run["models"].values())
@@ -196,18 +194,19 @@ def made(runs: dict[str, dict]) -> str:
     for seed, run in runs.items():
         by.setdefault(f"commit {run['commit']}, {run['machine']}, torch {run['torch']}", []).append(seed[4:])
     by = "; ".join(f"{'seeds ' + ' '.join(seeds) + ': ' if len(by) > 1 else ''}{what}" for what, seeds in by.items())
-    what = "mean ± standard deviation over the seeds, differences ± their 95 percent t interval"
-    return f"Top-1 in percent of {nums:,} images of val, {what}; {by}."
+    what = ", mean ± standard deviation over the seeds, differences ± their 95 percent t interval" * (len(runs) > 1)
+    return f"Top-1 in percent of {nums:,} images of val{what}; {by}."
 
 
 def tables() -> str:
     words = ["# Results", ""]
     words.append("Made by `python tests/results.py` of docs/results/*/seed*.json, which `tests/evidence.sh` wrote.")
-    for folder in sorted((ROOT / "docs" / "results").glob("*/")):
+    folders = (ROOT / "docs" / "results").glob("*/")
+    for folder in sorted(folders, key=lambda folder: (folder.name.startswith("choices"), folder.name)):
         runs, name = runs_of(folder.name), folder.name
         models = models_of(runs)
-        words += ["", f"## {name}", "", *folded(ABOUT.get(name, ""))]
-        words += [*folded(made(runs)), *table(HEADINGS, [cells_of(model, models) for model in models])]
+        words += ["", f"## {name}", "", *folded(about.read_text() if (about := folder / "about.txt").exists() else "")]
+        words += [*folded(made(runs)), *table(*filled(HEADINGS, [cells_of(model, models) for model in models]))]
         words += ["", *folded(verdict_of(runs))]
         if (folder / "dots.png").exists():
             words += [f"![every model a column, every seed a dot](results/{name}/dots.png)"]
