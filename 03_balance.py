@@ -332,7 +332,8 @@ def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> N
             most = ", at most the paper's" if above[middle] > per_class else ""
             why = f"class {[*classes][middle]!r} is the lower median of {len(order)} with {above[order[0]]} to "
             why += f"{above[order[-1]]} images above the threshold{most}"
-        words = f"{beyond} images beyond the K of their class are left out, {copies} copies fill smaller classes"
+        words = f"{beyond} images beyond the K of their class are left out, {copies} copies fill smaller classes, an "
+        words += f"image stands there up to {-(-per_class // above[order[0]])} times"
         print0(f"K = {per_class}: {why}; {words} (--per-class says otherwise)")
     if empty := report["empty_classes"]:
         found = [(c, classes[c]["candidates"], classes[c]["highest_confidence"]) for c in empty[:10]]
