@@ -7,8 +7,8 @@ confidence belong to none of the classes. From unequal numbers the student would
 top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, and each class keeps its K
 highest-scoring images, with that class as the hard label. So an image may stand under several classes.
 
---calibration: of the images of val, whose classes are known, so many are right above each threshold. --min-precision P
-takes the lowest at which a share P is. It holds for images like val's, which has no outsiders and no long tail.
+--calibration: of the images of val so many are right above each threshold. --min-precision P takes the lowest at which
+a share P is, of those that leave --min-share of val. It holds for images like val's, without outsiders and long tail.
 
 reads   one or more logits.h5 of one teacher; --calibration: that of DATA/val; --truth: a CSV `name,class` to measure
         the labels with, never to choose
@@ -127,7 +127,7 @@ def choose_threshold(curve: list[dict], min_precision: float, min_share: float |
 
     The most are right where few are left, by luck: 20 images at least must be above that one, if val has so many.
     """
-    curve = [point for point in curve if point["share"] >= (min_share or 0)] or curve[:1]
+    curve = [point for point in curve if point["share"] >= (min_share or 0)]
     reached = [point for point in curve if point["kept"] and point["precision"] >= min_precision]
     points = [point for point in curve if point["kept"] >= (20 if curve[0]["kept"] >= 20 else 1)]
     return (reached[0], True) if reached else (max(points, key=lambda point: point["precision"]), False)
@@ -164,7 +164,7 @@ def calibrate(args: argparse.Namespace, val: h5py.File, classes: list[str]) -> d
     found += ": so few images say little" if at["kept"] < 20 else ""
     print0(f"threshold {at['threshold']:g}{why[reached]}: {found}")
     report = {"file": os.path.abspath(args.calibration), "images": len(right), "val_half": args.val_half}
-    return report | {"min_precision": wanted, "reached": reached, "at": at, "curve": curve}
+    return report | {"min_precision": wanted, "min_share": args.min_share, "reached": reached, "at": at, "curve": curve}
 
 
 def repeat_evenly(num: int, per_class: int, rng: np.random.Generator) -> np.ndarray:
@@ -333,7 +333,7 @@ def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> N
             why = f"class {[*classes][middle]!r} is the lower median of {len(order)} with {above[order[0]]} to "
             why += f"{above[order[-1]]} images above the threshold{most}"
         words = f"{beyond} images beyond the K of their class are left out, {copies} copies fill smaller classes, an "
-        words += f"image stands there up to {-(-per_class // above[order[0]])} times"
+        words += f"image stands there at most {-(-per_class // above[order[0]])} times"
         print0(f"K = {per_class}: {why}; {words} (--per-class says otherwise)")
     if empty := report["empty_classes"]:
         found = [(c, classes[c]["candidates"], classes[c]["highest_confidence"]) for c in empty[:10]]
@@ -376,7 +376,7 @@ def main() -> None:
     if args.method == "noisy-student":
         if not sizes["above_threshold"].sum():
             name, best = "--min-precision: " if args.min_precision else "--", sizes["highest_confidence"].max()
-            fail(f"{name}threshold {threshold:g} leaves no image: the highest confidence is {best:.3f}; train longer")
+            fail(f"{name}threshold {threshold:g} leaves no image: the highest confidence is {best:.3f}; lower it")
         columns = label, confidence, len(classes)
         chosen = select_noisy_student(*columns, threshold, per_class, args.seed, args.max_confidence)
     else:

@@ -3985,9 +3985,9 @@ def verdict(rows: list[Row], selection: dict, is_rising: bool) -> str:
             advice.append("more labelled images or a lower threshold, for most unlabelled images are left out")
     top1 = np.mean(models.get("teacher", student).values.get("clean top-1", 100))
     if top1 < 60:
-        advice.append(f"more labelled images or more STEPS, for the teacher is right on {top1:.0f} percent alone")
+        advice.append(f"more labelled images or more STEPS, for the teacher is right on only {top1:.0f} percent")
     if (num := student.nums.get("clean top-1", 1000)) < 200:
-        advice.append(f"more held-out images (val/), for {num} judge little")
+        advice.append(f"more held-out images (val/), for {num} say little")
     if is_rising:
         advice.append("longer runs (STEPS), for the student was still getting better")
     return " ".join(words) + (f" To try next: {'; '.join(advice)}." if advice else "")

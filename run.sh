@@ -142,8 +142,8 @@ if [ "$CHOOSE" != 0 ] && [ $((num_choose < num_judge ? num_choose : num_judge)) 
 fi
 judge=""
 if [ "$CHOOSE" != 0 ]; then
-    judge="--val-half judge" why="the next teacher and, if not given, THRESHOLD, the lowest above which 90 percent are right"
-    why+=", of those that leave two thirds of val"
+    judge="--val-half judge" why="the next teacher and, if not given, THRESHOLD: of those that leave two thirds of val"
+    why="$why the lowest above which 90 percent are right, else that with the most right"
     echo "CHOOSE=$CHOOSE: on $num_choose images of val, $why; the other $num_judge judge in the table"
 fi
 better='import json, sys
@@ -158,7 +158,7 @@ table() { # table MODELS...: it keeps what it measured, so that again it takes s
     if [ -e "$OUT/robustness/verdict.md" ]; then
         cp "$OUT/robustness/verdict.md" "$OUT/verdict.md"
     else
-        echo "no verdict: there is no control beside the students (CONTROL=$CONTROL)"
+        echo "no verdict: it needs a control and a student (CONTROL=$CONTROL ROUNDS=$ROUNDS)"
     fi
 }
 if [ -n "$several" ]; then

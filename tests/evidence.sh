@@ -13,9 +13,12 @@
 #
 #   OMP_NUM_THREADS=1 SEEDS="0 2 4" taskset -c 0 tests/evidence.sh demo
 set -euo pipefail
+what=${1:?demo, cifar10, claims, steady or steady-cifar10}
+case $what in *cifar10) : "${2:?DATA, the folder of CIFAR-10}" ;; esac
 data=${2:+$(cd "$2" && pwd)}
 cd "$(dirname "$0")/.."
-what=${1:?demo, cifar10, claims, steady or steady-cifar10}
+COMMIT=$(git rev-parse --short HEAD) # of the code that runs, however long it takes
+export COMMIT
 OUT=${OUT:-runs/evidence}/$what
 case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac
 [ ! -e .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
@@ -38,8 +41,8 @@ arm() { # arm NAME COMMAND...: a training into $run/NAME, if ARMS has its name; 
     [[ " ${ARMS:-$1} " != *" $1 "* ]] || python3 "${@:2}" --out "$run/$1"
 }
 claims() { # one round, nothing chosen on val: every arm differs from student1 in what its name says, and in nothing else
-    local seed=$1 student control balance labels teacher share epochs passes
-    SEEDS=$seed OUT=$run CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} ROUNDS=1 FIXRES_STEPS=0 TABLE=0 ./run.sh "$data"
+    local student control balance labels teacher share epochs passes more n=300 # labelled images
+    SEEDS=$1 OUT=$run CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} ROUNDS=1 FIXRES_STEPS=0 TABLE=0 BATCH=32 RATIO=1 ./run.sh "$data"
     student=$(cat "$run/.done/student1") control=$(cat "$run/.done/control") balance=$(cat "$run/.done/balance1")
     student=${student% --out *} control=${control% --out *} balance=${balance% --out *}
     labels="$run/logits1.h5" teacher="$run/teacher/model.pt"
@@ -60,17 +63,20 @@ claims() { # one round, nothing chosen on val: every arm differs from student1 i
         select_ "share-$share" --fraction $share
         arm "share-$share" $student --pseudo-labels "$run/share-$share.h5"
     done
-    arm ratio-3 $student --batch-size 16 --ratio 3 --epochs "$(python3 -c "print($epochs / 2)")" # as many images a step
+    # As many images a step, and as many steps of warm-up.
+    more="--batch-size 16 --ratio 3 --warmup-epochs $((50 * 16 / n + 1)) --epochs $(python3 -c "print($epochs / 2)")"
+    arm ratio-3 $student $more
     arm larger-student $student --arch efficientnet_b1
     arm larger-control $control --arch efficientnet_b1
     arm from-its-teacher $student --init "$teacher"
     # Half of the steps on the selection alone, half on the labelled images: together as many as student1's.
-    passes=$(python3 -c "import json, os, sys
-rows, epochs, folders = json.load(open(sys.argv[1]))['examples'], float(sys.argv[2]), os.walk(sys.argv[3])
-print(epochs * sum(len(files) for _, _, files in folders) / rows)" "$run/balanced1.json" "$epochs" "$data/train")
+    passes=$(python3 -c "import json, sys
+print($epochs * $n / json.load(open(sys.argv[1]))['examples'])" "$run/balanced1.json")
     arm pretrained $student --unlabeled-only --batch-size 64 --epochs "$passes" --eval-every 0
     arm finetuned $control --init "$run/pretrained/model.pt" --epochs "$epochs"
-    arm consistency $student --consistency kl --ratio 0 --batch-size 64 --epochs "$(python3 -c "print($epochs * 2)")"
+    # The teacher labels the labelled images on the fly, in the control's batches.
+    more="--batch-size 64 --warmup-epochs $((50 * 64 / n + 1)) --epochs $(python3 -c "print($epochs * 2)")"
+    arm consistency ${student/"--pseudo-labels $run/balanced1.h5"/} --consistency kl --ratio 0 $more
 }
 steady() { # STEPS steps of 64 labelled images, as run.sh trains a teacher
     local recipe number epochs flags
@@ -79,20 +85,21 @@ steady() { # STEPS steps of 64 labelled images, as run.sh trains a teacher
     flags="--arch efficientnet_b0 --image-size 32 --batch-size 64 --epochs $epochs --eval-every 0 --seed $1"
     flags+=" --warmup-epochs $((50 * 64 / number + 1)) ${NOISE:-}"
     arm before 01_train_teacher.py --data "$data" ${recipe/--classifier-lr 0.03/} --weight-decay 0.02 $flags
+    arm classifier-lr 01_train_teacher.py --data "$data" $recipe --weight-decay 0.02 $flags
     arm today 01_train_teacher.py --data "$data" $recipe $flags
 }
 for seed in $SEEDS; do
     run=$OUT/seed$seed
     case $what in
     demo) SEEDS=$seed OUT=$run ./run.sh "$data" ;;
-    # STEPS and THRESHOLD come from other seeds than these; see docs/results.md
-    cifar10) SEEDS=$seed OUT=$run CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} ./run.sh "$data" ;;
+    cifar10) # the threshold comes from other seeds than these: `choices` in docs/results.md
+        SEEDS=$seed OUT=$run CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} ./run.sh "$data" ;;
     claims) claims "$seed" ;;
     *) steady "$seed" ;;
     esac
-    corrupt=""
-    [[ $what == steady* ]] || corrupt="--corrupt --num-images 500"
-    [ -e "$run/robustness/robustness.json" ] || python3 06_eval_robustness.py "$run"/*/model.pt --data "$data" $corrupt \
-        --out "$run/robustness"
+    case $what in # run.sh has measured the first two; what is measured stays measured
+    claims) python3 06_eval_robustness.py "$run"/*/model.pt --data "$data" --corrupt --num-images 500 --out "$run/robustness" ;;
+    steady*) python3 06_eval_robustness.py "$run"/*/model.pt --data "$data" --out "$run/robustness" ;;
+    esac
     python3 tests/results.py "$what" "seed$seed" "$run/robustness/robustness.json"
 done

@@ -61,16 +61,16 @@ def collect(name: str, seed: str, source: Path) -> None:
         }
         for path, entry in results.items()
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} of {os.cpu_count()} cores"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
     rows = [common.Row(model, [path], [{}], [seed], {}, {}) for path, model in zip(results, models, strict=True)]
     selection, is_rising = common.history_of(rows)
     selection = {key: selection[key] for key in ("unique_images", "images", "threshold", "truth") if key in selection}
-    kept = {"commit": commit.strip(), "machine": machine, "torch": torch.__version__}
+    kept = {"commit": os.environ.get("COMMIT", head.strip()), "machine": machine, "torch": torch.__version__}
     out = ROOT / "docs" / "results" / name / f"{seed}.json"
-    if out.exists():  # arms that were run later, or again
-        before = json.loads(out.read_text())
+    before = json.loads(out.read_text()) if out.exists() else {"models": {}}
+    if before["models"].keys() - models.keys():  # these arms are others than those of an earlier run
         models = before["models"] | models
         kept = {key: of if of in before[key] else f"{before[key]}, {of}" for key, of in kept.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -193,17 +193,22 @@ def made(runs: dict[str, dict]) -> str:
     by = {}
     for seed, run in runs.items():
         by.setdefault(f"commit {run['commit']}, {run['machine']}, torch {run['torch']}", []).append(seed[4:])
-    by = "; ".join(f"{'seeds ' + ' '.join(seeds) + ': ' if len(by) > 1 else ''}{what}" for what, seeds in by.items())
+    by = "; ".join(f"{'seed ' + ' '.join(seeds) + ': ' if len(by) > 1 else ''}{what}" for what, seeds in by.items())
     what = ", mean ± standard deviation over the seeds, differences ± their 95 percent t interval" * (len(runs) > 1)
     return f"Top-1 in percent of {nums:,} images of val{what}; {by}."
 
 
 def tables() -> str:
     words = ["# Results", ""]
-    words.append("Made by `python tests/results.py` of docs/results/*/seed*.json, which `tests/evidence.sh` wrote.")
+    words.append(
+        "Made by `python tests/results.py` of docs/results/*/seed*.json, which `tests/evidence.sh` wrote (those of"
+    )
+    words.append("`choices` were written by hand).")
     folders = (ROOT / "docs" / "results").glob("*/")
     for folder in sorted(folders, key=lambda folder: (folder.name.startswith("choices"), folder.name)):
         runs, name = runs_of(folder.name), folder.name
+        if not runs:
+            continue
         models = models_of(runs)
         words += ["", f"## {name}", "", *folded(about.read_text() if (about := folder / "about.txt").exists() else "")]
         words += [*folded(made(runs)), *table(*filled(HEADINGS, [cells_of(model, models) for model in models]))]

@@ -479,6 +479,7 @@ def test_min_precision_sets_the_threshold_of_the_selection(two_files, tmp_path, 
     assert "--min-precision 0.96 is not reached" in printed and "38 of 40 right, 95.0 (83.5 to 98.6) percent" in printed
     assert chosen(0.95, "--min-share", 0.8)[:2] == (0.55, True)
     threshold, reached, printed = chosen(0.95, "--min-share", 0.81)  # above 0.55 are 40 of 50
+    assert json.loads(out.with_suffix(".json").read_text())["calibration"]["min_share"] == 0.81
     assert (threshold, reached) == (0.0, False) and "is not reached with --min-share 0.81: 40 of 50 right" in printed
 
 
@@ -523,7 +524,7 @@ def test_k_and_what_it_costs_are_explained(tmp_path, run):
     assert "K = 4: class 'cat' is the lower median of 3 with 2 to 7 images above the threshold; 3 images beyond" in said
     assert "2 copies" in said
     said = run(one, "--out", out, "--threshold", 0.4, "--per-class", 5).stdout
-    assert "K = 5: --per-class; 2 images beyond" in said and "4 copies" in said and "up to 3 times" in said
+    assert "K = 5: --per-class; 2 images beyond" in said and "4 copies" in said and "at most 3 times" in said
     assert "K = " not in run(one, "--out", out, "--threshold", 0.4, "--per-class", "all").stdout
 
 

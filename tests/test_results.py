@@ -111,7 +111,7 @@ KEPT = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accur
                 "One seed is no evidence",
                 "91.0 percent",
                 "several seeds",
-                "the teacher is right on 50 percent",
+                "the teacher is right on only 50 percent",
             ],
             ["helped", "a higher threshold"],
         ),
@@ -129,7 +129,7 @@ def test_a_teacher_of_other_classes_and_a_report_of_something_else_do_not_stop_t
     found = rows(teacher=[50], control=[70], student1=[80])
     found[0] = found[0]._replace(values={}, nums={})
     few = common.verdict([row._replace(nums={"clean top-1": 5}) for row in found], {}, False)
-    assert "more held-out images (val/), for 5 judge little" in few
+    assert "more held-out images (val/), for 5 say little" in few
     assert "held-out" not in common.verdict(found, {}, False)
     (tmp_path / "mine.json").write_text('{"what": "no selection"}')
     path = save_model(tmp_path / "student1" / "model.pt", inputs={str(tmp_path / "mine.h5"): "0"})
@@ -209,7 +209,7 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     words = " ".join(text.split())
     assert "Over 3 seeds student1 is 5.0 points better than control" in words and "+2.5 to +7.5 points" in words
     assert "kept 120 of 1000 unlabelled images (12 percent; confidence above 0.5), 71.0 percent of their" in words
-    assert "seeds 0 1: commit" in words and "seeds 2: commit abc" in words
+    assert "seed 0 1: commit" in words and "seed 2: commit abc" in words
 
 
 # ----------------------------------------------------------------------------------------------------------------------
