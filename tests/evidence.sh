@@ -17,7 +17,7 @@ what=${1:?demo, cifar10, claims, steady or steady-cifar10}
 case $what in *cifar10) : "${2:?DATA, the folder of CIFAR-10}" ;; esac
 data=${2:+$(cd "$2" && pwd)}
 cd "$(dirname "$0")/.."
-COMMIT=$(git rev-parse --short HEAD) # of the code that runs, however long it takes
+COMMIT=$(git rev-parse --short HEAD 2>/dev/null || echo unknown) # of the code that runs, however long it takes
 export COMMIT
 OUT=${OUT:-runs/evidence}/$what
 case $OUT in /*) ;; *) OUT=$PWD/$OUT ;; esac

@@ -3,15 +3,19 @@ the tables of tests/benchmark.py."""
 
 import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import benchmark
 import numpy as np
 import pytest
-from conftest import ROOT, save_model
+from conftest import ROOT, load_stage, save_model
 
 import common
 
@@ -162,11 +166,17 @@ def test_no_verdict_without_control_or_student():
     assert common.verdict(rows(teacher=[1], control=[2]), {}, False) == ""
 
 
+def evidence_results():
+    """tests/results.py as a module."""
+    spec = importlib.util.spec_from_file_location("evidence_results", ROOT / "tests" / "results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     """docs/results.md of made-up runs: means, deviations and paired differences by hand, and what a claim shows."""
-    spec = importlib.util.spec_from_file_location("evidence_results", ROOT / "tests" / "results.py")
-    results = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(results)
+    results = evidence_results()
     monkeypatch.setattr(results, "ROOT", tmp_path)
     top1 = {"control": (70, 71, 72), "student1": (74, 77, 77), "hard-labels": (74, 76, 78), "ratio-3": (70, 73, 72)}
     selection = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accuracy_after": 71.0}, "more": 1}
@@ -193,6 +203,16 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     assert shown["student1 ratio-3"] == "the other way |"
     assert not any("unbalanced" in line for line in lines)  # was not run
 
+    # An arm that is run later joins those of its seed.
+    monkeypatch.setenv("COMMIT", "later")
+    later = {str(tmp_path / "unbalanced" / "model.pt"): {"clean": {"top1": 75, "num": 1000}}}
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    save_model(tmp_path / "unbalanced" / "model.pt")
+    results.collect("claims", "seed0", tmp_path / "later.json")
+    kept = json.loads((tmp_path / "docs" / "results" / "claims" / "seed0.json").read_text())
+    assert list(kept["models"]) == [*top1, "unbalanced"] and kept["commit"].endswith(", later")
+    monkeypatch.delenv("COMMIT")
+
     # The demo's are the README's first table too, with the verdict; the picture is beside the numbers. A seed that
     # another commit measured is named.
     for seed, source in enumerate(sources):
@@ -206,10 +226,59 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     assert text.startswith(before) and text.endswith(after) and "earlier" not in text
     assert "(docs/results/demo/dots.png)" in text and "| student1 | 76.00 ± 1.73 | 38.00 ± 0.87 |" in text
     assert 'SEEDS="0 1 2" ./run.sh' in text and results.readme(text) == text
+    results.collect("demo", "seed2", sources[2])
+    assert json.loads(file.read_text())["commit"] != "abc", "measured again, it is of this commit alone"
     words = " ".join(text.split())
     assert "Over 3 seeds student1 is 5.0 points better than control" in words and "+2.5 to +7.5 points" in words
     assert "kept 120 of 1000 unlabelled images (12 percent; confidence above 0.5), 71.0 percent of their" in words
     assert "seed 0 1: commit" in words and "seed 2: commit abc" in words
+
+
+def test_the_arms_of_the_claims_are_matched(tmp_path, monkeypatch):
+    """tests/evidence.sh with a python3 that only notes its words: each arm is a command that its stage takes, of 64
+    images a step and 1,012 steps, 50 or a few more of them warm-up; pre-training and fine-tuning are so together."""
+    log, toolkit = tmp_path / "log", tmp_path / "toolkit"
+    python = toolkit / ".venv" / "bin" / "python3"
+    for folder in (python.parent, toolkit / "tests", toolkit / "data" / "demo" / "unlabeled"):
+        folder.mkdir(parents=True)
+    (toolkit / "data" / "demo" / "unlabeled_truth.csv").touch()
+    python.write_text(f"""#!/bin/sh
+case "$1 $*" in
+-c*device_count*) echo "0 300 32 1000 1000"; exit ;;
+-c*version_info*) exit ;;
+-c*) exec {sys.executable} -IS "$@" ;;
+03*) for last; do :; done; echo '{{"examples": 4000}}' >"${{last%.h5}}.json" ;;
+esac
+echo "$*" >>{log}
+""")
+    python.chmod(0o755)
+    python.with_name("python").symlink_to(python)
+    for name in ("run.sh", "tests/evidence.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, toolkit / name)
+    shutil.copy(ROOT / "requirements.txt", toolkit / ".venv" / ".installed-requirements.txt")
+    shutil.copytree(ROOT / "recipes", toolkit / "recipes")
+    words = ["bash", toolkit / "tests" / "evidence.sh", "claims"]
+    subprocess.run(words, env=os.environ | {"SEEDS": "0", "BATCH": "7"}, check=True, capture_output=True, timeout=60)
+
+    commands = [line.split() for line in log.read_text().splitlines()]
+    arms = {}
+    for stage, *flags in commands:
+        if stage[:2] in ("01", "04"):
+            monkeypatch.setattr(sys, "argv", [stage, *flags])
+            args = load_stage(stage.removesuffix(".py")).parse_args()
+            images = args.batch_size * (1 + (getattr(args, "ratio", 0) or 0))
+            images = args.batch_size if getattr(args, "unlabeled_only", False) else images
+            an_epoch = (
+                4000 if images == args.batch_size and stage[:2] == "04" and not args.consistency else 300
+            ) / args.batch_size
+            arms[Path(args.out).name] = args.epochs * an_epoch
+            assert images == 64, args.out
+            assert 50 <= args.warmup_epochs * an_epoch < 110 or args.out.name == "pretrained", args.out
+    assert len(arms) == 19 and arms.pop("pretrained") + arms.pop("finetuned") == pytest.approx(1012)
+    assert list(arms.values()) == pytest.approx([1012] * len(arms))
+    named = {name for _, _, *pair in evidence_results().CLAIMS.values() for name in pair}
+    assert named <= arms.keys() | {"pretrained", "finetuned"}
+    assert commands[-1] == ["tests/results.py", "claims", "seed0", *commands[-1][3:]] and commands[-2][0][:2] == "06"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
