@@ -92,7 +92,9 @@ def models_of(runs: dict[str, dict]) -> dict[str, dict]:
 
 
 def verdict_of(runs: dict[str, dict]) -> str:
-    """The last paragraph of run.sh on these runs."""
+    """The last paragraph of run.sh on these runs; "" of one seed, which is no evidence."""
+    if len(runs) < 2:
+        return ""
     rows = []
     for model, seeds in models_of(runs).items():
         paths, values = [f"{seed}/{model}/model.pt" for seed in seeds], {}

@@ -195,6 +195,7 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
         sources.append(tmp_path / f"{seed}.json")
         sources[-1].write_text(json.dumps(entries))
         results.collect("claims", f"seed{seed}", sources[-1])
+        assert "## claims" in results.tables(), "with any number of seeds"
     lines = results.tables().splitlines()
     # Differences 4, 6, 5: 5 +- 4.3027 * 1 / sqrt(3). Corrupted ones are half as large.
     assert "| student1 | 74.00, 77.00, 77.00 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in lines
