@@ -235,5 +235,6 @@ if [ "$FIXRES_STEPS" != 0 ]; then
         --lr 1e-3 --schedule cosine --bn-momentum 0.1 --seed "$SEED" --out "$OUT/fixres"
     models+=("$OUT/untuned/model.pt" "$OUT/fixres/model.pt")
 fi
-[ -z "$taught" ] || echo "Taught: ${taught#, }. The result is ${models[${#models[@]} - 1]}."
+[ -z "$taught" ] || echo "Taught: ${taught#, }."
+echo "The result is $student/model.pt$([ "$FIXRES_STEPS" = 0 ] || echo ", or $OUT/fixres/model.pt where that is better")."
 [ "${TABLE:-1}" = 0 ] || table "${models[@]}"
