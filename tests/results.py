@@ -33,19 +33,30 @@ CLAIMS = {
     "soft": ("soft labels are at least as good as hard ones", "B0: up to 1.8", "hard-labels", "student1"),
     "balance": ("balance helps (a long tail of 10:1)", "B0: 77.6 to 77.9 (unverified)", "unbalanced", "student1"),
     "1/8": ("more unlabelled images help: all against 1/8", "B4: 83.4 at 1/128", "share-0.125", "student1"),
-    "1/4": ("all against 1/4", "", "share-0.25", "student1"),
-    "1/2": ("all against 1/2", "", "share-0.5", "student1"),
     "ratio": ("a higher ratio helps: 3 against 1", "L2: 86.7 to 87.4", "student1", "ratio-3"),
     "larger": ("a larger student is better", "B0 to B1: 77.9 to 79.5", "student1", "larger-student"),
     "larger control": ("and than the labels alone with that model", "", "larger-control", "larger-student"),
     "scratch": ("from scratch is as good as from the teacher", "", "from-its-teacher", "student1"),
     "joint": ("joint training against pre-training and fine-tuning", "B0: 77.5 to 77.9", "finetuned", "student1"),
+    "billion-scale": (
+        "pre-training and fine-tuning against the labels alone",
+        "ResNet-50: 76.4 to 79.1 (unverified)",
+        "control",
+        "finetuned",
+    ),
     "fine-tuning": ("fine-tuning is crucial (billion-scale)", "", "pretrained", "finetuned"),
     "consistency": (
         "consistency with supervision, the labels alone",
         "CIFAR-10: 84.8 to 85.2",
         "control",
         "consistency",
+    ),
+    "iteration": ("a second round helps (the demo's seeds)", "L2: 87.6 to 88.1", "student1", "student2"),
+    "robustness": (
+        "more is gained on corrupted images than on clean ones",
+        "L2: 85.5 to 88.4, ImageNet-A 49.6 to 83.7",
+        "control",
+        "student1",
     ),
 }
 
@@ -86,9 +97,13 @@ def runs_of(name: str) -> dict[str, dict]:
 
 
 def models_of(runs: dict[str, dict]) -> dict[str, dict]:
-    """{model: {seed: {"clean", "corrupted", "num"}}}"""
-    names = dict.fromkeys(model for run in runs.values() for model in run["models"])
-    return {name: {seed: run["models"][name] for seed, run in runs.items() if name in run["models"]} for name in names}
+    """{model: {seed: {"clean", "corrupted", "num", "gap": corrupted - clean}}}"""
+    models = {}
+    for seed, run in runs.items():
+        for name, of in run["models"].items():
+            gap = None if of["corrupted"] is None else of["corrupted"] - of["clean"]
+            models.setdefault(name, {})[seed] = of | {"gap": gap}
+    return models
 
 
 def verdict_of(runs: dict[str, dict]) -> str:
@@ -219,10 +234,12 @@ def tables() -> str:
             words += [f"![every model a column, every seed a dot](results/{name}/dots.png)"]
         if name == "claims":
             rows = []
-            for claim, paper, worse, better in CLAIMS.values():
-                if found := difference(models, better, worse, "clean"):
-                    cells = [f"{claim} (`{better}` - `{worse}`)", paper, cell(found)]
-                    rows.append([*cells, cell(difference(models, better, worse, "corrupted")), shown(found)])
+            for key, (claim, paper, worse, better) in CLAIMS.items():
+                of = models if better in models else models_of(runs_of("demo"))  # student2
+                if found := difference(of, better, worse, "gap" if key == "robustness" else "clean"):
+                    cells = [f"{claim} (`{better}` - `{worse}`)", paper]
+                    cells += [cell(difference(of, better, worse, what)) for what in ("clean", "corrupted")]
+                    rows.append([*cells, shown(found)])
             headings = ("claim", "the paper, ImageNet", "ours: better arm - worse arm", "corrupted", "shown")
             words += ["", *table(headings, rows)]
     return "\n".join(words) + "\n"
