@@ -123,9 +123,9 @@ def answers_above(threshold: float, confidence: np.ndarray, right: np.ndarray) -
 
 
 def choose_threshold(curve: list[dict], min_precision: float, min_share: float | None = None) -> tuple[dict, bool]:
-    """The point with the lowest threshold at which so many are right, True; else that with the most right, False.
+    """The point with the lowest threshold at which so many are right, True; else with the largest share right, False.
 
-    The most are right where few are left, by luck: 20 images at least must be above that one, if val has so many.
+    The share is largest where few are left, by luck: 20 images at least must be above it, if val has so many.
     """
     curve = [point for point in curve if point["share"] >= (min_share or 0)]
     reached = [point for point in curve if point["kept"] and point["precision"] >= min_precision]
@@ -332,8 +332,8 @@ def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> N
             most = ", at most the paper's" if above[middle] > per_class else ""
             why = f"class {[*classes][middle]!r} is the lower median of {len(order)} with {above[order[0]]} to "
             why += f"{above[order[-1]]} images above the threshold{most}"
-        words = f"{beyond} images beyond the K of their class are left out, {copies} copies fill smaller classes, an "
-        words += f"image stands there at most {-(-per_class // above[order[0]])} times"
+        words = f"{beyond} images beyond the K of their class are left out, {copies} copies fill smaller classes, "
+        words += f"at most {-(-per_class // above[order[0]]) - 1} of one image"
         print0(f"K = {per_class}: {why}; {words} (--per-class says otherwise)")
     if empty := report["empty_classes"]:
         found = [(c, classes[c]["candidates"], classes[c]["highest_confidence"]) for c in empty[:10]]

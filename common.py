@@ -191,11 +191,13 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=at_least(1, int), default=256, help="labelled images a step, all processes (paper: 2048)")
     add("--accumulate", type=at_least(1, int), default=1, help="parts a step: less memory; batch norm sees one part")
-    add("--epochs", type=at_least(0), help="passes over the labels; None: 700 to B4, 350 above (official), --init 30")
+    words = "None: 700 to B4, 350 above (official), --init 30" if from_scratch else "the paper's are of ImageNet"
+    add("--epochs", type=at_least(0), help=f"passes over the labels; {words}")
     add("--optimizer", choices=["rmsprop", "sgd", "adamw"], default="rmsprop", help="rmsprop: TensorFlow's (paper)")
     add("--lr", type=at_least(0), help="peak rate; None: as the start line says, for each 256 of the batch")
     schedules = ["staircase", "cosine", "constant", *(["plateau"] if from_scratch else [])]
-    add("--schedule", choices=schedules, help="of the rate; None: staircase (paper); with --init: cosine")
+    words = "; None: staircase (paper); with --init: cosine" if from_scratch else ""
+    add("--schedule", choices=schedules, help=f"of the rate{words}")
     decays = {"nargs": 2, "type": at_least(0), "metavar": ("N", "FACTOR"), "default": (145, 0.97)}
     add("--decays", **decays, help="of the staircase; billion-scale: 13 0.5 to pre-train, 3 0.1 to fine-tune")
     if from_scratch:
@@ -2788,6 +2790,8 @@ RATES = {
 
 def plan_of(args: argparse.Namespace, epochs: float, steps_per_epoch: float, decayed: float = 1) -> Plan:
     """The plan of a run. The default of --lr is RATES' times `decayed`; the warm-up is at most a fifth of the run."""
+    if epochs and not round(epochs * steps_per_epoch):
+        fail(f"--epochs {epochs:g} with --batch-size {args.batch_size} is not one step: a smaller batch or more epochs")
     init = getattr(args, "init", None)
     peak = args.lr if args.lr is not None else RATES[args.optimizer][bool(init)] * decayed * args.batch_size / 256
     warmup_epochs = getattr(args, "warmup_epochs", 0)
@@ -3972,11 +3976,14 @@ def verdict(rows: list[Row], selection: dict, is_rising: bool) -> str:
         right = selection.get("truth", {}).get("accuracy_after")
         by_val = selection.get("calibration", {}).get("at", {}).get("precision")
         known = f", {right:.1f} percent of their labels right" if right is not None else ""
+        if num_no_class := selection.get("truth", {}).get("num_no_class_passed"):
+            known = f", {num_no_class} of no class; of the others {right:.1f} percent of the labels are right"
         if right is None and by_val is not None:
             right = 100 * by_val
             known = f"; of images of val above the threshold {right:.1f} percent were right"
+        of = " of the last seed" if num_seeds else ""
         words.append(
-            f"The last selection kept {selection['unique_images']} of {selection['images']} unlabelled images "
+            f"The last selection{of} kept {selection['unique_images']} of {selection['images']} unlabelled images "
             f"({100 * share:.0f} percent; confidence above {selection['threshold']:g}){known}."
         )
         if right is not None and right < 85:

@@ -143,13 +143,13 @@ fi
 judge=""
 if [ "$CHOOSE" != 0 ]; then
     judge="--val-half judge" why="the next teacher and, if not given, THRESHOLD: of those that leave two thirds of val"
-    why="$why the lowest above which 90 percent are right, else that with the most right"
+    why="$why the lowest above which 90 percent are right, else that with the largest share right"
     echo "CHOOSE=$CHOOSE: on $num_choose images of val, $why; the other $num_judge judge in the table"
 fi
 better='import json, sys
 top1 = {path: results["clean"]["top1"] for path, results in json.load(open(sys.argv[1])).items()}
-teacher, student = (top1[path] for path in sys.argv[2:])
-print("teacher" if teacher > student else "student", f"{student:.2f} percent against its teacher at {teacher:.2f}")'
+old, new = (top1[path] for path in sys.argv[2:])
+print("old" if old > new else "new", f"{new:.2f} percent against {old:.2f}")'
 
 # ---------------------------------------------------------------------------------------------------- several seeds
 table() { # table MODELS...: it keeps what it measured, so that again it takes seconds; the verdict beside the results
@@ -196,6 +196,12 @@ if [ "$CONTROL" != 0 ]; then # the last student's architecture, and other random
     stage control 01_train_teacher.py --data "$data" $(supervised "$ROUNDS") --seed $((SEED + 1000)) --out "$OUT/control"
     models+=("$OUT/control/model.pt")
 fi
+choose() { # choose NAME OLD NEW: `next`, old or new: which model is right on more of the half to choose on, and `why`
+    stage "$1" 06_eval_robustness.py "$2" "$3" --data "$data" --val-half choose --out "$OUT/choice"
+    found=$(python3 -c "$better" "$OUT/choice/robustness.json" "$2" "$3")
+    read -r next why <<<"$found"
+}
+
 teacher=$OUT/teacher student=$OUT/teacher labeled_by="" taught=""
 for round in $(seq "$ROUNDS"); do
     student=$OUT/student$round logits=$OUT/logits$round.h5 val=$OUT/val$round.h5
@@ -219,10 +225,9 @@ for round in $(seq "$ROUNDS"); do
     models+=("$student/model.pt") both=("$teacher/model.pt" "$student/model.pt") next=student
     taught="$taught, student$round by $(basename "$teacher")"
     if [ "$CHOOSE" != 0 ] && [ "$round" -lt "$ROUNDS" ]; then
-        stage "choice$round" 06_eval_robustness.py "${both[@]}" --data "$data" --val-half choose --out "$OUT/choice"
-        found=$(python3 -c "$better" "$OUT/choice/robustness.json" "${both[@]}")
-        read -r next why <<<"$found"
-        echo "the $next of round $round teaches in round $((round + 1)): student$round has $why"
+        choose "choice$round" "${both[@]}"
+        [ "$next" = old ] && next=teacher || next=student
+        echo "the $next of round $round teaches in round $((round + 1)): student$round has $why of its teacher"
     fi
     [ "$next" = teacher ] || teacher=$student
 done
@@ -236,5 +241,13 @@ if [ "$FIXRES_STEPS" != 0 ]; then
     models+=("$OUT/untuned/model.pt" "$OUT/fixres/model.pt")
 fi
 [ -z "$taught" ] || echo "Taught: ${taught#, }."
-echo "The result is $student/model.pt$([ "$FIXRES_STEPS" = 0 ] || echo ", or $OUT/fixres/model.pt where that is better")."
+result=$student/model.pt why=""
+if [ "$FIXRES_STEPS" != 0 ] && [ "$CHOOSE" != 0 ]; then
+    choose choice "$result" "$OUT/fixres/model.pt"
+    [ "$next" = old ] || result=$OUT/fixres/model.pt
+    why=": fixres has $why of $(basename "$student")"
+elif [ "$FIXRES_STEPS" != 0 ]; then
+    why=", or $OUT/fixres/model.pt where that is better (CHOOSE=0)"
+fi
+echo "The result is $result$why."
 [ "${TABLE:-1}" = 0 ] || table "${models[@]}"

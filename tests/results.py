@@ -256,8 +256,9 @@ def readme(text: str) -> str:
         return text
     models, seeds = models_of(runs), " ".join(seed[4:] for seed in runs)
     rows = [[cell for number, cell in enumerate(cells_of(model, models)) if number != 1] for model in models]
-    words = [f'`SEEDS="{seeds}" ./run.sh` ends so ([more](docs/results.md)):', ""]
-    words += [*table([HEADINGS[0], *HEADINGS[2:]], rows), "", *folded(f"{made(runs)} {verdict_of(runs)}")]
+    words = [f'`SEEDS="{seeds}" ./run.sh` ends so ([by what](docs/results.md)):', ""]
+    words += [*table([HEADINGS[0], *HEADINGS[2:]], rows), ""]
+    words += folded(f"{made(runs).partition(';')[0]}. {verdict_of(runs)}")
     if (ROOT / "docs" / "results" / "demo" / "dots.png").exists():
         words.append("![every model a column, every seed a dot](docs/results/demo/dots.png)")
     return re.sub("(?<=<!-- demo table -->\n).*?(?=<!-- end -->)", lambda _: "\n".join(words) + "\n", text, flags=re.S)

@@ -240,6 +240,14 @@ def test_the_warmup_is_at_most_a_fifth_of_the_run(capsys):
     assert plan_of(fine_tuning, 1, 3).warmup_epochs == 0
 
 
+def test_a_run_without_a_step_is_an_error_but_of_no_epoch(capsys):
+    """60 images, 256 a step: the 1.5 epochs of a fine-tuning would save the model as it was."""
+    with pytest.raises(SystemExit) as stopped:
+        plan(epochs=1.5, steps_per_epoch=60 / 256)
+    assert stopped.value.code == 2 and "--epochs 1.5 with --batch-size 256 is not one step" in capsys.readouterr().err
+    assert plan(epochs=2.2, steps_per_epoch=60 / 256).total_steps == 1 and plan(epochs=0).total_steps == 0
+
+
 @pytest.mark.parametrize(
     ("name", "peak", "weight_decay"),
     [("rmsprop", (0.016, 0.0016), 1e-5), ("sgd", (0.1, 0.01), 1e-4), ("adamw", (0.00025, 1e-4), 0.05)],

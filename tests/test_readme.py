@@ -398,7 +398,7 @@ def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
         path.unlink()
     recipe = tmp_path / "recipe.txt"
     recipe.write_text("--optimizer sgd --lr 0.01")
-    small = {"IMAGE_SIZE": "32", "WITHOUT": "matplotlib", "EPOCHS": "1", "ROUNDS": "1", "THRESHOLD": "0", "NPROC": "1"}
+    small = {"IMAGE_SIZE": "32", "WITHOUT": "matplotlib", "EPOCHS": "8", "ROUNDS": "1", "THRESHOLD": "0", "NPROC": "1"}
     small |= {"FIXRES_STEPS": "4", "OUT": str(tmp_path / "out"), "ARCHS": CHEAP, "RECIPE": str(recipe)}
     first, _ = finished(run_sh(data, corrupt=True, **small))
     again, _ = finished(run_sh(data, corrupt=True, **small))
@@ -408,7 +408,7 @@ def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
     assert [line.split()[1] for line in table[2:]] == ["teacher", "control", "student1", "untuned", "fixres"]
     assert table == table_of(again)
     assert "CHOOSE=0: half of the 3 images in val is too few to choose on" in first
-    _, stderr = finished(run_sh(data, **small | {"EPOCHS": "2"}), status=2)
+    _, stderr = finished(run_sh(data, **small | {"EPOCHS": "9"}), status=2)
     assert "another command" in stderr
 
     # killed in the middle of two stages, and started again each time: the same table
@@ -633,11 +633,14 @@ def test_threshold_and_teacher_are_chosen_on_half_of_val(commands_of):
         rule = f"/val{number}.h5 --val-half choose --min-precision 0.9 --min-share 0.67"
         assert rule in commands[f"balance{number}"] and "--threshold" not in commands[f"balance{number}"]
     assert "Taught: student1 by teacher, student2 by student1." in printed and "71.00 percent" in printed
-    assert re.search(r"The result is .*/student2/model\.pt, or .*/fixres/model\.pt where that is better\.", printed)
+    assert re.search(
+        r"The result is .*/fixres/model\.pt: fixres has 71.00 percent against 70.00 of student2\.", printed
+    )
 
     # the teacher is better: it teaches again, and what it has labelled is used again
     commands, printed = commands_of(TOP1="72 71")
     assert "Taught: student1 by teacher, student2 by teacher." in printed and "label2" not in commands
+    assert re.search(r"The result is .*/student2/model\.pt: fixres has 71.00 percent against 72.00 of", printed)
     assert "/teacher/model.pt --pseudo-labels" in commands["student2"] and "/balanced1.h5" in commands["student2"]
     assert "student2/model.pt --image-size 80" in commands["fixres"], "the last student is fine-tuned"
     commands, _ = commands_of(TOP1="72 71", RELABEL="1")
@@ -649,7 +652,8 @@ def test_threshold_and_teacher_are_chosen_on_half_of_val(commands_of):
 )
 def test_nothing_is_chosen_on_too_few_images_or_if_told_so(commands_of, found, settings):
     commands, printed = commands_of(found, **settings, TOP1="72 71")
-    assert "--threshold 0.5" in commands["balance1"] and not {"val1", "choice1"} & commands.keys()
+    assert "--threshold 0.5" in commands["balance1"] and not {"val1", "choice1", "choice"} & commands.keys()
+    assert re.search(r"The result is .*/student2/model\.pt, or .*/fixres/model\.pt where that is better", printed)
     assert "student2 by student1" in printed and ("is too few to choose on" in printed) == (settings == {})
     assert settings or "too few to choose on: THRESHOLD=0.5, and the last student" in printed
 

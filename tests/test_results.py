@@ -104,7 +104,13 @@ KEPT = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accur
             ],
             ["did harm", "One seed"],
         ),
-        ({"control": [70, 71, 72], "student1": [60, 61, 62.5]}, {}, False, ["did harm"], ["holds 0"]),
+        (
+            {"control": [70, 71, 72], "student1": [60, 61, 62.5]},
+            KEPT | {"truth": {"accuracy_after": 91.0, "num_no_class_passed": 12}},
+            False,
+            ["did harm", "of the last seed kept 120", "above 0.5), 12 of no class; of the others 91.0 percent of the"],
+            ["holds 0"],
+        ),
         (
             {"teacher": [50], "control": [70], "student1": [80]},
             {"unique_images": 900, "images": 1000, "threshold": 0.8, "calibration": {"at": {"precision": 0.91}}},
@@ -117,7 +123,7 @@ KEPT = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accur
                 "several seeds",
                 "the teacher is right on only 50 percent",
             ],
-            ["helped", "a higher threshold"],
+            ["helped", "a higher threshold", "last seed", "no class"],
         ),
     ],
 )
@@ -223,7 +229,9 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     file = tmp_path / "docs" / "results" / "demo" / "seed2.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "abc"}))
     results.draw(results.models_of(results.runs_of("demo")), file.with_name("dots.png"))
-    assert file.with_name("dots.png").exists() and "](results/demo/dots.png)" in results.tables()
+    words = " ".join(results.tables().split())
+    assert file.with_name("dots.png").exists() and "](results/demo/dots.png)" in words
+    assert "seed 0 1: commit" in words and "seed 2: commit abc" in words
     before, after = "# Title\n<!-- demo table -->\n", "<!-- end -->\nmore\n"
     text = results.readme(f"{before}of earlier runs\n{after}")
     assert text.startswith(before) and text.endswith(after) and "earlier" not in text
@@ -234,7 +242,7 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     words = " ".join(text.split())
     assert "Over 3 seeds student1 is 5.0 points better than control" in words and "+2.5 to +7.5 points" in words
     assert "kept 120 of 1000 unlabelled images (12 percent; confidence above 0.5), 71.0 percent of their" in words
-    assert "seed 0 1: commit" in words and "seed 2: commit abc" in words
+    assert "commit" not in words
 
 
 def test_the_arms_of_the_claims_are_matched(tmp_path, monkeypatch):
