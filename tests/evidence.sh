@@ -27,8 +27,8 @@ case $what in # the seeds of `steady` are those on which the recipe was found
 demo) SEEDS=${SEEDS:-0 1 2 3 4} ;;
 cifar10) SEEDS=${SEEDS:-0 1 2 3 4} ;;
 claims) SEEDS=${SEEDS:-0 1 2 3 4 5 6 7} ;;
-steady) SEEDS=${SEEDS:-100 101 102 103 104 105 106 107 108 109} ;;
-steady-cifar10) SEEDS=${SEEDS:-100 101 102 103 104} ;;
+steady) SEEDS=${SEEDS:-100 101 102 103 104 105 106 107 108 109} steps=1012 ;;
+steady-cifar10) SEEDS=${SEEDS:-100 101 102 103 104} steps=6250 ;;
 *) echo "error: $what: expected demo, cifar10, claims, steady or steady-cifar10" >&2 && exit 2 ;;
 esac
 if [ -z "$data" ]; then # the same drawn images for all seeds
@@ -79,7 +79,7 @@ print($epochs * $n / json.load(open(sys.argv[1]))['examples'])" "$run/balanced1.
 steady() { # STEPS steps of 64 labelled images, as run.sh trains a teacher
     local recipe number epochs flags
     recipe=$(sed 's/#.*//' recipes/small.txt | xargs) number=$(find "$data/train/" -type f | wc -l)
-    epochs=$(python3 -c "print(${STEPS:-1012} * 64 / $number)")
+    epochs=$(python3 -c "print(${STEPS:-$steps} * 64 / $number)")
     flags="--arch efficientnet_b0 --image-size 32 --batch-size 64 --epochs $epochs --eval-every 0 --seed $1"
     flags+=" --warmup-epochs $((50 * 64 / number + 1)) ${NOISE:-}"
     arm before 01_train_teacher.py --data "$data" ${recipe/--classifier-lr 0.03/} --weight-decay 0.02 $flags
