@@ -807,8 +807,8 @@ def report(results: dict[str, dict], parts: list[Part], val, num_chosen: int, ar
         words.append(f"Percent of {len(val[1])} val images{half}; drawn and attacked: {num_chosen} (seed {args.seed}).")
     if "corrupted top-1" in found:
         words.append("Corrupted: 14 of ImageNet-C's 15; frost, which needs photographs of ice, is left out.")
-    words.append("± is half of the 95 percent interval, more than that of a mean over corruptions; of several seeds the")
-    words[-1] += " standard deviation."
+    words.append("± is half of the 95 percent interval, more than that of a mean over corruptions; of several")
+    words[-1] += " seeds the standard deviation."
     words += compare(rows)
     words += [f"Gap: {path} {item}: {gap}" for path, entry in results.items() for item, gap in entry["gaps"].items()]
     table = markdown_table(rows, headings)
