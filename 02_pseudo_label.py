@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     add("--unlabeled", type=os.path.abspath, metavar="DIR|IMAGE", help=unlabeled)
     add("--only", type=Path, help="balanced.h5: label its images alone, at their old rows; for 04 --logits")
     add("--out", type=Path, required=True, help="the logits file; one that exists is continued")
-    add("--csv", type=Path, help="the labels as text too: path,class,confidence, a line a readable image")
+    add("--csv", type=Path, help="the labels as text too: path,class,confidence, a line a labelled image")
     noised = {"nargs": "?", "metavar": "M", "type": at_least(0), "const": math.nan}
     add("--noised", **noised, help="a noised teacher: dropout, 2 ops of magnitude M; without M the recipe's, else 9")
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")

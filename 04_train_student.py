@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/student"), help="folder of the results; the same command resumes it")
     add("--ratio", type=at_least(0), help="unlabelled images a labelled one; None: 1 for B0, 14 for L2, else 3")
     add("--unlabeled-weight", type=at_least(0), help="w of the loss; None: the ratio (official), 1 if unlabelled only")
-    add("--temperature", type=at_least(0), help="T of softmax(logits / T), teacher's and student's; 0: hard labels")
+    add("--temperature", type=at_least(0), help="T of softmax(logits / T); 0: hard; None: 1, --consistency 10, top-p 0")
     add("--unlabeled-only", action="store_true", help="pre-train on the selection alone, as the billion-scale recipe")
     add("--clean-unlabeled", action="store_true", help="unlabelled images without crop, mirroring and RandAugment")
     add("--consistency", choices=["kl"], help="(CE + KL(teacher || student at T 10)) / 2; --ratio 0: of one image")

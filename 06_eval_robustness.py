@@ -23,7 +23,8 @@ and on released sets, unpacked as they come:
 
 reads   checkpoints of any stage; DATA/val, whose classes are matched to a checkpoint's by name; the released sets
 writes  OUT/robustness.json (every number), saved after each corruption and each EPS; OUT/robustness.md (the table);
-        OUT/robustness.png. The same command again measures only what is missing or had other settings or weights.
+        OUT/robustness.png; OUT/verdict.md, if there are a `control` and a student. The same command again measures only
+        what is missing or had other settings or weights.
 
     python 06_eval_robustness.py runs/demo/teacher/model.pt runs/demo/student1/model.pt --data data/demo \\
         --out runs/demo/robustness --corrupt --fgsm 2 4 --num-images 500
@@ -155,7 +156,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage: one line of the table each")
     add("--data", type=Path, help="data directory, whose val/ is measured; None: the first checkpoint's own")
-    add("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
+    add("--out", type=Path, required=True, help="folder of robustness.json, .md, .png and verdict.md")
     add("--val-half", choices=("choose", "judge"), help="half of val/, by the hash of the path; None: all of it")
     add("--classes", type=names_in, metavar="FILE", help="one class a line: the outputs' names if they have none")
     add("--folder", nargs="+", type=name_and_folder, default=[], metavar="NAME=DIR", help="images by class: more sets")

@@ -205,8 +205,8 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
         add("--average", type=decay_or_swa, default=0.9999, help="decay of the averaged weights, or swa: equal mean")
         help_line = "the classifier's share of the rate; AdamW from scratch: 0.03, or it follows the last batch"
         add("--classifier-lr", type=at_least(0), default=1.0, help=help_line)
-    add("--weight-decay", type=at_least(0), help="not of batch norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
-    add("--label-smoothing", type=at_least(0), default=0.1, help="of hard labels; 04 --consistency: 0")
+    add("--weight-decay", type=at_least(0), help="not of norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
+    add("--label-smoothing", type=at_least(0), default=0.1, help="of hard labels; None: 0.1, 04 --consistency 0")
 
 
 def add_init_flag(add: Callable) -> None:
@@ -2896,7 +2896,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """`rmsprop` (the paper's), `sgd` (Nesterov 0.9) or `adamw`; the loop sets the rate of every step.
 
-    Weight decay (None: that of RATES) spares the batch norms and nothing else, as the official code (main.py:552-555);
+    Weight decay (None: that of RATES) spares the norms and nothing else, as the official code (main.py:552-555);
     AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate, kept in its group as `share`.
 
     Why a share: AdamW moves every weight by about the rate, however small its gradient, so a classifier of n inputs can
