@@ -84,8 +84,8 @@ def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File]]:
 
 
 def is_between(confidence: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Above `low` and up to `high`, in float32; the NaN of an unreadable image is not."""
-    return (confidence > np.float32(low)) & (confidence <= np.float32(high))
+    """Above `low` and up to `high`, in float32; the NaN of an unreadable image is not. 1 is no bound."""
+    return (confidence > np.float32(low)) & (confidence <= np.float32(high if high < 1 else np.inf))
 
 
 def count(paths: list, label: list, confidence: list, status: list, num_classes: int, limits: tuple[float, float]):
@@ -96,9 +96,11 @@ def count(paths: list, label: list, confidence: list, status: list, num_classes:
         done = statuses == DONE
         labels, readable = labels[done], scores[done]
         fits = ((labels >= 0) & (labels < num_classes) & ~np.isnan(readable)).all() and np.isnan(scores[~done]).all()
+        path = paths[np.searchsorted(starts, first, side="right") - 1]
         if not fits:
-            path = paths[np.searchsorted(starts, first, side="right") - 1]
             fail(f"{path} is damaged: labels, confidences and status do not fit together; run 02 again to a new file")
+        if ((readable < 0) | (readable > 1.001)).any():
+            fail(f"{path}: confidences are probabilities, from 0 to 1; it has {readable.min():g} to {readable.max():g}")
         candidates += np.bincount(labels, minlength=num_classes)
         above += np.bincount(labels[is_between(readable, *limits)], minlength=num_classes)
         histogram += np.histogram(readable, len(histogram), (0, 1))[0]

@@ -244,6 +244,8 @@ def main() -> None:
     if args.unlabeled_only:
         num_labeled, num_unlabeled = 0, args.batch_size
         unlabeled_weight = 1 if args.unlabeled_weight is None else args.unlabeled_weight
+    if recipe.ratio and not num_unlabeled:
+        fail(f"--ratio {recipe.ratio:g} of --batch-size {args.batch_size} is no image; --ratio 0 means none")
     same_images = args.consistency and not num_unlabeled  # the labelled images carry both losses
     check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
     check_parts(num_unlabeled, f"--ratio {recipe.ratio:g}: {num_unlabeled} unlabelled images a step", args, processes)

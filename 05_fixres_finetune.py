@@ -30,7 +30,7 @@ from common import ImageList, labeled_images  # listing
 from common import unreadable_images  # batches
 from common import plan_of  # optimization
 from common import data_inputs, data_of, input_digests, load_model, previous_run, resume_or_exit  # checkpoints
-from common import check_parts, evaluate, precision_of, set_bn_momentum  # training
+from common import check_parts, evaluate, precision_of, refusal, set_bn_momentum  # training
 from common import Run  # the training run
 from common import pyplot, save_figure  # pictures
 
@@ -135,6 +135,9 @@ def main() -> None:
 
     # How the checkpoint does at the old size, at the new one, between and beyond, before it is trained.
     sizes = sorted({max(1, round(old_size + share * (new_size - old_size))) for share in (0, 0.5, 1, 1.5)})
+    if words := refusal(model, new_size):
+        fail(words)
+    sizes = [size for size in sizes if not refusal(model, size)]  # a transformer may have one size alone
     precision = precision_of(args.precision, processes)
 
     def evaluate_before(view: View, images: ImageList, labels) -> dict:

@@ -2003,6 +2003,8 @@ def images_by_class(folder: str | Path, classes: list[str] | None = None) -> tup
     """
     entries = list(os.scandir(folder)) if os.path.isdir(folder) else []
     found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if broken := [name for name in found if name != name.encode(errors="replace").decode()]:
+        raise ValueError(f"{folder}: {broken[0]!r}, the name of a class, is not UTF-8")
     classes = classes or found
     if not found:
         words = f"{folder}: no class folders in it; expected {folder}/<class>/<image>"
@@ -2543,11 +2545,13 @@ def classes_of_folders(paths: np.ndarray, classes: list[str]) -> np.ndarray:
 def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[list, list]:
     """(confidence, status) of each file as if the images that are not drawn could not be read."""
     confidence, status = ([file[name][:] for file in files] for name in ("confidence", "status"))
-    word = zlib.crc32(b"fraction %d" % seed)
+    start, *factors = np.random.default_rng(seed).integers(0, 2**64, 3, np.uint64) | np.uint64(1)
     for file, confidences, statuses in zip(files, confidence, status, strict=True):
         for part in slices(len(statuses)):
-            hashes = np.fromiter((zlib.crc32(path, word) for path in file["path"][part].tolist()), np.int64)
-            left_out = hashes >= fraction * 2**32
+            hashes = np.fromiter((zlib.crc32(path) for path in file["path"][part].tolist()), np.uint64) ^ start
+            for factor in factors:  # CRCs alone, from another start, would differ by a constant: the same draw again
+                hashes = (hashes ^ hashes >> np.uint64(32)) * factor
+            left_out = (hashes >> np.uint64(32)) >= fraction * 2**32
             confidences[part][left_out], statuses[part][left_out] = np.nan, UNREADABLE
     return confidence, status
 
@@ -2555,11 +2559,13 @@ def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[l
 def read_truth(path: Path, files: list[h5py.File], classes: list[str]) -> np.ndarray:
     """The number of each image's true class, NO_CLASS or UNKNOWN, from a CSV with the columns name and class."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel's "CSV UTF-8" begins with a mark
             truth = {line["name"]: line["class"] for line in csv.DictReader(file)}
-    except (OSError, KeyError, UnicodeDecodeError) as error:
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
         fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
-    number = {name: c for c, name in enumerate(classes)}
+    number, named = {name: c for c, name in enumerate(classes)}, {found for found in truth.values() if found}
+    if named and not named & number.keys():
+        fail(f"--truth {path}: its classes, such as {min(named)}, are none of the teacher's, such as {classes[0]}")
     classes_of = {name: number.get(found, NO_CLASS) for name, found in truth.items()}
     true = np.full(sum(len(file["status"]) for file in files), UNKNOWN)
     for first, names in in_chunks([image_list(file).path for file in files], num_rows=1 << 20):
@@ -3257,8 +3263,9 @@ def model_of(stage: str, setup: Setup, classes: list[str], args: argparse.Namesp
     arch, num_classes = setup.arch, len(classes)
     options = {"small_images": setup.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     options |= {"zero_init_residual": args.zero_init_residual or None}
-    for name in ("dropout", "drop_path") if arch.removeprefix("tf_") not in EFFICIENTNETS else ():
-        if options[name] is not None:  # ResNets, for example, have neither
+    may_lack = ("dropout", "drop_path", "zero_init_residual")
+    for name in may_lack if arch.removeprefix("tf_") not in EFFICIENTNETS else ():
+        if options[name] is not None:  # ResNets, for example, have neither of the first two
             try:
                 build_model(arch, num_classes, **{name: options[name]})
             except ValueError:
@@ -3424,17 +3431,24 @@ def check_parts(num: int, what: str, args: argparse.Namespace, processes: Proces
         fail(f"{what} cannot be split in {num_parts} parts (processes x --accumulate)")
 
 
-def check_input(model: nn.Module, view: View, num_images: int, device: torch.device) -> None:
+def refusal(model: nn.Module, size: int) -> str:
+    """What a model, in inference mode, says against images of this size; "" if it takes them."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return f"--image-size {size}: the model takes no images of this size ({error})"
+    return ""
+
+
+def check_input(model: nn.Module, view: View, num_images: int) -> None:
     """End the program where a model does not take images of this size, or not so few at a time."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     values = []  # of a channel that a batch norm sees of one image
     hooks = [norm.register_forward_pre_hook(lambda _, x: values.append(x[0][0, 0].numel())) for norm in norms]
     modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, view.image_size, view.image_size, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        fail(f"--image-size {view.image_size}: the model takes no images of this size ({error})")
+    if words := refusal(model.eval(), view.image_size):
+        fail(words)
     for hook in hooks:
         hook.remove()
     for module, training in modes:
@@ -3548,7 +3562,7 @@ class Run:
         self.header |= {"versions": versions(header["arch"])}
         self.view = View.of(header)
         self.model = model.to(processes.device, memory_format=torch.channels_last)
-        check_input(model, self.view, num_images // (processes.world_size * args.accumulate), processes.device)
+        check_input(model, self.view, num_images // (processes.world_size * args.accumulate))
         self.averaged = copy.deepcopy(model) if hasattr(args, "average") else model
         self.optimizer = make_optimizer(args.optimizer, model, args.weight_decay, getattr(args, "classifier_lr", 1.0))
         training = begun["training"] if begun else {}
@@ -3565,14 +3579,16 @@ class Run:
         self.metrics = begun["metrics"] if begun else {}
         self.unreadable = {tuple(one) for one in training.get("unreadable", [])}  # (stream, row), of all processes
         self.held_out = set()  # rows of the unlabelled images that are images of val
+        self.read, self.must_have_read = {}, min(self.step + 10, plan.total_steps)  # images of a stream; by which step
         self.line = training.get("line")  # of the log, whose evaluation a signal cut short
         judged = training.get("evaluations", []), training.get("best")
         self.evaluations = Evaluations(getattr(args, "patience", None), *judged)
-        # The sums of the losses since the last line of the log: rank 0 holds what was saved, of all processes.
+        # The sums of the losses since the last line of the log. Saved is the mean over the processes, whose number may
+        # be another one now; rank 0 holds all of it.
         self.logged, self.names, self.sums = self.step, training.get("names", []), 0
         if self.names:
             self.logged, sums = training["logged"], training["sums"].to(processes.device)
-            self.sums = sums if processes.is_main else torch.zeros_like(sums)
+            self.sums = sums * processes.world_size if processes.is_main else torch.zeros_like(sums)
         if processes.is_main:
             cut_metrics(args.out, self.step)
             lock(args.out)
@@ -3654,6 +3670,11 @@ class Run:
             if not count and batch.errors and (loader is loaders[0] or loader.dataset.images.is_lost):
                 reason = batch.errors[0][1]
                 fail(f"none of the images of step {self.step + 1} is readable, {self.args.out} is kept: {reason}")
+            stream = loader.dataset.stream
+            self.read[stream] = self.read.get(stream, 0) + count
+            if not self.read[stream] and self.step + 1 == self.must_have_read:
+                why = f"are unreadable or images of val, as the lines above say; {self.args.out} is kept"
+                fail(f"no {stream.split()[-1]} image of the first steps is of use: all {why}")
         self.num_seen += sum(counts)
         self.counts = [count / (self.processes.world_size * self.args.accumulate) for count in counts]
 
@@ -3776,7 +3797,8 @@ class Run:
             training |= {"line": self.line} if self.line else {}
             training |= {"evaluations": self.evaluations.values, "best": self.evaluations.best}
             if self.names:
-                training |= {"names": self.names, "logged": self.logged, "sums": self.sums.cpu()}
+                sums = self.sums.cpu() / self.processes.world_size
+                training |= {"names": self.names, "logged": self.logged, "sums": sums}
             if self.averaged is not self.model:
                 training["model"] = self.model.state_dict()
             checkpoint["training"] = training
@@ -3898,7 +3920,7 @@ def rows_of(results: dict[str, dict], shown: list[tuple[dict, dict]]) -> list[Ro
     """
     groups = {}
     for (path, entry), columns in zip(results.items(), shown, strict=True):
-        seed = re.search(r"(?<![^/])seed\d+(?=/)", path)
+        seed = [None, *re.finditer(r"(?<![^/])seed\d+(?=/)", path)][-1]
         model = path[: seed.start()] + "seed*" + path[seed.end() :] if seed else path
         groups.setdefault(model, []).append((path, seed and seed.group(), entry, *columns))
     names = short_names([model if len(found) > 1 else found[0][0] for model, found in groups.items()])
@@ -3937,7 +3959,8 @@ def compare(rows: list[Row]) -> list[str]:
     base = next((row for row in rows if row.model == "control"), rows[0])
     found = [(row.name, difference(row, base)) for row in rows if row is not base]
     words = [f"{name} {known[0]:+.2f} ± {known[1]:.2f}" for name, known in found if known]
-    kind = f"over {len(base.seeds)} seeds" if len(base.seeds) > 1 else "image by image"
+    nums = sorted({known[2] for _, known in found if known})
+    kind = f"over {' or '.join(map(str, nums))} seeds" if any(nums) else "image by image"
     head = f"Clean top-1 against {base.name}, {kind}, with 95 percent intervals:"
     return [f"{head} {', '.join(words)}."] if words else []
 
@@ -3977,14 +4000,16 @@ def verdict(rows: list[Row], selection: dict, is_rising: bool) -> str:
         by_val = selection.get("calibration", {}).get("at", {}).get("precision")
         known = f", {right:.1f} percent of their labels right" if right is not None else ""
         if num_no_class := selection.get("truth", {}).get("num_no_class_passed"):
-            known = f", {num_no_class} of no class; of the others {right:.1f} percent of the labels are right"
+            known = f", {num_no_class} of no class"
+            known += f"; of the others {right:.1f} percent of the labels are right" if right is not None else ""
         if right is None and by_val is not None:
             right = 100 * by_val
             known = f"; of images of val above the threshold {right:.1f} percent were right"
-        of = " of the last seed" if num_seeds else ""
+        of, above = " of the last seed" if num_seeds else "", f"; confidence above {selection['threshold']:g}"
+        above = "" if selection.get("method") == "top-p" else above
         words.append(
             f"The last selection{of} kept {selection['unique_images']} of {selection['images']} unlabelled images "
-            f"({100 * share:.0f} percent; confidence above {selection['threshold']:g}){known}."
+            f"({100 * share:.0f} percent{above}){known}."
         )
         if right is not None and right < 85:
             advice.append("a higher threshold or more labelled images, for many pseudo-labels are wrong")

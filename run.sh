@@ -16,10 +16,16 @@ if [ "$data" = --help ] || [ "$data" = -h ]; then # the head of this file and it
         sed -e 's/^SEEDS=[^ ]*/SEEDS=0/' -e 's/^OUT=[^#]*#/OUT=runs\/<folder of the data>   #/' -e 's/^NPROC=[^#]*#/NPROC=<GPUs, or 1>   #/'
     exit
 fi
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; } # macOS has no realpath -m
+absolute() { # macOS has no realpath -m; a slash at the end would make it another command
+    local path=$1
+    case $path in /*) ;; *) path=$PWD/$path ;; esac
+    while [ "$path" != / ] && [ "$path" != "${path%/}" ]; do path=${path%/}; done
+    echo "$path"
+}
 [ -z "$data" ] || [ "$data" = test ] || data=$(absolute "$data")
 [ -z "${INIT:-}" ] || [ "$INIT" = published ] || INIT=$(absolute "$INIT")
 [ -z "${OUT:-}" ] || OUT=$(absolute "$OUT")
+[ ! -e "${RECIPE:-}" ] || RECIPE=$(absolute "$RECIPE") # else one of this folder
 cd "$(dirname "$0")"
 
 # ---------------------------------------------------------------------------------------------------- python
@@ -80,9 +86,9 @@ OUT=${OUT:-$PWD/runs/$(basename "$data")}  # where everything is written
 
 stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the very same command
     local name=$1 done=$OUT/.done/$1 command=${*:2}
-    if [ -e "$done" ]; then
+    if [ -e "$done" ] && [ -e "${!#}" ]; then # each command ends with the path of what it writes
         if [ "$(cat "$done")" = "$command" ]; then echo "done: $name"; return; fi
-        echo "error: $OUT/$name was made by another command ($(cat "$done")); choose another OUT or remove it" >&2
+        echo "error: ${!#} was made by another command ($(cat "$done")); choose another OUT or remove it" >&2
         exit 2
     fi
     echo "== $name: $command"
@@ -100,7 +106,7 @@ of_round() { # of_round ROUND LIST...: the entry of a round, of which 0 is the t
 calc() { LC_ALL=C awk "BEGIN { printf \"%.12g\", $1 }"; } # elsewhere some awks print 3,5
 
 # ---------------------------------------------------------------------------------------------------- choices
-[ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --out "$data" --seed "$demo_seed"
+[ -z "${demo:-}" ] || stage data 00_prepare_data.py demo --seed "$demo_seed" --out "$data"
 look='
 import contextlib, io, sys, warnings, numpy, torch, PIL.Image
 from common import judged_half, labeled_images
@@ -114,7 +120,10 @@ for row in numpy.linspace(0, len(train) - 1, 300).astype(int):
 print(torch.cuda.device_count(), len(train), int(numpy.median(sides[1:] or sides)), (~judged).sum(), judged.sum())'
 found=$(python3 -c "$look" "$data")
 read -r gpus images side num_choose num_judge <<<"$found"
-[ -e "$data/unlabeled" ] || { echo "error: $data: no folder unlabeled/ with images that have no label" >&2; exit 2; }
+if [ -z "$(find -L "$data/unlabeled" -type f 2>/dev/null | head -n 1)" ]; then
+    echo "error: $data: no folder unlabeled/ with images that have no label" >&2
+    exit 2
+fi
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))} # processes; on 2 CPU cores one of two threads is faster than two: 27 s against 30
 
 if [ -z "$IMAGE_SIZE" ]; then
@@ -164,11 +173,12 @@ table() { # table MODELS...: it keeps what it measured, so that again it takes s
 }
 if [ -n "$several" ]; then
     export IMAGE_SIZE STEPS RECIPE CHOOSE NPROC crop
-    models=()
+    models=() names=(teacher control)
+    for ((round = 1; round <= ROUNDS; round++)); do names+=("student$round"); done
     for seed in $SEEDS; do
         SEEDS=$seed OUT=$OUT/seed$seed TABLE=0 bash run.sh "$data"
-        for model in "$OUT/seed$seed"/{teacher,control,student*,untuned,fixres}/model.pt; do
-            [ ! -e "$model" ] || models+=("$model")
+        for name in "${names[@]}" untuned fixres; do
+            [ ! -e "$OUT/seed$seed/$name/model.pt" ] || models+=("$OUT/seed$seed/$name/model.pt")
         done
     done
     table "${models[@]}"
@@ -182,19 +192,24 @@ epochs() { # epochs ROUND: of a student
 train() { # train ROUND BATCH EPOCHS: the flags that all trainings share
     local size=$(of_round "$1" $IMAGE_SIZE)
     echo "$recipe $([ "$size" -le 64 ] || echo "$crop") $NOISE --arch $(of_round "$1" $ARCHS) --image-size $size"
-    echo "--batch-size $2 --epochs $3 --eval-every $(calc "int($3 / 5) + 1") ${INIT:+--init $INIT}"
+    echo "--batch-size $2 --epochs $3 --eval-every $(calc "int($3 / 5) + 1")"
     # 50 steps of warm-up in short runs, if the recipe does not say
-    [[ $recipe == *--warmup-epochs* ]] || echo "--warmup-epochs $((50 * $2 / images + 1))"
+    [[ $recipe == *--warmup-epochs* ]] || echo "--warmup-epochs $(calc "int(50 * $2 / $images) + 1")"
 }
 supervised() { # supervised ROUND: as many images in as many steps, with the same noise, as a student of that round
-    local parts=$((1 + $(of_round "$1" $RATIO)))
-    train "$1" $((BATCH * parts)) "$(calc "$(epochs "$1") * $parts")"
+    local parts=$(calc "1 + $(of_round "$1" $RATIO)")
+    train "$1" "$(calc "$BATCH * $parts")" "$(calc "$(epochs "$1") * $parts")"
 }
+init=()
+[ -z "$INIT" ] || init=(--init "$INIT")
 
-stage teacher 01_train_teacher.py --data "$data" $(supervised 0) --seed "$SEED" --out "$OUT/teacher"
+flags=$(supervised 0) # set -e sees a mistake in an assignment, not in an argument
+stage teacher 01_train_teacher.py --data "$data" $flags ${init[@]+"${init[@]}"} --seed "$SEED" --out "$OUT/teacher"
 models=("$OUT/teacher/model.pt")
 if [ "$CONTROL" != 0 ]; then # the last student's architecture, and other random numbers than the teacher's
-    stage control 01_train_teacher.py --data "$data" $(supervised "$ROUNDS") --seed $((SEED + 1000)) --out "$OUT/control"
+    flags=$(supervised "$ROUNDS")
+    stage control 01_train_teacher.py --data "$data" $flags ${init[@]+"${init[@]}"} --seed $((SEED + 1000)) \
+        --out "$OUT/control"
     models+=("$OUT/control/model.pt")
 fi
 choose() { # choose NAME OLD NEW: `next`, old or new: which model is right on more of the half to choose on, and `why`
@@ -204,7 +219,7 @@ choose() { # choose NAME OLD NEW: `next`, old or new: which model is right on mo
 }
 
 teacher=$OUT/teacher student=$OUT/teacher labeled_by="" taught=""
-for round in $(seq "$ROUNDS"); do
+for ((round = 1; round <= ROUNDS; round++)); do
     student=$OUT/student$round logits=$OUT/logits$round.h5 val=$OUT/val$round.h5
     if [ "$RELABEL" != 0 ] && [ "$round" != 1 ]; then
         labels=(--pseudo-labels "$selection" --logits "$logits")
@@ -220,8 +235,9 @@ for round in $(seq "$ROUNDS"); do
         [ ! -e "$data/unlabeled_truth.csv" ] || rule+=(--truth "$data/unlabeled_truth.csv")
         stage "balance$round" 03_balance.py "$logits" "${rule[@]}" --out "$selection"
     fi
+    flags=$(train "$round" "$BATCH" "$(epochs "$round")")
     stage "student$round" 04_train_student.py --teacher "$teacher/model.pt" "${labels[@]}" \
-        --data "$data" --ratio "$(of_round "$round" $RATIO)" $(train "$round" "$BATCH" "$(epochs "$round")") \
+        --data "$data" --ratio "$(of_round "$round" $RATIO)" $flags ${init[@]+"${init[@]}"} \
         --seed $((SEED + 100 * round)) --out "$student"
     models+=("$student/model.pt") both=("$teacher/model.pt" "$student/model.pt") next=student
     taught="$taught, student$round by $(basename "$teacher")"
@@ -233,12 +249,13 @@ for round in $(seq "$ROUNDS"); do
     [ "$next" = teacher ] || teacher=$student
 done
 # The last student at a larger resolution, untuned and tuned.
-size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$((BATCH * (1 + $(of_round "$ROUNDS" $RATIO))))
+size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$(calc "$BATCH * (1 + $(of_round "$ROUNDS" $RATIO))")
 if [ "$FIXRES_STEPS" != 0 ]; then
     larger=(--checkpoint "$student/model.pt" --image-size $((size * 5 / 4)) --data "$data" --batch-size $all)
     stage untuned 05_fixres_finetune.py "${larger[@]}" --epochs 0 --out "$OUT/untuned"
-    stage fixres 05_fixres_finetune.py "${larger[@]}" --epochs $((FIXRES_STEPS * all / images + 1)) --optimizer adamw \
-        --lr 1e-3 --schedule cosine --bn-momentum 0.1 --seed "$SEED" --out "$OUT/fixres"
+    tuned=$(calc "int($FIXRES_STEPS * $all / $images) + 1") # passes
+    stage fixres 05_fixres_finetune.py "${larger[@]}" --epochs "$tuned" --optimizer adamw --lr 1e-3 \
+        --schedule cosine --bn-momentum 0.1 --seed "$SEED" --out "$OUT/fixres"
     models+=("$OUT/untuned/model.pt" "$OUT/fixres/model.pt")
 fi
 [ -z "$taught" ] || echo "Taught: ${taught#, }."

@@ -53,13 +53,13 @@ claims() { # one round, nothing chosen on val: every arm differs from student1 i
     arm without-randaugment $student --num-ops 0
     arm without-model-noise $student --dropout 0 --drop-path 0
     arm without-noise $student --num-ops 0 --dropout 0 --drop-path 0
-    [ -e "$run/noised.h5" ] || python3 02_pseudo_label.py --teacher "$teacher" --noised --out "$run/noised.h5"
+    python3 02_pseudo_label.py --teacher "$teacher" --noised --out "$run/noised.h5"
     [ -e "$run/noised-balanced.h5" ] || python3 ${balance/"$labels"/"$run/noised.h5"} --out "$run/noised-balanced.h5"
     arm noised-teacher $student --pseudo-labels "$run/noised-balanced.h5"
     arm hard-labels $student --temperature 0
     select_ unbalanced --per-class all
     arm unbalanced $student --pseudo-labels "$run/unbalanced.h5"
-    select_ share-0.125 --fraction 0.125
+    select_ share-0.125 --fraction 0.125 --seed "$1"
     arm share-0.125 $student --pseudo-labels "$run/share-0.125.h5"
     # As many images a step, and as many steps of warm-up.
     more="--batch-size 16 --ratio 3 --warmup-epochs $((50 * 16 / n + 1)) --epochs $(python3 -c "print($epochs / 2)")"

@@ -77,13 +77,15 @@ def collect(name: str, seed: str, source: Path) -> None:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
     rows = [common.Row(model, [path], [{}], [seed], {}, {}) for path, model in zip(results, models, strict=True)]
     selection, is_rising = common.history_of(rows)
-    selection = {key: selection[key] for key in ("unique_images", "images", "threshold", "truth") if key in selection}
+    named = ("unique_images", "images", "threshold", "method", "truth")
+    selection = {key: selection[key] for key in named if key in selection}
     kept = {"commit": os.environ.get("COMMIT", head.strip()), "machine": machine, "torch": torch.__version__}
     out = ROOT / "docs" / "results" / name / f"{seed}.json"
     before = json.loads(out.read_text()) if out.exists() else {"models": {}}
     if before["models"].keys() - models.keys():  # these arms are others than those of an earlier run
         models = before["models"] | models
-        kept = {key: of if of in before[key] else f"{before[key]}, {of}" for key, of in kept.items()}
+        kept = {key: "; ".join(dict.fromkeys([*before[key].split("; "), of])) for key, of in kept.items()}
+        selection, is_rising = (selection, is_rising) if selection else (before["selection"], before["is_rising"])
     out.parent.mkdir(parents=True, exist_ok=True)
     with common.write_atomically(out) as temporary:
         kept |= {"models": models, "selection": selection, "is_rising": is_rising}

@@ -350,10 +350,14 @@ def test_a_fraction_of_the_images_is_drawn_by_their_paths(method, tmp_path, run)
     assert len(drawn(1.0)) == 600
     half, quarter = drawn(0.5), drawn(0.25)
     assert quarter < half and abs(len(half) - 300) < 60 and abs(len(quarter) - 150) < 50
-    assert drawn(0.5, seed=1) != half == drawn(0.5)
-    assert {row for number, row in half if number == 0} == {row for _, row in drawn(0.5, files=files[:1])}
+    assert drawn(0.5) == half
+    draws = [drawn(0.5, seed) for seed in range(5)]
+    shared = [len(one & other) for i, one in enumerate(draws) for other in draws[:i]]
+    assert all(100 < num < 200 for num in shared), "seeds are independent: of two a quarter of 600 is in both"
+    first = {row for number, row in half if number == 0}
+    assert first == {row for _, row in drawn(0.5, files=files[:1])}
     report = json.loads((tmp_path / "o.json").read_text())
-    assert report["images"] == len(half) / 2, "the images that are not drawn are not counted"
+    assert report["images"] == len(first), "the images that are not drawn are not counted"
 
 
 # --calibration
@@ -665,7 +669,13 @@ def test_truth_by_hand(two_files, tmp_path, run):
 
 @pytest.mark.parametrize(
     ("header", "lines"),
-    [(None, None), (("file", "label"), [("a/000.png", "ant")]), (("name", "class"), [("x.png", "ant")])],
+    [
+        (None, None),
+        (("file", "label"), [("a/000.png", "ant")]),
+        (("name", "class"), [("x.png", "ant")]),
+        (("name", "class"), [("a/000.png", "class_0"), ("a/001.png", "")]),  # the classes of another list
+        (("name", "class"), [("a/000.png", "a" * 200_000)]),
+    ],
 )
 def test_wrong_truth_is_refused_and_nothing_is_lost(two_files, tmp_path, run, header, lines):
     out, truth = tmp_path / "balanced.h5", tmp_path / "truth.csv"
@@ -675,6 +685,24 @@ def test_wrong_truth_is_refused_and_nothing_is_lost(two_files, tmp_path, run, he
         write_truth(truth, lines, header)
     assert_mistake(run(*two_files, "--out", out, "--threshold", 0.4, "--truth", truth), "truth.csv")
     assert out.read_bytes() == before, "a run that fails replaced the selection"
+
+
+def test_a_truth_that_excel_wrote_is_read(two_files, tmp_path, run):
+    truth = write_truth(tmp_path / "truth.csv", [("a/000.png", "ant")], ("name", "class"))
+    truth.write_bytes(b"\xef\xbb\xbf" + truth.read_bytes())
+    done = run(*two_files, "--out", tmp_path / "o.h5", "--truth", truth)
+    assert done.returncode == 0 and "pseudo-label accuracy" in done.stdout, done
+
+
+def test_confidences_are_probabilities(tmp_path, run):
+    """Of a model of one's own: a mean of softmaxes may be a little above 1, percent are a mistake."""
+    file = write_logits(tmp_path / "mine.h5", logits_of((0, 0.9), (1, 0.8)))
+    with h5py.File(file, "r+") as columns:
+        columns["confidence"][:] = np.float32([1.0000001, 0.8])
+    assert "2 images, 2 above" in run(file, "--out", tmp_path / "o.h5", "--per-class", "all").stdout
+    with h5py.File(file, "r+") as columns:
+        columns["confidence"][:] = [97.2, 80]
+    assert_mistake(run(file, "--out", tmp_path / "o.h5"), "mine.h5", "80 to 97.2")
 
 
 def test_with_its_picture_as_a_user_runs_it(tmp_path, tiny_data, run_stage):

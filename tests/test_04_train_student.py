@@ -305,6 +305,18 @@ def test_images_that_have_gone_since_are_reported_and_left_out(labels, tiny_data
     assert [line.get("unreadable") for line in metrics_of(tmp_path / "s") if "loss" in line][-1] == 1
 
 
+def test_a_student_without_a_usable_unlabelled_image_is_a_mistake(small_selection, call_main, tmp_path):
+    """They lie elsewhere, or all are images of val; and a ratio of which no image is left is none."""
+    flags, _, _ = small_selection
+    words = [*flags, "--ratio", 1, "--epochs", 20, "--out", tmp_path / "s"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").touch()
+    done = call_main(*words, "--unlabeled", tmp_path / "elsewhere")
+    assert_mistake(done, "no unlabeled image of the first steps", "unreadable")
+    assert not (tmp_path / "s" / "model.pt").exists()
+    assert_mistake(call_main(*words, "--ratio", 0.01), "--ratio 0.01", "--ratio 0")
+
+
 @pytest.mark.xdist_group("teacher")
 def test_the_student_trains_on_newer_labels(teacher, labels, call_main, tmp_path):
     """02 --only and 04 --logits as the README has them: the same teacher again changes nothing, another one does."""

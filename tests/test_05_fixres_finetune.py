@@ -104,6 +104,32 @@ def test_a_model_without_a_linear_layer_is_one_line(tiny_data, call_main, tmp_pa
     assert not (tmp_path / "t").exists()
 
 
+def test_a_size_that_the_model_does_not_take_is_one_line(tiny_data, call_main, tmp_path, monkeypatch):
+    """As a transformer of timm, which has one size, or some: those of the curve that it does not take are left out."""
+
+    class Choosy(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            assert images.shape[-1] in (32, 48), "Input height should be divisible by 16"
+            return self.model(images)
+
+    load = common.load_model
+    patch_name(
+        monkeypatch,
+        "load_model",
+        lambda *args: (Choosy(load(*args)[0]), load(*args)[1]),
+        load_stage("05_fixres_finetune"),
+    )
+    path = save_model(tmp_path / "s.pt", data=str(tiny_data))
+    flags = ["--checkpoint", path, "--batch-size", 8, "--epochs", 0, "--out", tmp_path / "t", "--image-size"]
+    assert_mistake(call_main("05_fixres_finetune", *flags, 40), "--image-size 40", "divisible by 16")
+    done = call_main("05_fixres_finetune", *flags, 48)
+    assert done.returncode == 0 and "at 48 px" in done.stdout, done
+
+
 def test_at_its_own_size_a_checkpoint_keeps_its_own_crop(tiny_data, call_main, tmp_path, monkeypatch):
     """torchvision's weights are tested at another crop than the official EfficientNets."""
     stage, views = load_stage("05_fixres_finetune"), []

@@ -450,6 +450,12 @@ def test_01_and_02_say_what_they_leave_out(tiny_data, call_main, tmp_path, monke
     assert "unlabeled: 2 files are left out for their names: 1 of .heic, 1 of .pdf" in printed
 
 
+def test_a_class_whose_name_is_not_utf8_is_refused_before_the_training(tmp_path, mistake):
+    data = write_files(tmp_path / "d", {"train/cat/0.jpg": b"x"})
+    os.mkdir(os.fsencode(data / "train") + b"/caf\xe9")
+    mistake(lambda: common.labeled_images(data, "train"), "caf\\udce9", "not UTF-8")
+
+
 def test_a_flat_val_as_in_imagenets_archive_says_how_to_sort_it(tmp_path, mistake):
     """And the line that it gives does it."""
     files = {"train/cat/0.jpg": b"x", "train/dog/0.jpg": b"x", "val/a.JPEG": b"cat", "val/b.JPEG": b"dog"}

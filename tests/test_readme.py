@@ -409,7 +409,10 @@ def test_the_whole_loop_twice(tiny_data, run_sh, tmp_path):
     assert table == table_of(again)
     assert "CHOOSE=0: half of the 3 images in val is too few to choose on" in first
     _, stderr = finished(run_sh(data, **small | {"EPOCHS": "9"}), status=2)
-    assert "another command" in stderr
+    assert f"{tmp_path}/out/teacher was made by another command" in stderr
+    shutil.rmtree(tmp_path / "out" / "fixres")  # as it says
+    again, _ = finished(run_sh(data, corrupt=True, **small))
+    assert "done: untuned" in again and "done: fixres" not in again and table == table_of(again)
 
     # killed in the middle of two stages, and started again each time: the same table
     small["OUT"] = str(tmp_path / "killed")
@@ -531,6 +534,7 @@ case "$1 $*" in
 -c*device_count*) echo "$FOUND" ;;
 -c*version_info*) exit "${{FLOORS:-0}}" ;;
 -c*) exec {python} -IS "$@" ;;
+01*) for word; do if [ "$word" = "$INIT" ]; then echo "INIT is one word"; fi; done ;;
 06*"--val-half choose"*)
     mkdir -p "$last"
     clean='"%s": {{"clean": {{"top1": %s}}}}'
@@ -545,6 +549,7 @@ def commands_of(tmp_path):
     toolkit, data = tmp_path / "toolkit", tmp_path / "my data"
     (toolkit / ".venv" / "bin").mkdir(parents=True)
     (data / "unlabeled").mkdir(parents=True)
+    (data / "unlabeled" / "a.png").touch()
     for name in ("python3", "python"):
         (toolkit / ".venv" / "bin" / name).write_text(NO_STAGES.format(python=sys.executable))
         (toolkit / ".venv" / "bin" / name).chmod(0o755)
@@ -622,6 +627,24 @@ def test_what_is_given_is_not_chosen(commands_of):
     assert not any(f"{name}=" in printed for name in ("IMAGE_SIZE", "RECIPE", "STEPS"))
     commands, printed = commands_of("1 300 500 500 500", NPROC="1", EPOCHS="7")
     assert "--epochs 7 " in commands["student1"] and "STEPS=" not in printed
+
+
+def test_what_is_given_reaches_the_stages(commands_of, monkeypatch, tmp_path):
+    """A ratio below 1, weights with a space in their name, a recipe of the user's folder, a slash at the end."""
+    (tmp_path / "mine.txt").write_text("--optimizer sgd")
+    monkeypatch.chdir(tmp_path)
+    given = {"RATIO": "0.5", "INIT": "my weights.pt", "RECIPE": "mine.txt", "NPROC": "1", "STEPS": "6"}
+    commands, printed = commands_of("0 300 32 500 400", **given)
+    assert printed.count("INIT is one word") == 2 and f"--init {tmp_path}/my weights.pt" in commands["student2"]
+    for name, flags in (("teacher", "--batch-size 48 --epochs 0.96"), ("student1", "--batch-size 32 --epochs 0.64")):
+        assert flags in commands[name] and "--optimizer sgd" in commands[name]
+    assert "--ratio 0.5" in commands["student1"] and "--batch-size 48 --epochs 33" in commands["fixres"]
+    with_slash, _ = commands_of("0 300 32 500 400", **given, data=f"{tmp_path}/my data/")
+    assert with_slash == commands
+
+    (tmp_path / "empty" / "unlabeled").mkdir(parents=True)
+    _, printed = commands_of(status=2, data=tmp_path / "empty")
+    assert "no folder unlabeled/ with images" in printed
 
 
 def test_threshold_and_teacher_are_chosen_on_half_of_val(commands_of):

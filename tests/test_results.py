@@ -55,6 +55,14 @@ def test_the_t_interval(num, t):
     assert half == pytest.approx(t * values.std(ddof=1) / num**0.5, rel=1e-3)
 
 
+def test_the_last_folder_of_a_path_that_is_a_seed_counts():
+    names = [f"/data/seed7/run/seed{seed}/{model}/model.pt" for model in ("control", "student1") for seed in (0, 1, 2)]
+    results = {name: {"clean": {"top1": 70 + number}} for number, name in enumerate(names[:-1])}
+    found = common.rows_of(results, [({"clean top-1": of["clean"]["top1"]}, {}) for of in results.values()])
+    assert next((row.name, row.seeds) for row in found) == ("control (3 seeds)", ["seed0", "seed1", "seed2"])
+    assert found[1].name == "student1 (2 seeds)" and "over 2 seeds" in common.compare(found)[0]
+
+
 def test_the_worst_pairs_by_hand():
     clean = {"per_class": {name: {} for name in "abc"}, "confusion": [[5, 1, 0], [3, 2, 0], [0, 0, 7]]}
     row = common.Row("m", ["m/model.pt"], [{"clean": clean}], [""], {"clean top-1": [77.8]}, {})
@@ -124,6 +132,13 @@ KEPT = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accur
                 "the teacher is right on only 50 percent",
             ],
             ["helped", "a higher threshold", "last seed", "no class"],
+        ),
+        (
+            {"control": [70, 71, 72], "student1": [74, 77, 77]},
+            KEPT | {"truth": {"accuracy_after": None, "num_no_class_passed": 12}, "method": "top-p"},
+            False,
+            ["120 of 1000 unlabelled images (12 percent), 12 of no class."],
+            ["confidence above", "None"],
         ),
     ],
 )
@@ -219,7 +234,7 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     save_model(tmp_path / "unbalanced" / "model.pt")
     results.collect("claims", "seed0", tmp_path / "later.json")
     kept = json.loads((tmp_path / "docs" / "results" / "claims" / "seed0.json").read_text())
-    assert list(kept["models"]) == [*top1, "unbalanced"] and kept["commit"].endswith(", later")
+    assert list(kept["models"]) == [*top1, "unbalanced"] and kept["commit"].endswith("; later")
     monkeypatch.delenv("COMMIT")
 
     # The demo's are the README's first table too, with the verdict; the picture is beside the numbers. A seed that

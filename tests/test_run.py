@@ -253,6 +253,20 @@ def test_random_numbers_are_a_function_of_seed_stage_step_and_rank():
 # several processes
 
 
+def test_a_log_line_that_another_number_of_processes_continues(tiny_data, call_main, start_stage, tmp_path):
+    """The rate is 0, so that the mean loss of steps 3 and 4, before and after the change, is that of one process."""
+    flags = ["--data", tiny_data, "--arch", "squeezenet1_1", "--dropout", 0, "--image-size", 32, "--batch-size", 4]
+    flags += ["--num-ops", 0, "--lr", 0, "--epochs", 34, "--eval-every", 0, "--workers", 0]  # 204 steps, 2 a line
+    for name, step in (("one", 5), ("more", 3)):
+        done = call_main("01_train_teacher", *flags, "--out", tmp_path / name, stop_after=step)
+        assert done.returncode == 143, done
+    process = start_stage("01_train_teacher.py", *flags, "--out", tmp_path / "more", nproc=2)
+    process.wait_until(lambda: len(metrics_of(tmp_path / "more")) > 1)
+    process.kill()
+    one, more = (metrics_of(tmp_path / name)[1] for name in ("one", "more"))
+    assert one["step"] == more["step"] == 4 and more["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(("arch", "tolerance"), [("squeezenet1_1", 1e-3), (CHEAP, 0.35)])
 def test_the_same_data_at_one_and_two_processes_learn_alike(arch, tolerance, tiny_data, run_stage, tmp_path):
     """Without batch norms and random noise to the last digits; with them each process has its part of a batch."""
@@ -907,6 +921,8 @@ def test_one_image_at_64_pixels_is_enough_for_a_batch_norm(tiny_data, call_main,
 
 def test_dropout_that_a_model_lacks_is_left_out_and_said(tiny_data, call_main, tmp_path):
     flags = ["01_train_teacher", "--data", tiny_data, "--image-size", 32, "--batch-size", 8, "--epochs", 0]
+    done = call_main(*flags, "--arch", "shufflenet_v2_x0_5", "--zero-init-residual", "--out", tmp_path / "z")
+    assert "shufflenet_v2_x0_5 has no --zero-init-residual: it is left out" in done.stdout, "run.sh's recipe has it"
     done = call_main(*flags, "--arch", "resnet18", "--dropout", 0.3, "--drop-path", 0.1, "--out", tmp_path / "r")
     assert done.returncode == 0 and "no model noise" in done.stdout, done
     assert "resnet18 has no --dropout: it is left out" in done.stdout
