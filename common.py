@@ -3621,6 +3621,7 @@ class Run:
         """
         stream, seed = f"{self.header['stage']} {stream}", self.args.seed
         self.streams.append((ImageDataset(images, seed=seed, stream=f"{stream} norms", **views), num))
+        self.read[stream] = 0 if num else 1  # --unlabeled-only takes no labelled images: none is missing
         keys = train_keys(len(images), num, seed, stream, range(self.step, self.plan.total_steps), self.processes)
         return load_batches(ImageDataset(images, seed=seed, stream=stream, **views), keys, self.processes)
 
@@ -3671,7 +3672,7 @@ class Run:
                 reason = batch.errors[0][1]
                 fail(f"none of the images of step {self.step + 1} is readable, {self.args.out} is kept: {reason}")
             stream = loader.dataset.stream
-            self.read[stream] = self.read.get(stream, 0) + count
+            self.read[stream] += count
             if not self.read[stream] and self.step + 1 == self.must_have_read:
                 why = f"are unreadable or images of val, as the lines above say; {self.args.out} is kept"
                 fail(f"no {stream.split()[-1]} image of the first steps is of use: all {why}")
