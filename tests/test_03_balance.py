@@ -528,7 +528,7 @@ def test_k_and_what_it_costs_are_explained(tmp_path, run):
     assert "K = 4: class 'cat' is the lower median of 3 with 2 to 7 images above the threshold; 3 images beyond" in said
     assert "2 copies" in said
     said = run(one, "--out", out, "--threshold", 0.4, "--per-class", 5).stdout
-    assert "K = 5: --per-class; 2 images beyond" in said and "4 copies" in said and "at most 3 times" in said
+    assert "K = 5: --per-class; 2 images beyond" in said and "4 copies" in said and "at most 2 of one image" in said
     assert "K = " not in run(one, "--out", out, "--threshold", 0.4, "--per-class", "all").stdout
 
 

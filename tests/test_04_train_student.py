@@ -507,7 +507,9 @@ def test_a_student_that_starts_from_its_teacher_is_its_teacher(tiny_data, call_m
     other = save_model(tmp_path / "o.pt", data=str(tiny_data), classes=SHAPES[::-1])
     done, _ = start_from(other, teacher, tiny_data, call_main, tmp_path / "o")
     assert_mistake(done, "--init", other)
-    done, started = start_from(other, teacher, tiny_data, call_main, tmp_path / "o", "--epochs", 0.3, "--lr", 0)
+    done, started = start_from(
+        other, teacher, tiny_data, call_main, tmp_path / "o", "--epochs", 0.3, "--batch-size", 4, "--lr", 0
+    )
     assert done.returncode == 0 and "a new classifier" in done.stdout, done
     weights = checkpoint_of(other)["model"]
     same = {name for name in weights if torch.equal(weights[name], started["model"][name])}

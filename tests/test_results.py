@@ -267,7 +267,8 @@ def test_the_arms_of_the_claims_are_matched(tmp_path, monkeypatch):
     python = toolkit / ".venv" / "bin" / "python3"
     for folder in (python.parent, toolkit / "tests", toolkit / "data" / "demo" / "unlabeled"):
         folder.mkdir(parents=True)
-    (toolkit / "data" / "demo" / "unlabeled_truth.csv").touch()
+    for name in ("unlabeled_truth.csv", "unlabeled/a.png"):
+        (toolkit / "data" / "demo" / name).touch()
     python.write_text(f"""#!/bin/sh
 case "$1 $*" in
 -c*device_count*) echo "0 300 32 1000 1000"; exit ;;
