@@ -193,23 +193,9 @@ def training(folder: Path) -> None:
     heading(f"04 on {num:,} examples")
     measured("a bare read of the selection", "-c", READ_COLUMNS, selection, "file", "row", "label", "confidence")
     measured("the orders of two epochs, one after the other", "-c", ORDERS, num)
-    words = ["04_train_student.py", "--pseudo-labels", selection, "--data", folder, "--arch", CHEAP]
-    words += [
-        "--epochs",
-        20 / NUM_CLASSES,
-        "--out",
-        out,
-        "--batch-size",
-        4,
-        "--ratio",
-        3,
-        "--image-size",
-        32,
-        "--device",
-        "cpu",
-        "--workers",
-        0,
-    ]
+    words = ["04_train_student.py", "--pseudo-labels", selection, "--data", folder, "--arch", CHEAP, "--out", out]
+    words += ["--epochs", 20 / NUM_CLASSES, "--batch-size", 4, "--ratio", 3, "--image-size", 32]
+    words += ["--device", "cpu", "--workers", 0]
     measured("04: from the start to the end of 5 steps", *words, until=(out / "metrics.jsonl").exists)
 
 
