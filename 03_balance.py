@@ -95,12 +95,10 @@ def count(paths: list, label: list, confidence: list, status: list, num_classes:
     for first, labels, scores, statuses in in_chunks(label, confidence, status, num_rows=1 << 20):
         done = statuses == DONE
         labels, readable = labels[done], scores[done]
-        fits = ((labels >= 0) & (labels < num_classes) & ~np.isnan(readable)).all() and np.isnan(scores[~done]).all()
-        path = paths[np.searchsorted(starts, first, side="right") - 1]
-        if not fits:
-            fail(f"{path} is damaged: labels, confidences and status do not fit together; run 02 again to a new file")
-        if ((readable < 0) | (readable > 1.001)).any():
-            fail(f"{path}: confidences are probabilities, from 0 to 1; it has {readable.min():g} to {readable.max():g}")
+        fits = (labels >= 0) & (labels < num_classes) & (readable >= 0) & (readable <= 1.001)  # not NaN, no percents
+        if not (fits.all() and np.isnan(scores[~done]).all()):
+            path, expected = paths[np.searchsorted(starts, first, side="right") - 1], "(0 to 1) and status do not fit"
+            fail(f"{path} is damaged: labels, confidences {expected} together; run 02 again to a new file")
         candidates += np.bincount(labels, minlength=num_classes)
         above += np.bincount(labels[is_between(readable, *limits)], minlength=num_classes)
         histogram += np.histogram(readable, len(histogram), (0, 1))[0]
@@ -160,7 +158,7 @@ def calibrate(args: argparse.Namespace, val: h5py.File, classes: list[str]) -> d
         if point["kept"] != (before and before["kept"]):  # otherwise all is as in the line before
             print0(f"{point['threshold']:5.2f} {percent(point, 'share'):>21} {percent(point, 'precision'):>21}")
     why = {True: f", the lowest that reaches --min-precision {wanted}", None: ""}
-    why[False] = f", at which the most are right: --min-precision {wanted} is not reached"
+    why[False] = f", at which the largest share is right: --min-precision {wanted} is not reached"
     why[False] += f" with --min-share {args.min_share}" * bool(args.min_share)
     found = f"{at['right']} of {at['kept']} right, {percent(at, 'precision')} percent"
     found += ": so few images say little" if at["kept"] < 20 else ""
@@ -322,10 +320,9 @@ def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> N
     """What was kept, where K comes from and what it costs, and what can be done for a class without any image."""
     classes, per_class = report["classes"], report["per_class"]
     used = [of_class["examples"] for of_class in classes.values() if of_class["kept"]]
-    print0(
-        f"{args.out}: {report['images']} images, {report['above_threshold']} above {report['threshold']:g}, "
-        f"{report['unique_images']} kept as {report['examples']} examples, {min(used)} to {max(used)} a class"
-    )
+    words = f"{args.out}: {report['images']} images, {report['above_threshold']} above {report['threshold']:g}, "
+    words += f"{report['unique_images']} kept as {report['examples']} examples, {min(used)} to {max(used)} a class"
+    print0(words)
     if args.method == "noisy-student" and per_class != "all":
         beyond, copies = np.maximum(above - per_class, 0).sum(), report["examples"] - report["unique_images"]
         why, order = "--per-class", np.argsort(above, kind="stable")[(above == 0).sum() :]  # without the empty classes
@@ -344,10 +341,9 @@ def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> N
         print0(f"left out, without any image above the threshold: {', '.join(words)}; {help_line}")
     if truth := report.get("truth"):
         no_class = f", {truth['passed_no_class']} of those of no class" if "passed_no_class" in truth else ""
-        print0(
-            f"pseudo-label accuracy {truth['accuracy_before']} percent before the filter, {truth['accuracy_after']} "
-            f"after; {truth['passed_in_class']} percent of the images of a class passed{no_class}"
-        )
+        before, after, passed = (truth[name] for name in ("accuracy_before", "accuracy_after", "passed_in_class"))
+        words = f"{passed} percent of the images of a class passed{no_class}"
+        print0(f"pseudo-label accuracy {before} percent before the filter, {after} after; {words}")
 
 
 def main() -> None:

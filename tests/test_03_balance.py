@@ -702,7 +702,7 @@ def test_confidences_are_probabilities(tmp_path, run):
     assert "2 images, 2 above" in run(file, "--out", tmp_path / "o.h5", "--per-class", "all").stdout
     with h5py.File(file, "r+") as columns:
         columns["confidence"][:] = [97.2, 80]
-    assert_mistake(run(file, "--out", tmp_path / "o.h5"), "mine.h5", "80 to 97.2")
+    assert_mistake(run(file, "--out", tmp_path / "o.h5"), "mine.h5", "(0 to 1)")
 
 
 def test_with_its_picture_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
