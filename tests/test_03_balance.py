@@ -14,6 +14,7 @@ from statistics import NormalDist
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, assert_mistake, load_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
