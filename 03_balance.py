@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 import torch
 
-from common import argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
+from common import argument_parser, at_least, beside, fail, is_rank0, print0, write_atomically  # the program
 from common import judged_half  # listing
 from common import DONE, NO_CLASS, UNKNOWN, classes_of_folders, draw_fraction, image_list, in_chunks  # label files
 from common import open_finished, read_classes, read_truth, slices
@@ -75,7 +75,7 @@ def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File]]:
     more = [str(args.calibration)] if args.calibration else []
     if not args.out.name or args.out.is_dir():
         fail(f"--out {args.out} is a folder, expected the name of a file")
-    outs = [os.path.realpath(args.out.with_suffix(suffix)) for suffix in (args.out.suffix, ".json", ".png")]
+    outs = map(os.path.realpath, (args.out, beside(args.out, ".json"), beside(args.out, ".png")))
     if args.out.suffix in (".json", ".png") or {os.path.realpath(path) for path in paths + more} & set(outs):
         fail(f"--out {args.out}: it, or the .json and .png beside it, would replace each other or the input")
     if {os.path.abspath(path) for path in more} & set(paths):
@@ -390,9 +390,9 @@ def main() -> None:
     if args.truth:
         labels, statuses = (np.concatenate([part[:] for part in column]) for column in (label, status))
         report["truth"] = accuracy_report(true, labels, statuses == DONE, examples, classes)
-    with write_atomically(args.out.with_suffix(".json")) as temporary:
+    with write_atomically(beside(args.out, ".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    draw_selection(args.out.with_suffix(".png"), [*map(image_list, files)], classes, examples, report, histogram)
+    draw_selection(beside(args.out, ".png"), [*map(image_list, files)], classes, examples, report, histogram)
     print_report(args, report, sizes["above_threshold"])
 
 

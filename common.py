@@ -265,6 +265,11 @@ def nearest_folder(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
+def beside(path: Path, ending: str) -> Path:
+    """The file that belongs to a .h5 file: balanced-0.5.h5 -> balanced-0.5.json."""
+    return path.with_name(path.name.removesuffix(".h5") + ending)
+
+
 @contextlib.contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same folder. At the end it is synced and renamed, after an error removed."""
@@ -4045,7 +4050,7 @@ def history_of(rows: list[Row]) -> tuple[dict, bool]:
     if not students:
         return {}, False
     path = Path(students[-1].paths[-1])
-    reports = [Path(name).with_suffix(".json") for name in read_checkpoint(path).get("inputs", {}) if ".h5" in name]
+    reports = [beside(Path(name), ".json") for name in read_checkpoint(path).get("inputs", {}) if ".h5" in name]
     found = (json.loads(report.read_text()) for report in reports if report.is_file())
     selection = next((report for report in found if "unique_images" in report), {})
     top1 = [line["val_top1"] for line in read_metrics(path.parent) if "val_top1" in line]

@@ -2,19 +2,20 @@
 # The runs behind docs/results.md. Interrupted and started again, it continues.
 #
 #   tests/evidence.sh demo              run.sh as it is, five seeds: does a student beat its control?
-#   tests/evidence.sh cifar10 DATA      the same on CIFAR-10 with 4,000 labels, nothing chosen on its test images
+#   tests/evidence.sh cifar10 DATA      the same on CIFAR-10 with 4,000 labels, nothing chosen on its test images, and
+#                                       the teacher with the recipe before today's
 #   tests/evidence.sh claims            what the papers say of noise, labels, selection and order, one arm each, on the demo
 #   tests/evidence.sh steady            the demo's teacher alone, with today's recipe and the one before it: the spread
-#   tests/evidence.sh steady-cifar10 DATA
 #
 # Arms share teacher, labels and number of steps of a seed. Variables: SEEDS, OUT (runs/evidence), ARMS (names; all), and
 # those of run.sh. A seed ends with docs/results/NAME/seedN.json, arms that are there already stay in it, and
-# docs/results.md is made of these files. Two at a time, each with its own seeds, use two cores best:
+# docs/results.md is made of these files. Two at a time, each with its own seeds, use two cores best
+# (the second once data/demo is drawn):
 #
 #   OMP_NUM_THREADS=1 SEEDS="0 2 4" taskset -c 0 tests/evidence.sh demo
 set -euo pipefail
-what=${1:?demo, cifar10, claims, steady or steady-cifar10}
-case $what in *cifar10) : "${2:?DATA, the folder of CIFAR-10}" ;; esac
+what=${1:?demo, cifar10, claims or steady}
+[ "$what" != cifar10 ] || : "${2:?DATA, the folder of CIFAR-10}"
 data=${2:+$(cd "$2" && pwd)}
 cd "$(dirname "$0")/.."
 COMMIT=$(git rev-parse --short HEAD 2>/dev/null || echo unknown) # of the code that runs, however long it takes
@@ -27,9 +28,8 @@ case $what in # the seeds of `steady` are those on which the recipe was found
 demo) SEEDS=${SEEDS:-0 1 2 3 4} ;;
 cifar10) SEEDS=${SEEDS:-0 1 2 3 4} ;;
 claims) SEEDS=${SEEDS:-0 1 2 3 4 5 6 7} ;;
-steady) SEEDS=${SEEDS:-100 101 102 103 104 105 106 107 108 109} steps=1012 ;;
-steady-cifar10) SEEDS=${SEEDS:-100 101 102 103 104} steps=6250 ;;
-*) echo "error: $what: expected demo, cifar10, claims, steady or steady-cifar10" >&2 && exit 2 ;;
+steady) SEEDS=${SEEDS:-100 101 102 103 104 105 106 107 108 109} ;;
+*) echo "error: $what: expected demo, cifar10, claims or steady" >&2 && exit 2 ;;
 esac
 if [ -z "$data" ]; then # the same drawn images for all seeds
     data=data/demo number=0
@@ -79,7 +79,7 @@ print($epochs * $n / json.load(open(sys.argv[1]))['examples'])" "$run/balanced1.
 steady() { # STEPS steps of 64 labelled images, as run.sh trains a teacher
     local recipe number epochs flags
     recipe=$(sed 's/#.*//' recipes/small.txt | xargs) number=$(find "$data/train/" -type f | wc -l)
-    epochs=$(python3 -c "print(${STEPS:-$steps} * 64 / $number)")
+    epochs=$(python3 -c "print(${STEPS:-1012} * 64 / $number)")
     flags="--arch efficientnet_b0 --image-size 32 --batch-size 64 --epochs $epochs --eval-every 0 --seed $1"
     flags+=" --warmup-epochs $((50 * 64 / number + 1)) ${NOISE:-}"
     arm before 01_train_teacher.py --data "$data" ${recipe/--classifier-lr 0.03/} --weight-decay 0.02 $flags
@@ -91,13 +91,17 @@ for seed in $SEEDS; do
     case $what in
     demo) SEEDS=$seed OUT=$run ./run.sh "$data" ;;
     cifar10) # the threshold comes from other seeds than these: `choices` in docs/results.md
-        SEEDS=$seed OUT=$run CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} ./run.sh "$data" ;;
+        SEEDS=$seed OUT=$run CHOOSE=0 THRESHOLD=${THRESHOLD:-0.5} ./run.sh "$data"
+        teacher=$(sed 's/--classifier-lr [0-9.]*//; s/ --out .*//' "$run/.done/teacher")
+        arm before $teacher --weight-decay 0.02 ;;
     claims) claims "$seed" ;;
-    *) steady "$seed" ;;
+    steady) steady "$seed" ;;
     esac
-    case $what in # run.sh has measured the first two; what is measured stays measured
+    case $what in # run.sh has measured its own models; what is measured stays measured
+    cifar10) python3 06_eval_robustness.py "$run"/{teacher,control,student1,student2,untuned,fixres,before}/model.pt \
+        --data "$data" --corrupt --num-images 500 --out "$run/robustness" ;;
     claims) python3 06_eval_robustness.py "$run"/*/model.pt --data "$data" --corrupt --num-images 200 --out "$run/robustness" ;;
-    steady*) python3 06_eval_robustness.py "$run"/*/model.pt --data "$data" --out "$run/robustness" ;;
+    steady) python3 06_eval_robustness.py "$run"/*/model.pt --data "$data" --out "$run/robustness" ;;
     esac
     python3 tests/results.py "$what" "seed$seed" "$run/robustness/robustness.json"
 done

@@ -305,6 +305,13 @@ def test_an_output_over_the_input_is_refused(two_files, tmp_path, run):
     assert two_files[0].read_bytes() == before and not list(tmp_path.glob("o.*"))
 
 
+def test_a_point_in_the_name_of_the_output(two_files, tmp_path, run):
+    for threshold in (0.4, 0.5):
+        assert run(*two_files, "--out", tmp_path / f"o-{threshold}", "--threshold", threshold).returncode == 0
+    for threshold in (0.4, 0.5):
+        assert json.loads((tmp_path / f"o-{threshold}.json").read_text())["threshold"] == threshold
+
+
 def test_top_p_needs_per_class(two_files, tmp_path, run):
     assert_mistake(run(*two_files, "--out", tmp_path / "o.h5", "--method", "top-p"), "--per-class")
 

@@ -307,6 +307,14 @@ echo "$*" >>{log}
     assert named - {"student2"} == (arms.keys() | {"pretrained", "finetuned"}) - {"teacher"}
     assert commands[-1] == ["tests/results.py", "claims", "seed0", *commands[-1][3:]] and commands[-2][0][:2] == "06"
 
+    words[2:] = ["cifar10", toolkit / "data" / "demo"]
+    subprocess.run(words, env=os.environ | {"SEEDS": "0"}, check=True, capture_output=True, timeout=60)
+    commands = [line.split() for line in log.read_text().splitlines()[len(commands) :]]
+    outs = {Path(command[-1]).name: command[:-1] for command in commands if command[0][:2] in ("01", "04", "05")}
+    flags = [word for word in outs["teacher"][:-1] if word not in ("--classifier-lr", "0.03")]
+    assert outs["before"] == [*flags, "--weight-decay", "0.02", "--out"] and len(flags) == len(outs["teacher"]) - 3
+    assert [Path(path).parent.name for path in commands[-2][1:8]] == list(outs)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tests/benchmark.py, whose tables stand in docs/speed.md
