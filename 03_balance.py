@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 import torch
 
-from common import argument_parser, at_least, beside, fail, is_rank0, print0, write_atomically  # the program
+from common import RATE, argument_parser, at_least, beside, fail, is_rank0, print0, write_atomically  # the program
 from common import judged_half  # listing
 from common import DONE, NO_CLASS, UNKNOWN, classes_of_folders, draw_fraction, image_list, in_chunks  # label files
 from common import open_finished, read_classes, read_truth, slices
@@ -39,7 +39,7 @@ from common import draw_selection  # pictures
 
 
 def word_or_number(text: str) -> str | int:
-    return text if text in ("auto", "all") else at_least(1, int)(text)
+    return text if text in ("auto", "all") else at_least(1, int, 2**31 - 1)(text)
 
 
 def share(text: str) -> float:
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="the selection, balanced.h5; .json and .png are written beside it")
     add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p: the billion-scale one")
     one_of = parser.add_mutually_exclusive_group().add_argument
-    one_of("--threshold", type=at_least(0), default=0.3, help="keep confidence above it; 0.3: paper, 1,000 classes")
+    one_of("--threshold", type=RATE, default=0.3, help="keep confidence above it; 0.3: paper, 1,000 classes")
     one_of("--min-precision", type=share, help="the lowest threshold above which this share of --calibration is right")
     add("--min-share", type=share, help="for --min-precision: only thresholds above which this share of val is left")
     add("--calibration", type=Path, help="what 02 gives for DATA/val: how many are right above thresholds 0 to 0.99")
@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File]]:
     """(paths, files): finished logits files of one teacher, sorted by path; the last file is --calibration."""
-    paths = sorted({os.path.abspath(path) for path in args.logits})  # the order of the arguments changes nothing
+    paths = sorted({os.path.realpath(path): os.path.abspath(path) for path in args.logits}.values())
     more = [str(args.calibration)] if args.calibration else []
     if not args.out.name or args.out.is_dir():
         fail(f"--out {args.out} is a folder, expected the name of a file")
@@ -335,10 +335,10 @@ def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> N
         words += f"at most {-(-per_class // above[order[0]]) - 1} of one image"
         print0(f"K = {per_class}: {why}; {words} (--per-class says otherwise)")
     if empty := report["empty_classes"]:
-        found = [(c, classes[c]["candidates"], classes[c]["highest_confidence"]) for c in empty[:10]]
+        found = ((c, classes[c]["candidates"], classes[c]["highest_confidence"]) for c in empty)
         words = [f"{c} ({num} labelled so, the surest {best:.3f})" if num else f"{c} (0)" for c, num, best in found]
-        help_line = "a threshold below the surest lets them in; more labelled images of them make a surer teacher"
-        print0(f"left out, without any image above the threshold: {', '.join(words)}; {help_line}")
+        below = "a threshold below the surest lets them in; " * (args.method != "top-p")
+        print0(f"left out, without any image: {', '.join(words)}; {below}more labelled images make a surer teacher")
     if truth := report.get("truth"):
         no_class = f", {truth['passed_no_class']} of those of no class" if "passed_no_class" in truth else ""
         before, after, passed = (truth[name] for name in ("accuracy_before", "accuracy_after", "passed_in_class"))

@@ -56,9 +56,9 @@ from common import fuse_batch_norms, has_names, hint_of, names_in  # models and 
 from common import View, normalize  # views
 from common import canny, defocus_taps, distances, filtered, gaussian_taps  # filters
 from common import motion_taps, read_at, smoothed, weighted_shifts, zoomed
-from common import ImageList, images_by_class, judged_half, labeled_images  # listing
+from common import ImageList, images_by_class, judged_half, labeled_images, list_images  # listing
 from common import ImageDataset, StoredViews, Videos, grid_keys, import_av, load_batches, rows_per_batch  # batches
-from common import load_model, read_checkpoint  # checkpoints
+from common import digest_of, load_model, read_checkpoint  # checkpoints
 from common import autocast, in_halves, precision_of  # training
 from common import compare, details_of, draw_rows, markdown_table  # results
 from common import history_of, rows_of, short_names, verdict, worst_pairs
@@ -686,11 +686,12 @@ def summarize_cifar10_c(items: dict[str, list[float]], entry: dict) -> dict[str,
     return {f"{key}{end}": mean_of(of_key, names) for end, names in sets.items() for key, of_key in values.items()}
 
 
-def parts_of(args, data: Path | None, num_images: int, num_chosen: int, baseline: dict, processes) -> list[Part]:
+def parts_of(args, data: Path | None, val: tuple | None, num_chosen: int, baseline: dict, processes) -> list[Part]:
     """The table of the parts, in the order in which they are measured and shown."""
     precision = {"precision": precision_of(args.precision, processes)}  # that of attacks is always fp32
     named = {"classes": zlib.crc32("\n".join(args.classes).encode())} if args.classes else {}
-    everything = {"data": str(data and data.absolute()), "num_images": num_images, **named}
+    everything = {"data": str(data and data.absolute()), **named}
+    everything |= {"num_images": len(val[1]), "images": digest_of(val[0])} if val else {"num_images": 0}
     everything |= {"val_half": args.val_half} if args.val_half else {}
     chosen = everything | {"num_images": num_chosen, "seed": args.seed}
     fgsm_eps, pgd_eps = ([f"{eps:g}" for eps in flag] for flag in (args.fgsm, args.pgd))
@@ -710,6 +711,9 @@ def parts_of(args, data: Path | None, num_images: int, num_chosen: int, baseline
 
     a, r, c, p = args.imagenet_a, args.imagenet_r, args.imagenet_c, args.imagenet_p
     all_19, folders = (*BENCHMARK, *EXTRA), {name: str(folder.absolute()) for name, folder in args.folder}
+    folders |= {
+        name: f"{folders[name]}: {digest_of(list_images(folder))}" for name, folder in args.folder if folder.is_dir()
+    }
     photographs = partial(measure_folder, None)
     columns_c = {"ImageNet-C top-1": "top1", "mCE": "mce", "relative mCE (unconfirmed)": "relative_mce"}
     columns_p = {f"ImageNet-P mFR{'' if baseline.get('imagenet_p') else ' (unconfirmed)'}": "mfr", "mFP": "mfp"}
@@ -923,7 +927,7 @@ def main() -> None:
     del headers
 
     chosen = choose_images(val[1], args.num_images or len(val[1]), args.seed) if val else np.zeros(0)
-    parts = parts_of(args, val and data, len(val[1]) if val else 0, len(chosen), baseline, processes)
+    parts = parts_of(args, val and data, val, len(chosen), baseline, processes)
     if not any(part.items and not (part.of_val and len(gaps) == len(results)) for part in parts):
         fail(gaps[0] if gaps else "nothing to measure: --data, or one of the released sets, says what")
     save = partial(save_results, results_file, results, processes)

@@ -35,6 +35,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -141,17 +142,22 @@ def argument_parser(description: str) -> OneLineParser:
     )
 
 
-def at_least(low: float, kind: type = float) -> Callable:
-    """An argparse type: a finite number of this kind, not below `low`."""
+def at_least(low: float, kind: type = float, high: float = math.inf) -> Callable:
+    """An argparse type: a finite number of this kind, not below `low` and not above `high`; an int of 64 bits."""
+    largest = 2**63 - 1 if kind is int else sys.float_info.max
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        if not low <= value <= min(high, largest):
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}{most}")
         return value
 
     parse.__name__ = kind.__name__  # argparse's "invalid int value"
     return parse
+
+
+RATE = at_least(0, high=1)
 
 
 SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -164,14 +170,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     crop_mode = "the view of images that are no squares: middle, all, all in a grey square; None: --init's, teacher's"
     add("--crop-mode", choices=CROP_MODES, help=crop_mode)
     add("--small-images", action=SWITCH, help="model and noise for 32 pixels; None: as --init or the teacher has it")
-    add("--dropout", type=at_least(0), help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
-    add("--drop-path", type=at_least(0), help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
+    add("--dropout", type=RATE, help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
+    add("--drop-path", type=RATE, help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
     add_bn_momentum_flag(add)
     add("--zero-init-residual", action="store_true", help="blocks start as the identity: short runs learn sooner")
 
 
 def add_bn_momentum_flag(add: Callable) -> None:
-    add("--bn-momentum", type=at_least(0), default=0.01, help="of running statistics (official); 0.1 in short runs")
+    add("--bn-momentum", type=RATE, default=0.01, help="of running statistics (official); 0.1 in short runs")
 
 
 def add_noise_flags(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +188,7 @@ def add_noise_flags(parser: argparse.ArgumentParser) -> None:
         type=at_least(0),
         help="of RandAugment on a scale of 10, no cap; None: B2 6 ... B7, L* 27, else 9",
     )
-    add("--min-crop-area", type=at_least(0), default=0.08, help="smallest crop, share of the area; not if small images")
+    add("--min-crop-area", type=RATE, default=0.08, help="smallest crop, share of the area; not if small images")
     add("--hflip", action=SWITCH, default=True, help="mirror half of the images; --no-hflip for digits")
 
 
@@ -206,7 +212,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
         help_line = "the classifier's share of the rate; AdamW from scratch: 0.03, or it follows the last batch"
         add("--classifier-lr", type=at_least(0), default=1.0, help=help_line)
     add("--weight-decay", type=at_least(0), help="not of norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
-    add("--label-smoothing", type=at_least(0), default=0.1, help="of hard labels; None: 0.1, 04 --consistency 0")
+    add("--label-smoothing", type=RATE, default=0.1, help="of hard labels; None: 0.1, 04 --consistency 0")
 
 
 def add_init_flag(add: Callable) -> None:
@@ -226,7 +232,7 @@ def name_and_folder(text: str) -> tuple[str, Path]:
 
 
 def decay_or_swa(text: str) -> str | float:
-    return text if text == "swa" else at_least(0)(text)
+    return text if text == "swa" else RATE(text)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> None:
@@ -826,7 +832,7 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         return EfficientNet(width, depth, num_classes=num_classes, eps=eps, tf=arch.startswith("tf_"), **options)
     from torchvision import models
 
-    if width := re.fullmatch(r"resnext101_32x(\d+)d", arch):  # the teacher of 1905.00546 is 32x48d
+    if width := re.fullmatch(r"resnext101_32x([1-9]\d*)d", arch):  # the teacher of 1905.00546 is 32x48d
         options |= {"groups": 32, "width_per_group": int(width[1])}
     elif arch not in models.list_models(module=models):
         names = f"it is none of {', '.join(EFFICIENTNETS)}, nor of torchvision's models"
@@ -2439,6 +2445,10 @@ def open_label_file(path: str | Path, kind: str) -> h5py.File:
 def open_finished(paths: list) -> list[h5py.File]:
     """Logits files of one teacher, every image of which has a status."""
     files = [open_label_file(path, LOGITS_FORMAT) for path in paths]
+    roots = [os.path.join(os.path.realpath(file.attrs["root"]), "") for file in files]
+    for (one, root), (other, within) in itertools.permutations(zip(paths, roots, strict=True), 2):
+        if within.startswith(root) and (within != root or one < other):
+            print0(f"{one} and {other}: images of {within} that both have count twice")
     for path, file in zip(paths, files, strict=True):
         if read_classes(file) != read_classes(files[0]):
             fail(f"{path} has other classes than {paths[0]}: label both with one teacher")
@@ -2558,6 +2568,8 @@ def draw_fraction(files: list[h5py.File], fraction: float, seed: int) -> tuple[l
                 hashes = (hashes ^ hashes >> np.uint64(32)) * factor
             left_out = (hashes >> np.uint64(32)) >= fraction * 2**32
             confidences[part][left_out], statuses[part][left_out] = np.nan, UNREADABLE
+    if not any((of_file == DONE).any() for of_file in status):
+        fail(f"--fraction {fraction:g} leaves none of the readable images")
     return confidence, status
 
 
@@ -2966,6 +2978,7 @@ CHECKPOINT_FORMAT = "noisy-student-checkpoint-1"
 # Flags that change no number, and paths: what is there is compared by content, see `resume_or_exit`.
 MAY_DIFFER = ("out", "workers", "save_every", "checkpoint_activations")
 MAY_DIFFER += ("data", "init", "teacher", "pseudo_labels", "logits", "unlabeled", "checkpoint")
+ROLES = ("init", "teacher", "pseudo_labels", "logits")  # of the same file: with and without it is not the same
 
 
 def load_file(path: str | Path) -> dict:
@@ -3136,6 +3149,8 @@ def previous_run(args: argparse.Namespace) -> dict | None:
         if any(name in there for name in names):
             fail(f"{args.out} holds no checkpoint that can be read: remove it to begin anew, or choose another --out")
         return None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        fail(f"{path} is of another program: move it away, or choose another --out")
     if path.name == "last.prev.pt":
         print0(f"continuing from {path}, step {checkpoint['training']['step']}")
     then, now = checkpoint["args"], flags_of(args)
@@ -3143,7 +3158,11 @@ def previous_run(args: argparse.Namespace) -> dict | None:
         f"--{name.replace('_', '-')} {then.get(name)} (now {now.get(name)})"
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
-        and (name not in MAY_DIFFER or "published" in (then.get(name), now.get(name)))  # --init has no file then
+        and (
+            name not in MAY_DIFFER
+            or "published" in (then.get(name), now.get(name))  # --init has no file then
+            or (name in ROLES and bool(then.get(name)) != bool(now.get(name)))
+        )
     ]
     if differ:
         fail(f"{args.out} was begun with {', '.join(differ)}: use the same flags to continue, or another --out")
@@ -3163,7 +3182,8 @@ def resume_or_exit(args: argparse.Namespace, begun: dict | None, inputs: dict[st
     if sorted(then.values()) != sorted(inputs.values()):
         changed = [path for path, digest in inputs.items() if digest not in then.values()]
         changed += [path for path, digest in then.items() if digest not in inputs.values()]
-        fail(f"{changed[0]} is not what {args.out} was begun with: put it back as it was, or choose another --out")
+        first = (changed or [*inputs])[0]
+        fail(f"{first} is not what {args.out} was begun with: put it back as it was, or choose another --out")
     if (args.out / "model.pt").exists():
         exit_finished(args.out, begun)
 
@@ -3183,8 +3203,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
     Of a last.pt the one before it stays, as last.prev.pt: a disk may lose what it said it had written.
     """
-    for tensor in checkpoint["model"].values():
-        if not torch.isfinite(tensor).all():
+    for weights in (checkpoint["model"], checkpoint.get("training", {}).get("model", {})):  # averaged; as trained
+        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
             diverged(path.parent)
     with write_atomically(path) as temporary:
         with open(temporary, "wb") as file:
@@ -3784,6 +3804,8 @@ class Run:
         if metrics is None:
             self.save("last.pt")
             raise SystemExit(143)
+        if not math.isfinite(metrics["val_loss"]):
+            diverged(self.args.out)
         return metrics
 
     def save(self, name: str) -> None:
@@ -4050,8 +4072,10 @@ def history_of(rows: list[Row]) -> tuple[dict, bool]:
     if not students:
         return {}, False
     path = Path(students[-1].paths[-1])
-    reports = [beside(Path(name), ".json") for name in read_checkpoint(path).get("inputs", {}) if ".h5" in name]
-    found = (json.loads(report.read_text()) for report in reports if report.is_file())
+    inputs = read_checkpoint(path).get("inputs", {})
+    reports = {name: beside(Path(name), ".json") for name in inputs if os.path.isfile(name)}
+    same = [report for name, report in reports.items() if report.is_file() and file_sha256(name) == inputs[name]]
+    found = (json.loads(report.read_text()) for report in same)
     selection = next((report for report in found if "unique_images" in report), {})
     top1 = [line["val_top1"] for line in read_metrics(path.parent) if "val_top1" in line]
     return selection, len(top1) > 1 and top1[-1] > top1[-2] + 0.5
@@ -4139,7 +4163,8 @@ def pyplot():
 
 
 def save_figure(plt, path: Path) -> None:
-    with write_atomically(path) as temporary:
+    with write_atomically(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a class name in a script that the font lacks
         plt.savefig(temporary, format="png", bbox_inches="tight")
     plt.close("all")
 

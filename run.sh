@@ -23,6 +23,7 @@ absolute() { # macOS has no realpath -m; a slash at the end would make it anothe
     echo "$path"
 }
 [ -z "$data" ] || [ "$data" = test ] || data=$(absolute "$data")
+[ ! -d "$data" ] || data=$(cd "$data" && pwd) # of . the name
 [ -z "${INIT:-}" ] || [ "$INIT" = published ] || INIT=$(absolute "$INIT")
 [ -z "${OUT:-}" ] || OUT=$(absolute "$OUT")
 [ ! -e "${RECIPE:-}" ] || RECIPE=$(absolute "$RECIPE") # else one of this folder
@@ -62,7 +63,6 @@ if [ "$data" = test ]; then exec python3 -m pytest -q -n 2 --dist loadgroup test
 
 # ---------------------------------------------------------------------------------------------------- settings
 SEEDS=${SEEDS:-${SEED:-0}}          # several: the whole loop for each, on the same data
-SEED=${SEEDS%% *}
 ROUNDS=${ROUNDS:-2}                 # self-training rounds
 CHOOSE=${CHOOSE:-1}                 # 0: nothing is chosen on val; THRESHOLD is 0.5, the last student teaches the next one
 ARCHS=${ARCHS:-efficientnet_b0}     # the models. Lists: the teacher's, then a student's a round; the last one repeats
@@ -78,18 +78,35 @@ THRESHOLD=${THRESHOLD:-}            # of the confidence, chosen in each round; t
 RELABEL=${RELABEL:-0}               # 1: each student relabels what the first teacher selected, as in the paper
 FIXRES_STEPS=${FIXRES_STEPS:-200}   # of the fine-tuning, for a set as small as the demo; 0: none (a ViT has one size alone)
 CONTROL=${CONTROL:-1}               # 0 leaves out the fair comparison: the same training on the labelled images alone
+numbers() { # numbers PATTERN NAME...: a setting with another word in it ends the run
+    local name word
+    for name in "${@:2}"; do
+        for word in ${!name}; do
+            [[ ! $word =~ ^($1)$ ]] || continue
+            echo "error: $name=${!name}: $word is not such a number; lists have spaces between their numbers" >&2
+            exit 2
+        done
+    done
+}
+numbers '0|[1-9][0-9]*' SEEDS ROUNDS BATCH IMAGE_SIZE
+numbers '[0-9]+|[0-9]*[.][0-9]+' STEPS EPOCHS RATIO FIXRES_STEPS
+SEEDS=$(echo $SEEDS) SEED=${SEEDS%% *}
 several=$([ "$SEEDS" = "$SEED" ] || echo yes)
 demo_seed=$([ -n "$several" ] && echo 0 || echo "$SEED")
 if [ -z "$data" ]; then demo=demo$([ "$demo_seed" = 0 ] || echo "-seed$demo_seed"); fi
 data=${data:-data/$demo}
 OUT=${OUT:-$PWD/runs/$(basename "$data")}  # where everything is written
 
+latest="" # the mark of the stage before: what is older than it may rest on what is gone, and asks its stage again
 stage() { # stage NAME COMMAND...: run a stage, unless it was finished with the very same command
-    local name=$1 done=$OUT/.done/$1 command=${*:2}
+    local name=$1 done=$OUT/.done/$1 before=$latest command=${*:2}
+    latest=$done
     if [ -e "$done" ] && [ -e "${!#}" ]; then # each command ends with the path of what it writes
-        if [ "$(cat "$done")" = "$command" ]; then echo "done: $name"; return; fi
-        echo "error: ${!#} was made by another command ($(cat "$done")); choose another OUT or remove it" >&2
-        exit 2
+        if [ "$(cat "$done")" != "$command" ]; then
+            echo "error: ${!#} was made by another command ($(cat "$done")); choose another OUT or remove it" >&2
+            exit 2
+        fi
+        if [ ! "$before" -nt "$done" ]; then echo "done: $name"; return; fi
     fi
     echo "== $name: $command"
     case "${NPROC:-1} $2" in # drawing and selecting are the work of one process
@@ -196,9 +213,12 @@ train() { # train ROUND BATCH EPOCHS: the flags that all trainings share
     # 50 steps of warm-up in short runs, if the recipe does not say
     [[ $recipe == *--warmup-epochs* ]] || echo "--warmup-epochs $(calc "int(50 * $2 / $images) + 1")"
 }
+images_a_step() { # images_a_step ROUND: of a student, labelled and unlabelled; 04 rounds so too, a half to the even number
+    echo $((BATCH + $(LC_ALL=C printf %.0f "$(calc "$BATCH * $(of_round "$1" $RATIO)")")))
+}
 supervised() { # supervised ROUND: as many images in as many steps, with the same noise, as a student of that round
-    local parts=$(calc "1 + $(of_round "$1" $RATIO)")
-    train "$1" "$(calc "$BATCH * $parts")" "$(calc "$(epochs "$1") * $parts")"
+    local all=$(images_a_step "$1")
+    train "$1" "$all" "$(calc "$(epochs "$1") * $all / $BATCH")"
 }
 init=()
 [ -z "$INIT" ] || init=(--init "$INIT")
@@ -249,7 +269,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
     [ "$next" = teacher ] || teacher=$student
 done
 # The last student at a larger resolution, untuned and tuned.
-size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$(calc "$BATCH * (1 + $(of_round "$ROUNDS" $RATIO))")
+size=$(of_round "$ROUNDS" $IMAGE_SIZE) all=$(images_a_step "$ROUNDS")
 if [ "$FIXRES_STEPS" != 0 ]; then
     larger=(--checkpoint "$student/model.pt" --image-size $((size * 5 / 4)) --data "$data" --batch-size $all)
     stage untuned 05_fixres_finetune.py "${larger[@]}" --epochs 0 --out "$OUT/untuned"

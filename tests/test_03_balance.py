@@ -305,6 +305,32 @@ def test_an_output_over_the_input_is_refused(two_files, tmp_path, run):
     assert two_files[0].read_bytes() == before and not list(tmp_path.glob("o.*"))
 
 
+def test_images_that_two_files_have_are_said_and_a_file_counts_once(two_files, tmp_path, run):
+    one, two = two_files
+    (tmp_path / "link.h5").symlink_to(one)
+    flags = ["--out", tmp_path / "o.h5", "--threshold", 0.4]
+    assert "4 images, " in run(one, one, tmp_path / "link.h5", *flags).stdout
+    for root, others, words in (("x", "x", True), ("x", "x/y", True), ("x/y", "x", True), ("x", "xy", False)):
+        for file, folder in ((one, root), (two, others)):
+            with h5py.File(file, "r+") as opened:
+                opened.attrs["root"] = str(tmp_path / folder)
+        said = run(*two_files, *flags).stdout
+        assert ("that both have count twice" in said) == words and said.count("count twice") == words
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--threshold", 1e300], "--threshold"),
+        (["--seed", 2**63], "--seed"),
+        (["--per-class", 10**14], "--per-class"),
+        (["--fraction", 1e-9], "--fraction 1e-09 leaves none"),
+    ],
+)
+def test_numbers_out_of_their_range_are_named(flags, words, two_files, tmp_path, run):
+    assert_mistake(run(*two_files, "--out", tmp_path / "o.h5", *flags), words)
+
+
 def test_a_point_in_the_name_of_the_output(two_files, tmp_path, run):
     for threshold in (0.4, 0.5):
         assert run(*two_files, "--out", tmp_path / f"o-{threshold}", "--threshold", threshold).returncode == 0
@@ -548,6 +574,14 @@ def test_an_empty_class_is_named_with_what_to_do(two_files, tmp_path, run):
     (line,) = [line for line in done.stdout.splitlines() if "without any image" in line]
     assert "cat (2 labelled so, the surest 0.380)" in line and "below the surest" in line and "bee" not in line
     assert "K = 2: class 'bee' is the lower median of 2 with 2 to 5" in done.stdout, "the empty class counts not"
+    many = write_logits(tmp_path / "many.h5", np.eye(13)[[4]] * 9, classes=[f"class{i:02}" for i in range(13)])
+    for words, of_threshold in (
+        (("--threshold", 0.4), True),
+        (("--method", "top-p", "--top-p", 1, "--per-class", 2), False),
+    ):
+        said = run(many, "--out", tmp_path / "o.h5", *words).stdout
+        assert all(f"class{i:02} (0)" in said for i in range(13) if i != 4)
+        assert ("below the surest" in said) == of_threshold
 
 
 def data_of(path):

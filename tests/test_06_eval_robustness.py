@@ -491,7 +491,9 @@ def test_results_have_the_form_of_the_contract(work, finished):
         assert entry["corrupt"]["top1_extra"] == pytest.approx(np.mean([per_corruption[name] for name in stage.EXTRA]))
         assert list(entry["fgsm"]) == ["0", "8"] and list(entry["pgd"]) == ["8"]
         assert entry["fgsm"]["0"] == entry["clean"]["top1"]
-        assert entry["settings"]["pgd"] == {"data": str(work / "data"), "num_images": 15, "seed": 0, "steps": 3}
+        settings = {"data": str(work / "data"), "num_images": 15, "seed": 0, "steps": 3}
+        assert entry["settings"]["pgd"].pop("images").startswith("15 images, names ")
+        assert entry["settings"]["pgd"] == settings
     clean, attacked = (
         [entry[part][key] for entry in results.values()] for part, key in (("clean", "top1"), ("pgd", "8"))
     )
@@ -568,6 +570,14 @@ def test_parts_of_other_weights_and_of_other_settings_are_done_again(work, finis
     assert teacher["settings"]["fgsm"]["num_images"] == 6 and list(teacher["fgsm"]) == ["8"]
     assert teacher["corrupt"] == before["teacher/model.pt"]["corrupt"]  # kept in the file, not shown beside the others
     assert "corrupted" not in again.stdout
+
+    # an image that belongs to another class, put there: as many images, another val
+    one, two, *_ = sorted((work / "data" / "val").iterdir())
+    image = next(one.iterdir())
+    other = image.rename(two / f"other{image.suffix}")
+    again = run_stage("06_eval_robustness.py", *BOTH, "--out", "stale", "--fgsm", "8", cwd=work)
+    other.rename(image)
+    assert "teacher clean" in again.stdout and "teacher fgsm 8" in again.stdout and "student1 clean" in again.stdout
 
 
 def test_two_runs_at_a_time_keep_what_the_other_one_saves(work, call_main, monkeypatch, tmp_path):

@@ -422,6 +422,8 @@ def test_a_folder_more_keeps_those_before_it_and_another_one_of_that_name_does_n
     found, printed = folders(("one", "a"), ("two", "b"))
     assert found == {"one": 1, "two": 2} and "folders" not in printed
     assert folders(("one", "b"))[0] == {"one": 2}
+    write_files(tmp_path / "b", {"n01/more.jpg": encoded(colored(0, 5))})
+    assert folders(("one", "b"))[0] == {"one": 3}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -641,10 +641,52 @@ def test_what_is_given_reaches_the_stages(commands_of, monkeypatch, tmp_path):
     assert "--ratio 0.5" in commands["student1"] and "--batch-size 48 --epochs 33" in commands["fixres"]
     with_slash, _ = commands_of("0 300 32 500 400", **given, data=f"{tmp_path}/my data/")
     assert with_slash == commands
+    monkeypatch.chdir(tmp_path / "my data")
+    here, _ = commands_of("0 300 32 500 400", **given | {"INIT": "../my weights.pt", "RECIPE": "../mine.txt"}, data=".")
+    assert [*here] == [*commands] and here["control"].split(" --init ")[0] == commands["control"].split(" --init ")[0]
+    assert here["teacher"].endswith("/runs/my data/teacher")
+    # as many images as 04 will take, which rounds so
+    for ratio, all_images in (("0.3", 42), ("0.1", 35), ("0.328125", 42), ("3", 128)):
+        commands, _ = commands_of("0 300 32 500 400", RATIO=ratio, STEPS="6")
+        assert round(float(ratio) * 32) + 32 == all_images
+        words = shlex.split(commands["control"])
+        assert words[words.index("--batch-size") + 1] == str(all_images)
+        assert float(words[words.index("--epochs") + 1]) * 300 == pytest.approx(6 * all_images)
 
     (tmp_path / "empty" / "unlabeled").mkdir(parents=True)
     _, printed = commands_of(status=2, data=tmp_path / "empty")
     assert "no folder unlabeled/ with images" in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("SEEDS", "0 08"), ("ROUNDS", "two"), ("STEPS", "3,000"), ("STEPS", "1k 2k"), ("RATIO", "1,14"), ("BATCH", "4.5")],
+)
+def test_what_is_no_number_is_named(setting, value, commands_of):
+    commands, printed = commands_of(status=2, **{setting: value})
+    assert commands == {} and printed.startswith(f"error: {setting}={value}: ") and len(printed.splitlines()) == 1
+
+
+def test_a_space_more_makes_no_second_seed(commands_of):
+    assert "runs/my data/teacher" in commands_of(SEEDS=" 3 ")[0]["teacher"]
+
+
+def test_a_stage_whose_input_was_made_again_is_asked_again(commands_of, tmp_path):
+    """As after `rm -r student1`, which is then trained again with the same flags: what rests on it is older."""
+    runs = tmp_path / "out"
+    settings = {"OUT": str(runs), "CHOOSE": "0"}
+    commands, _ = commands_of(**settings)
+    for command in commands.values():
+        out = Path(shlex.split(command.replace("my data", "data"))[-1])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch() if out.suffix else out.mkdir(exist_ok=True)
+    assert commands_of(**settings)[0] == {}, "all is done"
+    (runs / "student1").rmdir()
+    again, printed = commands_of(**settings)
+    assert [*again] == [*commands][[*commands].index("student1") :]
+    assert "done: control" in printed and "done: balance1" in printed
+    (runs / "student1").mkdir()
+    assert commands_of(**settings)[0] == {}
 
 
 def test_threshold_and_teacher_are_chosen_on_half_of_val(commands_of):

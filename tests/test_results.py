@@ -157,12 +157,16 @@ def test_a_teacher_of_other_classes_and_a_report_of_something_else_do_not_stop_t
     assert "more held-out images (val/), for 5 say little" in few
     assert "held-out" not in common.verdict(found, {}, False)
     (tmp_path / "mine.json").write_text('{"what": "no selection"}')
-    path = save_model(tmp_path / "student1" / "model.pt", inputs={str(tmp_path / "mine.h5"): "0"})
+    (tmp_path / "mine.h5").write_text("the selection")
+    inputs = {str(tmp_path / "mine.h5"): common.file_sha256(tmp_path / "mine.h5"), str(tmp_path / "gone.h5"): "0"}
+    path = save_model(tmp_path / "student1" / "model.pt", inputs=inputs)
     found[2] = found[2]._replace(paths=[str(path)])
     assert common.history_of(found) == ({}, False)
     assert "10.0 points better" in (words := common.verdict(found, {}, False)) and "teacher" not in words
     (tmp_path / "mine.json").write_text(json.dumps(KEPT))
     assert common.history_of(found) == (KEPT, False)
+    (tmp_path / "mine.h5").write_text("a later one, which the student has not seen")
+    assert common.history_of(found) == ({}, False)
 
 
 def test_the_picture_finds_each_corruption_by_its_name(monkeypatch, tmp_path):
@@ -202,10 +206,11 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     top1 = {"control": (70, 71, 72), "student1": (74, 77, 77), "hard-labels": (74, 76, 78), "ratio-3": (70, 73, 72)}
     selection = {"unique_images": 120, "images": 1000, "threshold": 0.5, "truth": {"accuracy_after": 71.0}, "more": 1}
     (tmp_path / "balanced.json").write_text(json.dumps(selection))
-    sources = []
+    (tmp_path / "balanced.h5").touch()
+    inputs, sources = {str(tmp_path / "balanced.h5"): common.file_sha256(tmp_path / "balanced.h5")}, []
     for seed in range(3):
         runs = tmp_path / f"seed{seed}"
-        save_model(runs / "student1" / "model.pt", inputs={str(tmp_path / "balanced.h5"): "0"})
+        save_model(runs / "student1" / "model.pt", inputs=inputs)
         entries = {
             str(runs / model / "model.pt"): {
                 "clean": {"top1": values[seed], "num": 1000},

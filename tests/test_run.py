@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -226,6 +227,36 @@ def test_a_diverged_run_ends_with_3_and_saves_nothing_of_it(tiny_data, call_main
     done = call_main("01_train_teacher", *flags, "--optimizer", "sgd", "--lr", 1e30, "--warmup-epochs", 0)
     assert done.returncode == 3 and "diverged" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not list((tmp_path / "t").glob("*.pt"))
+
+    # the weights that swa does not average yet; the loss of an evaluation
+    flags = [*flags, "--optimizer", "sgd", "--warmup-epochs", 0, "--schedule", "constant", "--save-every", 1]
+    for out, words in (("swa", ["--lr", 1e38, "--average", "swa", "--eval-every", 0]), ("eval", ["--lr", 1e30])):
+        words = [*words, *([] if "--eval-every" in words else ["--eval-every", 0.3])]
+        assert call_main("01_train_teacher", *flags, *words, "--out", tmp_path / out).returncode == 3
+        for path in (tmp_path / out).glob("last*.pt"):
+            training = checkpoint_of(path)["training"]
+            assert all(torch.isfinite(tensor).all() for tensor in training["model"].values()), path
+        metrics = tmp_path / out / "metrics.jsonl"
+        assert not metrics.exists() or not {"NaN", "Infinity"} & set(re.findall("NaN|Infinity", metrics.read_text()))
+
+
+def test_what_another_program_left_is_one_line(tiny_data, call_main, tmp_path):
+    for name, content in (("model.pt", {"conv.weight": torch.zeros(1)}), ("last.pt", {"epoch": 3}), ("last.pt", [1])):
+        out = tmp_path / f"{name} {len(content)} {type(content).__name__}"
+        out.mkdir()
+        torch.save(content, out / name)
+        done = call_main("01_train_teacher", "--data", tiny_data, "--out", out, *SHORT_RUN, "--arch", CHEAP)
+        assert_mistake(done, out / name, "another program")
+
+
+def test_a_run_does_not_go_on_with_or_without_init(tiny_data, call_main, tmp_path):
+    """The same file as --teacher and as --init is one of the inputs, with either alone too."""
+    teacher = save_model(tmp_path / "teacher.pt")
+    flags = ["04_train_student", "--teacher", teacher, "--data", tiny_data, *SHORT_RUN, "--ratio", 1, "--epochs", 2]
+    for name, begun, now in (("with", ["--init", teacher], []), ("without", [], ["--init", teacher])):
+        out = ["--out", tmp_path / name]
+        assert call_main(*flags, *begun, *out, stop_after=1).returncode == 143
+        assert_mistake(call_main(*flags, *now, *out), "--init", "None")
 
 
 # random numbers
@@ -645,7 +676,7 @@ def test_a_run_is_finished_as_long_as_its_inputs_are_what_they_were(tiny_data, c
     assert_finished("--init", other)
     save_model(init, seed=1)
     assert_mistake(call_main(*flags, "--init", init), init, "is not what", tmp_path / "t")
-    assert_mistake(call_main(*flags), tmp_path / "init.pt", "is not what")
+    assert_mistake(call_main(*flags), f"--init {init} (now None)")
     init.unlink()
     assert_finished("--init", init)  # cleared away since
     shutil.copy(other, init)
