@@ -124,9 +124,9 @@ def verdict_of(runs: dict[str, dict]) -> str:
 
 
 def draw(models: dict, file: Path) -> None:
-    """Every model a column, every seed a dot; a line joins the models of a seed. Without the student that has not been
-    tuned for the larger size, which is far below."""
-    models = {model: seeds for model, seeds in models.items() if model != "untuned"}
+    """Every model a column, every seed a dot; a line joins the models of a seed. Without those that are far below: the
+    student that has not been tuned for the larger size, and the teacher of the recipe before."""
+    models = {model: seeds for model, seeds in models.items() if model not in ("untuned", "before")}
     if (plt := common.pyplot()) is None:
         return
     kinds = [
