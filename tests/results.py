@@ -99,8 +99,10 @@ def runs_of(name: str) -> dict[str, dict]:
 
 
 def models_of(runs: dict[str, dict]) -> dict[str, dict]:
-    """{model: {seed: {"clean", "corrupted", "num", "gap": corrupted - clean}}}"""
-    models = {}
+    """{model: {seed: {"clean", "corrupted", "num", "gap": corrupted - clean}}}, the common three first."""
+    models = {
+        name: {} for name in ("teacher", "control", "student1") if any(name in of["models"] for of in runs.values())
+    }
     for seed, run in runs.items():
         for name, of in run["models"].items():
             gap = None if of["corrupted"] is None else of["corrupted"] - of["clean"]
@@ -180,8 +182,9 @@ HEADINGS = ("model", "clean, seed by seed", "clean", "corrupted", "clean - contr
 
 def cells_of(model: str, models: dict) -> list[str]:
     """A model's row under HEADINGS."""
-    seeds = models[model]
-    cells = [model, ", ".join(f"{of['clean']:.2f}" for of in seeds.values())]
+    seeds, every = models[model], sorted({int(seed[4:]) for of in models.values() for seed in of})
+    each = (seeds.get(f"seed{seed}") for seed in every)
+    cells = [model, ", ".join(f"{of['clean']:.2f}" if of else "-" for of in each)]
     for what in ("clean", "corrupted"):
         values = [of[what] for of in seeds.values() if of[what] is not None]
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
@@ -241,8 +244,8 @@ def tables() -> str:
                 if found := difference(of, better, worse, "gap" if key == "robustness" else "clean"):
                     cells = [f"{claim} (`{better}` - `{worse}`)", paper]
                     cells += [cell(difference(of, better, worse, what)) for what in ("clean", "corrupted")]
-                    rows.append([*cells, shown(found)])
-            headings = ("claim", "the paper, ImageNet", "ours: better arm - worse arm", "corrupted", "shown")
+                    rows.append([*cells, str(found[2]), shown(found)])
+            headings = ("claim", "the paper, ImageNet", "ours: better arm - worse arm", "corrupted", "seeds", "shown")
             words += ["", *table(headings, rows)]
     return "\n".join(words) + "\n"
 

@@ -229,7 +229,9 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     shown = {line.split("`")[3] + " " + line.split("`")[1]: line.split(" | ")[-1] for line in rows}
     assert shown["control student1"] == "yes |" and shown["hard-labels student1"] == "not shown |"
     assert shown["student1 ratio-3"] == "the other way |"
-    assert sum(line.endswith("| +5.00 ± 2.48 | +2.50 ± 1.24 | the other way |") for line in lines) == 1  # robustness
+    assert (
+        sum(line.endswith("| +5.00 ± 2.48 | +2.50 ± 1.24 | 3 | the other way |") for line in lines) == 1
+    )  # robustness
     assert not any("unbalanced" in line for line in lines)  # was not run
 
     # An arm that is run later joins those of its seed.
@@ -240,6 +242,7 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     results.collect("claims", "seed0", tmp_path / "later.json")
     kept = json.loads((tmp_path / "docs" / "results" / "claims" / "seed0.json").read_text())
     assert list(kept["models"]) == [*top1, "unbalanced"] and kept["commit"].endswith("; later")
+    assert "| unbalanced | 75.00, -, - | 75.00 | - | - | - |" in results.tables().splitlines()
     monkeypatch.delenv("COMMIT")
 
     # The demo's are the README's first table too, with the verdict; the picture is beside the numbers. A seed that
