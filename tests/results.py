@@ -252,7 +252,7 @@ def tables() -> str:
 
 def folded(text: str) -> list[str]:
     """A paragraph in lines of 120 columns and an empty line."""
-    return [*textwrap.wrap(text, 120), ""] if text else []
+    return [*textwrap.wrap(text, 120, break_on_hyphens=False), ""] if text else []
 
 
 def readme(text: str) -> str:
