@@ -6,32 +6,35 @@ The teacher minimizes, over the labelled images x_i and the parameters of f,
 
 RandAugment noises the input, dropout and stochastic depth noise the model (Xie et al., 1911.04252, algorithm 1, step
 1). What is kept is the running average of the weights. `diff 01_train_teacher.py 04_train_student.py` shows what the
-paper adds.
+paper adds. With --ratio the same command trains the student's control: the labels alone, in equal steps.
 
 reads   DATA/train, DATA/val; --init: weights to start from, of this toolkit, torchvision or timm
 writes  OUT/model.pt (hand-off), OUT/last.pt (resume), OUT/metrics.jsonl, OUT/curves.png
 
     python 01_train_teacher.py --data DATA --out runs/teacher --arch efficientnet_b0
     torchrun --nproc-per-node 8 01_train_teacher.py --data DATA --out runs/teacher --arch efficientnet_b7
-    python 01_train_teacher.py --data DATA --init tf_efficientnet_b7_ns.pth --arch tf_efficientnet_b7 --epochs 0
+    python 01_train_teacher.py --init tf_efficientnet_b7_ns.pth --arch tf_efficientnet_b7 --epochs 0 --classes names.txt
 """
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from common import add_device_flags, add_init_flag, add_model_flags, add_noise_flags, add_optimization_flags
-from common import add_run_flags, argument_parser, print0  # the program
+from common import add_model_flags, add_noise_flags, add_optimization_flags, add_run_flags, argument_parser  # program
+from common import at_least, fail, print0
 from common import init_processes  # processes
-from common import normalize  # views
-from common import unreadable_images  # batches
+from common import initial_weights  # weights
+from common import normalize, view_of  # views
+from common import ImageList, labeled_images  # listing
 from common import plan_of  # optimization
-from common import data_inputs, input_digests, labeled_data, previous_run, resume_or_exit  # checkpoints
-from common import check_parts, model_noise, model_of, setup_of  # training
+from common import compare_inputs, previous_run  # checkpoints
+from common import check_parts, model_of, setup_of  # training
 from common import Run  # the training run
 
 
@@ -40,52 +43,92 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; --epochs 0 needs no train/")
     add("--out", type=Path, default=Path("runs/teacher"), help="folder of the results; the same command resumes it")
-    add_init_flag(add)
+    add("--classes", type=Path, help="with --init and --epochs 0: one class a line, the names of the outputs in order")
+    add(
+        "--ratio", type=at_least(0), default=0.0, help="more labelled images a step, in place of a student's unlabelled"
+    )
     add_model_flags(parser)
     add_noise_flags(parser)
     add_optimization_flags(parser)
     add_run_flags(parser)
-    add_device_flags(parser)
     return parser.parse_args()
+
+
+def output_names(args: argparse.Namespace) -> list[str]:
+    """What the outputs of weights are called that do not say it: the lines of --classes, or the folders of DATA."""
+    if args.classes:
+        try:
+            return args.classes.read_text("utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            fail(f"--classes {args.classes}: expected a text file with one class a line ({error})")
+    if not args.data:
+        fail("--classes FILE or --data: one of them must say what the outputs are called")
+    names = labeled_images(args.data, "train" if (args.data / "train").is_dir() else "val")[2]
+    if all(name.isdecimal() for name in names):
+        fail(f"--classes: the folders of {args.data} are numbers, which may stand in another order than the outputs")
+    print0(f"the outputs are called as the folders of {args.data}, in this order: {', '.join(names[:5])} ...")
+    return names
+
+
+def labeled_data(args: argparse.Namespace, initial: dict) -> tuple:
+    """(images and labels of train, images and labels of val, classes). With --epochs 0 train stays empty."""
+    nothing = ImageList.of("", []), np.zeros(0, np.int64)
+    if args.init and (args.epochs == 0 or args.steps == "0"):
+        classes = initial.get("classes") or output_names(args)
+        return nothing, labeled_images(args.data, "val", classes)[:2] if args.data else nothing, classes
+    if not args.data:
+        fail("--data: a data directory with train/<class>/ is needed, but for --init with --epochs 0")
+    *train, classes = labeled_images(args.data, "train")
+    return train, labeled_images(args.data, "val", classes)[:2], classes
+
+
+def default_size(images: ImageList, initial: dict, usual: int) -> int:
+    """The model's size or, where it is smaller, the images' median short side in steps of 32; both in pixels."""
+    if not len(images) or "format" in initial:
+        return usual
+    sides = []
+    for row in np.linspace(0, len(images) - 1, 300).astype(int):
+        with contextlib.suppress(Exception), images.open(row) as file:  # the training counts the unreadable ones
+            sides.append(min(Image.open(file).size))
+    most = usual if initial or torch.cuda.is_available() else min(usual, 64)  # a CPU has not the time for more
+    size = min(most, max(32, int(np.median(sides or [usual])) // 32 * 32))
+    print0(f"--image-size {size}: the median short side is {np.median(sides or [usual]):g} pixels, at most {most}")
+    return size
 
 
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, args.workers, args.out)
-    begun = previous_run(args)
+    processes = init_processes(args.workers)
+    resumed = previous_run(args)
 
-    # What the flags and the weights to start from say about the model and its images.
-    setup = setup_of(args, {})
-    view, recipe = setup.view, setup.recipe
-
-    # A step takes n labelled images.
-    num_labeled = args.batch_size
-    check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
-
-    # Images and labels. With --epochs 0 train/ gives nothing but the names of the classes, and may be missing.
-    (train_images, labels), (val_images, val_labels), classes = labeled_data(args, setup.initial, setup.arch)
-    init_file = None if args.init == "published" else args.init
-    inputs = {init_file: init_file} | (data_inputs(args.data, train_images, val_images) if args.data else {})
-    inputs = input_digests(inputs, processes)
-    resume_or_exit(args, begun, inputs)
-    bad = unreadable_images(train_images, view, args, processes, begun)
-    train_images, labels = train_images.without(bad), np.delete(labels, bad)
+    # Images and labels.
+    initial = initial_weights(args.init, args.arch, args.image_size) if args.init else {}
+    (train_images, labels), (val_images, val_labels), classes = labeled_data(args, initial)
+    inputs = compare_inputs(args, resumed, train=train_images, val=val_images)
     targets = torch.from_numpy(labels)  # int64 (images,)
 
-    # The model, and the books of its training.
-    stage = "teacher"
-    model, arch_options, origin = model_of(stage, setup, classes, args)
-    plan = plan_of(args, recipe.epochs, len(train_images) / num_labeled)
-    header = {"stage": stage, "arch": setup.arch, "arch_options": arch_options, "classes": classes, **view.header}
-    header |= {"data": os.path.abspath(args.data)} if args.data else {}  # the next student's default
-    header |= {"inputs": inputs}
-    run = Run(args, processes, model, header, plan, (val_images, val_labels), num_labeled, bad, begun, setup.noise)
+    # What the flags and the weights to start from say about the model and its images.
+    usual = initial.get("image_size") or view_of(args.arch or "efficientnet_b0").image_size
+    setup = setup_of(args, {}, initial, args.image_size or default_size(train_images, initial, usual))
+    view, recipe = setup.view, setup.recipe
+
+    # A step takes n labelled images, and more in place of the unlabelled ones of a student.
+    num_labeled = args.batch_size + round(args.ratio * args.batch_size)
+    check_parts(num_labeled, f"--batch-size {args.batch_size} --ratio {args.ratio:g}", args, processes)
+
+    # The model, and the books of its training. An epoch takes n images a step, as the student's.
+    model, header, origin = model_of("teacher", setup, labels, classes, args)
+    header["inputs"] = inputs
+    if args.data:
+        header["data"] = os.path.abspath(args.data)  # the next student's default
+    plan = plan_of(args, recipe.epochs, len(train_images))
+    run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",
         f"{num_labeled} a step",
-        f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}, {model_noise(model)}",
+        f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}",
+        origin,
     )
-    print0(f"{origin}; the clean view: {view}")
 
     # Train.
     labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=setup.crop)

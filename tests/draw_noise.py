@@ -30,13 +30,14 @@ def main() -> None:
     batch = torch.from_numpy(view.copy()).permute(2, 0, 1)[None]  # uint8 (1, 3, H, W)
     sign = torch.ones(1, dtype=torch.int64)
     num_rows, num_columns = len(RAND_AUGMENT_OPS), len(MAGNITUDES)
-    _, axes = plt.subplots(num_rows, num_columns, figsize=(num_columns * 1.2, num_rows * 1.3), layout="constrained")
+    _, axes = plt.subplots(num_rows, num_columns, figsize=(num_columns * 1.2, num_rows * 1.3))
     for row, (name, op) in zip(axes, RAND_AUGMENT_OPS.items(), strict=True):
         for axis, magnitude in zip(row, MAGNITUDES, strict=True):
             noised = op(batch, magnitude, sign, torch.Generator().manual_seed(0))
             axis.imshow(noised[0].permute(1, 2, 0))
             axis.set_title(f"{name} {magnitude}", fontsize=7)
             axis.set_axis_off()
+    plt.subplots_adjust(0.02, 0.01, 0.98, 0.98, hspace=0.3)
     plt.savefig(args.out)
 
 
