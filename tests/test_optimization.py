@@ -216,7 +216,8 @@ def test_how_long_a_run_is(capsys):
     capsys.readouterr()
     # 100 passes from scratch, 30 from weights, and at least 1,000 steps, with the arithmetic
     assert plan(steps="auto", num_images=5120).total_steps == 2000
-    assert all(number in capsys.readouterr().out for number in ("5120", "100", "2000"))
+    printed = capsys.readouterr().out
+    assert all(number in printed for number in ("5120", "100", "2000"))
     assert plan(steps="auto", num_images=300).total_steps == 1000
     assert plan(steps="auto", num_images=25600, init="weights.pt").total_steps == 3000
 
