@@ -62,8 +62,10 @@ def parse_args() -> argparse.Namespace:
     add_noise_flags(parser)
     add_optimization_flags(parser)
     add_run_flags(parser)
-    parser.set_defaults(label_smoothing=None)  # 0.1, with --consistency 0
+    parser.set_defaults(label_smoothing=None)
     args = parser.parse_args()
+    if args.label_smoothing is None:
+        args.label_smoothing = 0.0 if args.consistency else 0.1
     if not args.teacher and not args.pseudo_labels:
         fail("--teacher or --pseudo-labels: one of them must say what the unlabelled images show")
     if args.unlabeled_only and not args.pseudo_labels:
@@ -135,12 +137,12 @@ class TeachersLabels:
         self.rows = None  # each image once
         print0(f"labels come from {args.teacher} on the fly, all of them: no confidence filter, no balance")
 
-    def __call__(self, batch: Batch, temperature: float, label_smoothing: float) -> Tensor:
+    def __call__(self, batch: Batch, temperature: float) -> Tensor:
         images = batch.views[0].to(self.device, non_blocking=True)
         with self.amp, torch.no_grad():  # in as many parts as the student's batch, for the memory
             parts = images.tensor_split(self.args.accumulate)
             logits = torch.cat([self.teacher(normalize(part, self.view)) for part in parts]).float()
-        return pseudo_targets(logits, logits.argmax(1), temperature, label_smoothing)
+        return pseudo_targets(logits, logits.argmax(1), temperature, self.args.label_smoothing)
 
 
 class StoredLabels:
@@ -170,20 +172,20 @@ class StoredLabels:
         if not os.path.isdir(images.root):
             fail(f"--unlabeled: say where the images are, they are not where they were ({images.root})")
         self.images, self.classes = images, labels.classes
-        self.label = labels.column("label")
+        self.label, self.label_smoothing = labels.column("label"), args.label_smoothing
         self.temperature = 10.0 if args.consistency else 1.0
         if labels.attrs.get("method") == "top-p":
             self.temperature = 0.0
         self.logits = labels.column("logits") if "logits" in labels.places else None
         self.source = {**labels.attrs, "arch_options": json.loads(labels.attrs.get("arch_options", "{}"))}
 
-    def __call__(self, batch: Batch, temperature: float, label_smoothing: float) -> Tensor:
+    def __call__(self, batch: Batch, temperature: float) -> Tensor:
         rows = self.rows[batch.rows.numpy()]
         logits = np.zeros((len(rows), len(self.classes)))  # hard labels do not need them
         if temperature:
             logits = self.logits[rows]
         labels = torch.from_numpy(self.label[rows].astype(np.int64))
-        return pseudo_targets(torch.from_numpy(logits).float(), labels, temperature, label_smoothing)
+        return pseudo_targets(torch.from_numpy(logits).float(), labels, temperature, self.label_smoothing)
 
 
 def columns_of(classes: list[str], teachers: list[str], data: Path) -> list[int]:
@@ -191,6 +193,18 @@ def columns_of(classes: list[str], teachers: list[str], data: Path) -> list[int]
     if differing := set(classes) ^ set(teachers):
         fail(f"{data}/train and the pseudo-labels differ in these classes: {', '.join(sorted(differing)[:5])}")
     return [teachers.index(name) for name in classes]
+
+
+def sizes_of_step(args: argparse.Namespace, ratio: float, processes: Processes) -> tuple[int, int, float]:
+    """(n, m, w): the labelled and the unlabelled images of a step, and the weight of the loss of the latter."""
+    num_labeled, num_unlabeled, weight = args.batch_size, round(ratio * args.batch_size), ratio
+    if args.unlabeled_only:
+        num_labeled, num_unlabeled, weight = 0, args.batch_size, 1.0
+    if ratio and not num_unlabeled:
+        fail(f"--ratio {ratio:g} of --batch-size {args.batch_size} is no image; --ratio 0 means none")
+    check_parts(num_labeled, f"--batch-size {args.batch_size}", args, processes)
+    check_parts(num_unlabeled, f"--ratio {ratio:g}: {num_unlabeled} unlabelled images a step", args, processes)
+    return num_labeled, num_unlabeled, weight if args.unlabeled_weight is None else args.unlabeled_weight
 
 
 def main() -> None:
@@ -203,9 +217,6 @@ def main() -> None:
     labels_of = StoredLabels(args) if args.pseudo_labels else TeachersLabels(args, processes)
     source = read_checkpoint(args.teacher) if args.teacher else labels_of.source
     temperature = labels_of.temperature if args.temperature is None else args.temperature
-    label_smoothing = args.label_smoothing
-    if label_smoothing is None:
-        label_smoothing = 0.0 if args.consistency else 0.1
     if temperature and args.pseudo_labels and labels_of.logits is None:
         fail(f"--temperature {temperature:g}: {args.pseudo_labels} has no logits: label it with 02 --unlabeled first")
 
@@ -228,19 +239,11 @@ def main() -> None:
     view, recipe = setup.view, setup.recipe
 
     # A step takes n labelled images and m = ratio x n unlabelled ones.
-    num_labeled, num_unlabeled = args.batch_size, round(recipe.ratio * args.batch_size)
-    unlabeled_weight = recipe.ratio if args.unlabeled_weight is None else args.unlabeled_weight
-    if args.unlabeled_only:
-        num_labeled, num_unlabeled = 0, args.batch_size
-        unlabeled_weight = 1 if args.unlabeled_weight is None else args.unlabeled_weight
-    if recipe.ratio and not num_unlabeled:
-        fail(f"--ratio {recipe.ratio:g} of --batch-size {args.batch_size} is no image; --ratio 0 means none")
+    num_labeled, num_unlabeled, unlabeled_weight = sizes_of_step(args, recipe.ratio, processes)
     same_images = bool(args.consistency) and not num_unlabeled  # the labelled images carry both losses
     if same_images:
         pseudo_images = train_images  # of which a step takes none as unlabelled ones
     num_pseudo = len(pseudo_images if labels_of.rows is None else labels_of.rows)
-    check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
-    check_parts(num_unlabeled, f"--ratio {recipe.ratio:g}: {num_unlabeled} unlabelled images a step", args, processes)
 
     # The model, and the books of its training. An epoch is a pass over the labelled images, or over the selected ones.
     model, header, origin = model_of("student", setup, labels, classes, args)
@@ -257,16 +260,14 @@ def main() -> None:
 
     # Train. An unlabelled image is seen twice where a teacher labels on the fly: whole by the teacher, cropped by the
     # student. There the images of val are left out too; of the stored labels stage 02 has left them out.
-    clean = labels_of.view  # None: no such view is made
+    clean, crop = labels_of.view, setup.crop  # no clean view: none is made
     held_out = digests_of(val_images) if clean else frozenset()
-    labeled_views = {"clean": clean if same_images else None, "noised": setup.crop}
-    labeled_batches = run.batches(train_images, num_labeled, "labeled", **labeled_views)
-    views = {"clean": clean, "noised": setup.crop, "held_out": held_out}
-    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", labels_of.rows, **views)
-    loss_of = partial(noisy_student_loss, weight=unlabeled_weight)
-    if args.consistency:
-        loss_of = consistency_loss
-    loss_of = partial(loss_of, label_smoothing=label_smoothing, temperature=temperature or 1.0)
+    of_labeled = {"clean": clean if same_images else None, "noised": crop}
+    of_unlabeled = {"clean": clean, "noised": crop, "held_out": held_out, "repeated": labels_of.rows}
+    labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)
+    unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **of_unlabeled)
+    loss_of = consistency_loss if args.consistency else partial(noisy_student_loss, weight=unlabeled_weight)
+    loss_of = partial(loss_of, label_smoothing=args.label_smoothing, temperature=temperature or 1.0)
     for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):
         # The last view of each image is the student's. Both kinds get the same noise, as one uint8 batch
         # (n + m, 3, H, W), the labelled ones first.
@@ -276,7 +277,7 @@ def main() -> None:
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         # y~, probabilities (m, C), the columns in the order of the student's classes: stored ones, or those of a
         # teacher that sees the clean view. same_images: it labels the labelled images, and they carry both losses.
-        probs = labels_of(batch if same_images else pseudo, temperature, label_smoothing)[:, columns]
+        probs = labels_of(batch if same_images else pseudo, temperature)[:, columns]
         probs = probs.to(processes.device, non_blocking=True)
         # Gradient accumulation: both kinds are cut into --accumulate parts, which need less memory.
         tensors = target, images[: len(target)], images[len(target) :], probs

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import COUNT, add_optimization_flags, add_run_flags, argument_parser, fail, print0, text_like  # program
+from common import COUNT, add_optimization_flags, add_run_flags, argument_parser, at_least, fail, print0  # program
 from common import init_processes  # processes
 from common import EfficientNet, MBConv  # models
 from common import View, normalize  # views
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     blocks = (
         "the stem and the first N blocks stay; all: the last linear layer alone trains, as in FixRes and for ResNets"
     )
-    add("--frozen-blocks", type=text_like(r"all|\d+"), default="0", help=blocks)
+    add("--frozen-blocks", type=at_least(0, int, words=("all",)), default=0, help=blocks)
     add("--bn-momentum", type=float, default=0.1, help="of running statistics; 0.01 is the official one for long runs")
     add_optimization_flags(parser, from_scratch=False)
     add_run_flags(parser, evaluates=False)
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def freeze(model: torch.nn.Module, frozen_blocks: str) -> None:
+def freeze(model: torch.nn.Module, frozen_blocks: int | str) -> None:
     """Freeze the shallow layers, which then stay in inference mode while the others are in training mode.
 
     N: the blocks after the first N train, and all behind them, batch norms included (official
@@ -65,9 +65,9 @@ def freeze(model: torch.nn.Module, frozen_blocks: str) -> None:
     model.requires_grad_(False).eval()
     if isinstance(model, EfficientNet) and frozen_blocks != "all":
         blocks = [module for module in model.modules() if isinstance(module, MBConv)]
-        if int(frozen_blocks) > len(blocks):
+        if frozen_blocks > len(blocks):
             fail(f"--frozen-blocks {frozen_blocks}: the model has {len(blocks)} blocks")
-        trained = [*blocks[int(frozen_blocks) :], model.features[-1], model.classifier]
+        trained = [*blocks[frozen_blocks:], model.features[-1], model.classifier]
     else:
         modules = list(model.modules())
         trained = [module for module in modules if isinstance(module, torch.nn.Linear)][-1:]

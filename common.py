@@ -1,12 +1,11 @@
 """What the stages share: everything that would be a silent bug if two of them did it differently.
 
-The rooms, in the order of the file. Each can be lifted out alone; a stage's imports say which it needs.
+The rooms, in the order of the file; a stage's imports say which of them it needs.
 
 the program       flags that stages share, @FILE, `fail` (a user's mistake: status 2), atomic writes
 processes         this process among those of torchrun, sums over all, signals, seeds, progress bars
-layers, models    EfficientNet, its sizes and official recipes, torchvision's models, folded batch norms
-weights           state_dicts of this toolkit, torchvision and timm by name; published ones; --init
-models of timm    built by timm's names, and how their images must look
+models            EfficientNet, its sizes and official recipes, torchvision's and timm's models, folded batch norms
+weights           state_dicts of this toolkit, torchvision and timm; published weights; what --init starts from
 noise             RandAugment on whole uint8 batches, and the official noise of small images
 views             decoding a file, the clean (evaluation) view, the random training crop, normalizing
 listing           images in folders and .tar shards, labels from folder names, held-out images
@@ -30,12 +29,10 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import tarfile
 import time
-import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,7 +45,6 @@ from typing import BinaryIO, NamedTuple, NoReturn
 
 import h5py
 import numpy as np
-import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,9 +52,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the program: command line, shared flags, mistakes, files written whole
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------ the program ------------------------------------------------
 
 
 def is_rank0() -> bool:
@@ -66,14 +60,14 @@ def is_rank0() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def print0(*words, sep: str = " ") -> None:
+def print0(*words) -> None:
     """Print from rank 0 alone, at once: the output may be a file that somebody watches."""
     if is_rank0():
-        print(*words, sep=sep, flush=True)
+        print(*words, flush=True)
 
 
 def fail(message: str, from_any: bool = False) -> NoReturn:
-    """End with the user's mistake: one line on stderr, status 2. `from_any`: others may not meet it."""
+    """End with the user's mistake: one line on stderr, status 2. `from_any`: other processes may not meet it."""
     if from_any or is_rank0():
         print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -86,7 +80,7 @@ class OneLineParser(argparse.ArgumentParser):
         fail(f"{self.prog}: {message} (see --help)")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        return line.partition("#")[0].split()
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -99,10 +93,12 @@ def argument_parser(description: str) -> OneLineParser:
     return OneLineParser(description=description, formatter_class=HelpFormatter, **options)
 
 
-def at_least(low: float, kind: type = float, high: float = math.inf) -> Callable:
-    """An argparse type: a finite number of this kind, from `low` to `high`."""
+def at_least(low: float, kind: type = float, high: float = math.inf, words: tuple = ()) -> Callable:
+    """An argparse type: a finite number of this kind from `low` to `high`, or one of the words."""
 
     def parse(text: str):
+        if text in words:
+            return text
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
@@ -140,10 +136,6 @@ def path_or_published(text: str) -> Path | str:
     return text if text == "published" else Path(text)
 
 
-def decay_or_swa(text: str) -> float | str:
-    return text if text == "swa" else RATE(text)
-
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--init", type=path_or_published, help="weights to start from: a file, or `published` ones of --arch")
@@ -172,16 +164,17 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     add("--accumulate", type=COUNT, default=1, help="parts a step: less memory; batch norm sees one part")
     length = "None: 700 to B4, 350 above (official), --init 30" if from_scratch else "None: 1.5 or 200 steps"
     add("--epochs", type=at_least(0), action=Length, help=f"passes over the labelled images; {length}")
-    add("--steps", type=text_like(r"auto|\d+"), action=Length, help="in place of --epochs; auto: 100 epochs, >= 1000")
-    add("--optimizer", choices=["rmsprop", "sgd", "adamw"], default="rmsprop", help="rmsprop: TensorFlow's (paper)")
-    add("--lr", type=at_least(0), help="peak rate; None: the official one for each 256 of the batch; one from --init")
-    schedules = r"staircase|cosine|constant|plateau|[1-9]\d*:[\d.]+"
-    add(
-        "--schedule", type=text_like(schedules), help="staircase (paper), cosine, constant, plateau, N:FACTOR (N drops)"
-    )
+    steps = at_least(0, int, words=("auto",))
+    add("--steps", type=steps, action=Length, help="in place of --epochs; auto: 100 epochs, at least 1,000 steps")
+    optimizers = ["rmsprop", "sgd", "adamw"]
+    add("--optimizer", choices=optimizers, default="rmsprop", help="rmsprop: TensorFlow's (paper)")
+    add("--lr", type=at_least(0), help="peak rate; None: the official one for each 256 of the batch; --init: one")
+    schedule = text_like(r"staircase|cosine|constant|plateau|[1-9]\d*:[\d.]+")
+    add("--schedule", type=schedule, help="staircase (paper), cosine, constant, plateau, N:FACTOR (N equal drops)")
     if from_scratch:
         add("--warmup-epochs", type=at_least(0), default=5.0, help="linear warm-up; at most a fifth of the run")
-        add("--average", type=decay_or_swa, default=0.9999, help="decay of the averaged weights, or swa: equal mean")
+        average = at_least(0, high=1, words=("swa",))
+        add("--average", type=average, default=0.9999, help="decay of the averaged weights, or swa: equal mean")
         add("--classifier-lr", type=at_least(0), default=1.0, help="the classifier's share of the rate")
     add("--weight-decay", type=at_least(0), help="not of norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
     add("--label-smoothing", type=RATE, default=0.1, help="of hard labels; None: 0.1, 04 --consistency 0")
@@ -194,7 +187,8 @@ def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> No
         add("--eval-every", type=at_least(0), help="epochs between evaluations; None: 1, or 250 steps")
         add("--patience", type=COUNT, help="end after this many evaluations that are no better; None: never")
     add("--save-every", type=COUNT, default=1000, help="steps between saving last.pt: what a crash can cost")
-    add("--seed", type=text_like(r"\d+(:.+)?"), default="0", help="of weights, order, crops and noise: N, or N:NAME")
+    seed = text_like(r"\d+(:.+)?")
+    add("--seed", type=seed, default="0", help="of weights, order, crops and noise: N, or N:NAME for others")
     add("--compile", action="store_true", help="torch.compile the model: a minute at the start, faster steps")
     add_device_flags(parser)
 
@@ -215,7 +209,7 @@ def flags_of(args: argparse.Namespace) -> dict:
 def write_atomically(path: str | Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; at the end sync and rename it, after an error remove it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # process ids may be equal
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")  # process ids may be equal
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -234,16 +228,14 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# processes: this process's place among those of torchrun, sums over all of them, signals, seeds, progress
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- processes -------------------------------------------------
 
 
 def seed_words(seed: int | str, stream: str, *numbers: int) -> list[int]:
     """The seed of a random generator. Each stream has a word of its own: streams share no numbers.
 
-    All randomness is a function of these words, never of what ran before: that is what makes a
-    resumed run equal an uninterrupted one. The name in a seed N:NAME is part of the stream.
+    All randomness is a function of these words, never of what ran before: that is what makes a resumed run equal an
+    uninterrupted one. The name in a seed N:NAME is part of the stream.
     """
     num, _, name = str(seed).partition(":")
     return [int(num), zlib.crc32(f"{name} {stream}".strip().encode()), *numbers]
@@ -269,10 +261,7 @@ class Processes(NamedTuple):
 
 
 def init_processes(workers: int | None = None, connect: bool = True) -> Processes:
-    """Find this process's device and place; without torchrun it is alone.
-
-    `connect`: the processes will exchange tensors.
-    """
+    """Find this process's device and place; without torchrun it is alone. `connect`: they will exchange tensors."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world_size, local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     device = torch.device("cpu")
@@ -287,7 +276,7 @@ def init_processes(workers: int | None = None, connect: bool = True) -> Processe
     if world_size > 1 and connect:
         # gloo beside nccl carries the stop flag without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may list files for long
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # a process may list files for long
         atexit.register(dist.destroy_process_group)
     return Processes(device, rank, world_size, workers)
 
@@ -299,8 +288,7 @@ def reduce_sum(tensor: Tensor, processes: Processes) -> Tensor:
     return tensor
 
 
-# Kept: gloo's thread may let go of it last, and would abort after Python's end.
-BUFFER = torch.zeros(8, dtype=torch.float64)
+BUFFER = torch.zeros(8, dtype=torch.float64)  # kept: gloo's thread may let go of it after Python's end, and abort
 
 
 def sum_of(processes: Processes, *numbers: float) -> list[float]:
@@ -331,9 +319,7 @@ def progress(iterable: Iterable, name: str, total: int, processes: Processes, st
     return iterable
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# layers: of an EfficientNet
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------- models --------------------------------------------------
 
 
 class SamePadConv2d(nn.Conv2d):
@@ -369,11 +355,6 @@ class SqueezeExcitation(nn.Module):
         return x * torch.sigmoid(self.fc2(F.silu(self.fc1(mean))))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# models: EfficientNet-B0 to B7 and L0 to L2 (Noisy Student, table 7 of v1), with torchvision's parameter names
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class Recipe(NamedTuple):
     """How the official script trains a model (local_scripts/imagenet/train.sh:37-76)."""
 
@@ -392,8 +373,8 @@ MODELS = {  # width, depth, training resolution in pixels, final dropout, and th
     "efficientnet_b5": (1.6, 2.2, 456, 0.4, 350, 2, 18, 3),
     "efficientnet_b6": (1.8, 2.6, 528, 0.5, 350, 2, 24, 3),
     "efficientnet_b7": (2.0, 3.1, 600, 0.5, 350, 2, 27, 3),
-    "efficientnet_l0": (2.8, 3.7, 380, 0.5, 350, 2, 27, 3),  # published for L2 only: dropout and
-    "efficientnet_l1": (3.9, 3.7, 380, 0.5, 350, 2, 27, 3),  # recipe of L0 and L1 are B7's
+    "efficientnet_l0": (2.8, 3.7, 380, 0.5, 350, 2, 27, 3),  # dropout and recipe of L0, L1: B7's,
+    "efficientnet_l1": (3.9, 3.7, 380, 0.5, 350, 2, 27, 3),  # for they were published for L2 only
     "efficientnet_l2": (4.3, 5.3, 475, 0.5, 350, 2, 27, 14),  # ratio: the paper's
 }
 EFFICIENTNETS = {name: row[:4] for name, row in MODELS.items()}
@@ -410,8 +391,7 @@ def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
         recipe = recipe._replace(epochs=EPOCHS_FROM_WEIGHTS)
     asks_for_ops = flags["num_ops"] is not None or flags["magnitude"] is not None
     if recipe.num_ops == 0 and asks_for_ops:
-        # B0 and B1 have none. The flag that is missing gets a usual value: with 0 ops a magnitude
-        # would change nothing, and magnitude 0 would be violent (5 is what changes nothing).
+        # B0 and B1 have none: the other flag gets a usual value (magnitude 0 would be violent; 5 changes nothing).
         recipe = recipe._replace(num_ops=OTHER_RECIPE.num_ops, magnitude=OTHER_RECIPE.magnitude)
     return recipe._replace(**{name: value for name, value in flags.items() if value is not None})
 
@@ -469,12 +449,11 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """EfficientNet (Tan & Le 2019) as the official Noisy Student code builds it: images to logits.
+    """EfficientNet (Tan & Le 2019) as the official Noisy Student code builds it: (N, 3, H, W) -> logits (N, classes).
 
-    `small_images`: the official variant for 32 pixels, whose stages 2 and 3 keep their resolution.
-    `drop_path`: block i of n is dropped with probability drop_path * i / n (0.2 is the paper's
-    survival 0.8). `zero_init_residual`: blocks with a skip start as the identity (1706.02677), for
-    short runs; not the paper's.
+    `small_images`: the official variant for 32 pixels, whose stages 2 and 3 keep their resolution. `drop_path`: block i
+    of n is dropped with probability drop_path * i / n (0.2 is the paper's survival 0.8). `zero_init_residual`: blocks
+    with a skip start as the identity (1706.02677), for short runs; not the paper's.
     """
 
     def __init__(
@@ -504,8 +483,8 @@ class EfficientNet(nn.Module):
     def init_weights(self, tf: bool, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # TensorFlow counts the fan-out of one group (official efficientnet_model.py:74-98),
-                # torchvision that of all groups: smaller depthwise weights, which AdamW moves sooner.
+                # TensorFlow counts the fan-out of one group (official efficientnet_model.py:74-98), torchvision that
+                # of all groups: smaller depthwise weights, which AdamW moves sooner.
                 fan_out = module.kernel_size[0] ** 2 * module.out_channels
                 fan_out = fan_out // module.groups if tf else fan_out
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
@@ -513,8 +492,8 @@ class EfficientNet(nn.Module):
                     nn.init.zeros_(module.bias)
             if zero_init_residual and isinstance(module, MBConv) and module.has_skip:
                 nn.init.zeros_(module.block[-1][1].weight)  # the last batch norm's
-        # Official: U(+-1/sqrt(classes)), 0.03 for ImageNet. For 10 classes it would be 0.3 and nearly
-        # every image confident from the first step on, so never more than ImageNet's. (Deviation.)
+        # Official: U(+-1/sqrt(classes)), 0.03 for ImageNet. For 10 classes it would be 0.3 and nearly every image
+        # confident from the first step on, so never more than ImageNet's. (Deviation.)
         linear = self.classifier[1]
         bound = 1 / math.sqrt(max(linear.out_features, 1000))
         nn.init.uniform_(linear.weight, -bound, bound)
@@ -527,10 +506,9 @@ class EfficientNet(nn.Module):
 def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module:
     """Build a model by name, with fresh weights; ValueError for an unknown name or option.
 
-    `efficientnet_b0` ... `_l2`: torchvision's numbers; `tf_efficientnet_...`: TensorFlow's padding
-    and batch-norm eps; `timm/NAME`: timm's; `resnext101_32xNd`: any N; others: torchvision's
-    `get_model`. Options (None: the model's own): `small_images`, `dropout`, `drop_path`,
-    `zero_init_residual`, and timm's `img_size`.
+    `efficientnet_b0` ... `_l2`: torchvision's numbers; `tf_efficientnet_...`: TensorFlow's padding and batch-norm eps;
+    `timm/NAME`: timm's; `resnext101_32xNd`: any N; others: torchvision's `get_model`. Options (None: the model's own):
+    `small_images`, `dropout`, `drop_path`, `zero_init_residual`, and timm's `img_size`.
     """
     options = {name: value for name, value in arch_options.items() if value is not None}
     name = arch.removeprefix("tf_")
@@ -571,9 +549,7 @@ def fuse_batch_norms(model: nn.Module) -> None:
                 setattr(module, next_name, nn.Identity())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# weights: loading by name, of this toolkit, torchvision and timm
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- weights --------------------------------------------------
 
 # timm's layers of an EfficientNet by our (torchvision's) names; the blocks of the first stage do not expand.
 TIMM_TOP = {
@@ -630,8 +606,8 @@ def head_names(model: nn.Module) -> list[str]:
 def load_weights(model: nn.Module, weights: dict, new_head: bool = False) -> None:
     """Load a state_dict of this toolkit, torchvision or timm; a model on the meta device gets memory.
 
-    ValueError names what is missing, extra or of another shape. `new_head`: the last layer starts at
-    zero. Random weights would stay as noise wherever few training images touch them.
+    ValueError names what is missing, extra or of another shape. `new_head`: the last layer starts at zero. Random
+    weights would stay as noise wherever few training images touch them.
     """
     own = model.state_dict()
     weights = own_names(weights, own)
@@ -674,14 +650,14 @@ def published_weights(arch: str, image_size: int | None) -> dict:
             model = models.get_model(arch, weights="DEFAULT")
     except (OSError, RuntimeError, ValueError) as error:  # no such model, no network
         fail(f"--init published: cannot get the weights of {arch} ({str(error)[:150]})")
-    return {"arch": arch, "model": model.state_dict(), **view.header}
+    return {"arch": arch, "model": model.state_dict(), **view._asdict()}
 
 
 def view_of_file(path: Path, arch: str) -> "View":
     """How images must look for a file of foreign weights, as far as its name says.
 
-    A file that torchvision does not know is taken for the first that it published of that model,
-    which is right for the semi-supervised ResNets (1905.00546).
+    A file that torchvision does not know is taken for the first that it published of that model, which is right for the
+    semi-supervised ResNets (1905.00546).
     """
     from torchvision import models
 
@@ -712,7 +688,7 @@ def initial_weights(init: str | Path, arch: str | None, image_size: int | None) 
         fail(f"--init {init}: --arch must say of which model these weights are")
     if init == "published":
         return published_weights(arch, image_size)
-    return {"arch": arch, "model": source, **view_of_file(Path(init), arch).header}
+    return {"arch": arch, "model": source, **view_of_file(Path(init), arch)._asdict()}
 
 
 def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str]) -> str:
@@ -729,11 +705,6 @@ def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str
     except ValueError as error:
         fail(f"--init {args.init} does not fit --arch {args.arch or source['arch']}: {error}")
     return f"from {args.init}" if same_classes else f"from {args.init} with a new classifier: other classes"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# models of timm, built by its names, and what it says of how images must look
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def import_timm():
@@ -777,9 +748,8 @@ def timm_view(config) -> "View":
     return View(config.input_size[-1], config.crop_pct, config.interpolation, mean, std, crop_mode)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# noise: RandAugment (Cubuk et al., 1909.13719) as the official Noisy Student code runs it, on whole batches
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------- noise ---------------------------------------------------
+# RandAugment (Cubuk et al., 1909.13719) as the official Noisy Student code runs it, on whole batches.
 # Magnitudes are on a scale of 10 without a cap: the paper's 27 is 2.7 times each op's range (rotate
 # by 81 degrees). torchvision's 27 is on a scale of 30 (27 degrees), timm clamps it to 10.
 # An op maps uint8 (N, 3, H, W) to the same; `sign` (N,) is +1 or -1. Draws come from `generator` on the
@@ -969,10 +939,10 @@ RAND_AUGMENT_OPS = {
 def rand_augment(images: Tensor, num_ops=2, magnitude=27, generator=None, resolution=None) -> Tensor:
     """Apply `num_ops` ops, drawn for each image with replacement, to uint8 (N, 3, H, W), not in place.
 
-    `generator`: a CPU generator (None: torch's own). `resolution`: the side in pixels for which the
-    official sizes of translation and cutout are meant, a model's own (B0 224 ... B7 600). Images
-    between 64 pixels and it get them in proportion: B7's 270 pixels would empty most images of 224.
-    Source: official randaugment.py:530-554 (the op's probability there is never used).
+    `generator`: a CPU generator (None: torch's own). `resolution`: the side in pixels for which the official sizes of
+    translation and cutout are meant, a model's own (B0 224 ... B7 600). Images between 64 pixels and it get them in
+    proportion: B7's 270 pixels would empty most images of 224. Source: official randaugment.py:530-554 (the op's
+    probability there is never used).
     """
     images = images.clone(memory_format=torch.contiguous_format)
     ops = torch.randint(len(RAND_AUGMENT_OPS), (num_ops, len(images)), generator=generator)
@@ -996,8 +966,8 @@ def rand_augment(images: Tensor, num_ops=2, magnitude=27, generator=None, resolu
 def small_image_noise(images: Tensor, hflip: bool, generator: torch.Generator | None = None) -> Tensor:
     """What the official code does to images of 32 pixels, after RandAugment (preprocessing.py:189-224).
 
-    A grey square of half the side; a shift by up to an eighth of it, reflected at the edge; half of
-    the images mirrored, if `hflip`. uint8 (N, 3, H, W) -> the same.
+    A grey square of half the side; a shift by up to an eighth of it, reflected at the edge; half of the images
+    mirrored, if `hflip`. uint8 (N, 3, H, W) -> the same.
     """
     num, _, height, width = images.shape
     size = min(height, width)
@@ -1020,9 +990,7 @@ def add_noise(images, generator, recipe: Recipe, resolution, small_images, hflip
     return small_image_noise(images, hflip, generator) if small_images else images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# views: decoding an image file, the clean (evaluation) view, the random training crop, normalizing
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------- views ---------------------------------------------------
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of values in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -1034,9 +1002,9 @@ if features.check("avif"):
 def load_image(file: str | Path | BinaryIO, enough: int = 0) -> Image.Image:
     """Read an image as RGB, as a person would see it.
 
-    EXIF rotation is applied, 16-bit grey scaled, alpha laid over grey 128. `enough`: an upright JPEG
-    may be decoded at 1/2, 1/4 or 1/8 of its size while its short side keeps that many pixels, which is
-    faster. Raises whatever the decoder raises, and above 89 million pixels.
+    EXIF rotation is applied, 16-bit grey scaled, alpha laid over grey 128. `enough`: an upright JPEG may be decoded at
+    1/2, 1/4 or 1/8 of its size while its short side keeps that many pixels, which is faster. Raises whatever the
+    decoder raises, and above 89 million pixels.
     """
     # EXIF data is often bad, and Pillow warns of it.
     with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
@@ -1070,8 +1038,8 @@ def default_crop_fraction(image_size: int) -> float:
 class View(NamedTuple):
     """How a model sees an image when it labels or is tested; every checkpoint has these fields.
 
-    center: the middle square of side crop_fraction x short side, resized to image_size. squash: all of
-    the image, whatever its shape, resized to image_size / crop_fraction, and of that the middle.
+    center: the middle square of side crop_fraction x short side, resized to image_size. squash: all of the image,
+    whatever its shape, resized to image_size / crop_fraction, and of that the middle.
     """
 
     image_size: int  # pixels
@@ -1148,8 +1116,8 @@ def eval_view(image: Image.Image, view: View) -> np.ndarray:
 def random_view(image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.ndarray:
     """Inception crop: `min_area` to all of the area, aspect 3/4 to 4/3, bicubic, perhaps mirrored.
 
-    Official preprocessing.py:81-102 tries 10 times and then takes the clean view. Areas and
-    log-aspects are uniform, as in torchvision; TensorFlow draws heights uniformly (deviation).
+    Official preprocessing.py:81-102 tries 10 times and then takes the clean view. Areas and log-aspects are uniform, as
+    in torchvision; TensorFlow draws heights uniformly (deviation).
     """
     size, clean = crop.image_size, View.default(crop.image_size, crop.crop_mode)
     if crop.min_area is None:
@@ -1176,9 +1144,7 @@ def normalize(images: Tensor, view: View) -> Tensor:
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# listing: images in folders and .tar shards, labels from folder names, held-out images
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- listing --------------------------------------------------
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 if "AVIF" in FORMATS:
@@ -1290,8 +1256,8 @@ def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def judged_half(images: ImageList) -> np.ndarray:
     """Which images of val are kept for judging, bool (N,), by the hash of the path below val.
 
-    One chooses on the others: what a run chooses on an image (a threshold) is no measurement of it any
-    more. Another hash than that of `is_held_out`, so that the held-out tenth is halved too.
+    One chooses on the others: what a run chooses on an image (a threshold) is no measurement of it any more. Another
+    hash than that of `is_held_out`, so that the held-out tenth is halved too.
     """
     return np.array([digest_of_bytes(path)[0] % 2 == 1 for path in images.path.tolist()], dtype=bool)
 
@@ -1299,8 +1265,8 @@ def judged_half(images: ImageList) -> np.ndarray:
 def images_by_class(folder: str | Path, classes: list[str] | None = None):
     """(ImageList, labels int64 (N,), classes) of `folder`/<class>/; images beside the folders are left out.
 
-    `classes`: the known names in the order of their labels; None: the sorted names of the folders.
-    ValueError where there are no class folders, or one has an unknown name.
+    `classes`: the known names in the order of their labels; None: the sorted names of the folders. ValueError where
+    there are no class folders, or one has an unknown name.
     """
     entries = os.scandir(folder) if os.path.isdir(folder) else ()
     names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -1345,8 +1311,8 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
 def unlabeled_images(path: str | Path, data: str | Path | None = None) -> ImageList:
     """The images of a folder, a .tar shard, a label file or a single image file.
 
-    Of a train/ whose val set is held out only those that train; as DATA/val those that are held out.
-    `data`: the data directory, whose train/ and val/ must not lie below `path`.
+    Of a train/ whose val set is held out only those that train; as DATA/val those that are held out. `data`: the data
+    directory, whose train/ and val/ must not lie below `path`.
     """
     path = Path(os.path.abspath(path))
     if path.suffix == ".h5":
@@ -1369,9 +1335,7 @@ def unlabeled_images(path: str | Path, data: str | Path | None = None) -> ImageL
     return images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# batches: views as a dataset, the order of the images, loaders
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- batches --------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -1398,11 +1362,11 @@ def digests_of(images: ImageList) -> frozenset[bytes]:
 class ImageDataset(torch.utils.data.Dataset):
     """Views of images as uint8. An item is (row, views, error): a list of (H, W, 3) arrays, or why not.
 
-    `clean` and `noised`: each that is given makes one view, in this order. The key of an item is `row`
-    or `(epoch, row)`: the random view is a function of (seed, stream, epoch, row) alone, so workers,
-    processes and interruptions do not change it. `repeated` (M,): the images in place of which
-    `images` count, row i being images[repeated[i]]. `held_out`: the digests of val, whose images have
-    neither views nor an error. A bad image never stops a run, and no other takes its place.
+    `clean` and `noised`: each that is given makes one view, in this order. The key of an item is `row` or `(epoch,
+    row)`: the random view is a function of (seed, stream, epoch, row) alone, so workers, processes and interruptions do
+    not change it. `repeated` (M,): the images in place of which `images` count, row i being images[repeated[i]].
+    `held_out`: the digests of val, whose images have neither views nor an error. A bad image never stops a run, and no
+    other takes its place.
     """
 
     def __init__(
@@ -1479,8 +1443,7 @@ def grid_keys(num: int, batch_size: int, processes: Processes) -> Iterator[list]
 def rows_per_batch(image_size: int, device: torch.device) -> int:
     """How many images a model takes at a time without gradients: a function of size and device alone.
 
-    CPUs are fastest while a batch's activations fit the cache (512 images of 32 px, 8 of 224). GPUs
-    take 64 times that.
+    CPUs are fastest while a batch's activations fit the cache (512 images of 32 px, 8 of 224). GPUs take 64 times that.
     """
     fits = 512 * 32**2 / image_size**2 * (64 if device.type == "cuda" else 1)
     return int(min(max(2 ** int(np.log2(max(fits, 1))), 1), 1024))
@@ -1507,9 +1470,7 @@ def load_batches(dataset: ImageDataset, keys: Iterable[list], processes: Process
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# label files: what 02 and 03 write, one row an image: where it is, the teacher's logits, the label
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- label files ------------------------------------------------
 
 LABELS_FORMAT = "noisy-student-labels-2"
 TODO, DONE, UNREADABLE, HELD_OUT = 0, 1, 2, 3  # status of a row; HELD_OUT: an image of val
@@ -1598,10 +1559,9 @@ def check_label_rows(labels: LabelFile) -> None:
 def new_label_file(path: Path, num: int, path_width: int, classes: list, columns: Iterable[str], **attrs):
     """Give an h5py.File with these columns of `num` rows, unfilled; at the end it is renamed to `path`.
 
-    `path_width`: bytes of the longest path. class_counts, val_logits and val_label, arrays among
-    `attrs`, are written. Every dataset is contiguous and has its place from the start (sparse on disk),
-    so that any number of processes can fill it with os.pwrite: the HDF5 structure does not change, and
-    the file opens at any time, after kill -9 too.
+    `path_width`: bytes of the longest path. class_counts, val_logits and val_label, arrays among `attrs`, are written.
+    Every dataset is contiguous and has its place from the start (sparse on disk), so that any number of processes can
+    fill it with os.pwrite: the HDF5 structure does not change, and the file opens at any time, after kill -9 too.
     """
     arrays = {name: attrs.pop(name) for name in LABEL_COLUMNS if name in attrs}
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # h5py's own calls cannot ask for these
@@ -1628,9 +1588,7 @@ def new_label_file(path: Path, num: int, path_width: int, classes: list, columns
         yield file
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# optimization: the plan of a run and its learning rate, TensorFlow's RMSprop, the averaged weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- optimization -----------------------------------------------
 
 
 class Plan(NamedTuple):
@@ -1641,11 +1599,6 @@ class Plan(NamedTuple):
     peak: float  # learning rate
     schedule: str
     warmup_steps: float = 0
-
-    def ends_a_period(self, step: int, every: float | None) -> bool:
-        """Whether `every` epochs end with this step. None: one, or 250 steps where it is shorter."""
-        steps = max(self.steps_per_epoch, 250) if every is None else every * self.steps_per_epoch
-        return steps > 0 and step // steps > (step - 1) // steps
 
 
 # optimizer: peak rate from scratch for each 256 images of a batch; peak rate from weights, whatever the
@@ -1669,7 +1622,7 @@ def plan_of(args, epochs: float, num_images: int, peak: float | None = None) -> 
         product = f"{num_images} images x {passes} passes = {passes * steps_per_epoch:.0f} steps"
         print0(f"--steps auto: {product} of {args.batch_size}, at least 1,000: {steps}")
     elif args.steps is not None:
-        steps = int(args.steps)
+        steps = args.steps
     else:
         epochs = epochs if args.epochs is None else args.epochs
         steps = round(epochs * steps_per_epoch)
@@ -1688,9 +1641,9 @@ def plan_of(args, epochs: float, num_images: int, peak: float | None = None) -> 
 def learning_rate(step: int, plan: Plan) -> float:
     """The learning rate of a step: linear warm-up from 0, then the schedule.
 
-    staircase: x 0.97 every 2.4 epochs of 350, every 4.8 of 700: one rule, 2.4 / 350 of the run. Its
-    clock starts at step 0, not after the warm-up (official utils.py:39-74, main.py:569-584). N:FACTOR
-    divides the run evenly. What `plateau` takes off depends on the evaluations: `plateau_factor`.
+    staircase: x 0.97 every 2.4 epochs of 350, every 4.8 of 700: one rule, 2.4 / 350 of the run. Its clock starts at
+    step 0, not after the warm-up (official utils.py:39-74, main.py:569-584). N:FACTOR divides the run evenly. What
+    `plateau` takes off depends on the evaluations: `plateau_factor`.
     """
     if step < plan.warmup_steps:
         return plan.peak * step / plan.warmup_steps
@@ -1712,8 +1665,7 @@ PLATEAU = {"teacher": 0.1, "student": 0.5}
 def plateau_factor(values: list[float], factor: float, patience: int = 3, min_delta: float = 1e-4):
     """What Keras' ReduceLROnPlateau makes of the rate after evaluations with these values, low is good.
 
-    After `patience` evaluations in a row that are not better by more than `min_delta` it is multiplied
-    by `factor`.
+    After `patience` evaluations in a row that are not better by more than `min_delta` it is multiplied by `factor`.
     """
     best, waited, product = math.inf, 0, 1.0
     for value in values:
@@ -1728,8 +1680,8 @@ def plateau_factor(values: list[float], factor: float, patience: int = 3, min_de
 class RMSpropTF(torch.optim.Optimizer):
     """TensorFlow's RMSProp, the paper's (official utils.py:77-97).
 
-    torch.optim.RMSprop differs in three things: here epsilon is inside the root, the mean square starts
-    at 1, and the rate is inside the momentum. Weight decay is coupled: it is part of the gradient.
+    torch.optim.RMSprop differs in three things: here epsilon is inside the root, the mean square starts at 1, and the
+    rate is inside the momentum. Weight decay is coupled: it is part of the gradient.
     """
 
     def __init__(self, params, lr: float, decay=0.9, momentum=0.9, eps=1e-3, weight_decay=0.0):
@@ -1761,11 +1713,10 @@ class RMSpropTF(torch.optim.Optimizer):
 def make_optimizer(name: str, model: nn.Module, weight_decay: float | None, classifier_lr: float = 1.0):
     """`rmsprop` (the paper's), `sgd` (Nesterov 0.9) or `adamw`; the loop sets the rate of every step.
 
-    Weight decay (None: that of RATES) spares the norms and nothing else, as the official code
-    (main.py:552-555); AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate, kept in
-    its group as `share`. AdamW moves every weight by about the rate, so a classifier of 1,280 inputs
-    moves its logits by 1,280 times that, and they follow the last batch; a share that falls with the
-    inputs prevents it (muP, 2203.03466, table 3).
+    Weight decay (None: that of RATES) spares the norms and nothing else, as the official code (main.py:552-555);
+    AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate, kept in its group as `share`. AdamW moves
+    every weight by about the rate, so a classifier of 1,280 inputs moves its logits by 1,280 times that, and they
+    follow the last batch; a share that falls with the inputs prevents it (muP, 2203.03466, table 3).
     """
     weight_decay = RATES[name][2] if weight_decay is None else weight_decay
     norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm))]
@@ -1812,9 +1763,7 @@ def update_swa(swa_model: nn.Module, model: nn.Module, step: int, total_steps: i
         torch._foreach_lerp_(list(swa_model.parameters()), list(model.parameters()), rate)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints: model.pt (hand-off) and last.pt (resume), whole or not there at all; metrics.jsonl
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- checkpoints ------------------------------------------------
 
 CHECKPOINT_FORMAT = "noisy-student-checkpoint-2"
 OLD_FORMAT = "noisy-student-checkpoint-1"  # is read
@@ -1998,9 +1947,7 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may leave half a line
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# training: a model as the flags want it, precision, DDP, the parts of a batch, evaluation
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- training -------------------------------------------------
 
 
 class Setup(NamedTuple):
@@ -2105,22 +2052,6 @@ def parallel(model: nn.Module, processes: Processes, compile_it: bool) -> nn.Mod
     return nn.parallel.DistributedDataParallel(convert(model), device_ids=[processes.device])
 
 
-def micro_batches(ddp_model: nn.Module, number: int, *tensors: Tensor):
-    """Cut a batch in `number` parts; gradients are exchanged once, in the backward pass of the last."""
-    parts = zip(*(tensor.tensor_split(number) for tensor in tensors), strict=True)
-    for index, part in enumerate(parts, 1):
-        waits = index < number and isinstance(ddp_model, nn.parallel.DistributedDataParallel)
-        with ddp_model.no_sync() if waits else contextlib.nullcontext():
-            yield part
-
-
-def step_generator(seed: int | str, stage: str, step: int, rank: int) -> torch.Generator:
-    """Seed torch (dropout, stochastic depth) for a step; a CPU generator for its augmentation."""
-    word = seed_word(seed, f"{stage} noise", step, rank)
-    torch.manual_seed(word)
-    return torch.Generator().manual_seed(word ^ 1)
-
-
 def check_parts(num: int, what: str, args, processes: Processes) -> None:
     """A step's images are split evenly over processes and parts, or the program ends."""
     num_parts = processes.world_size * args.accumulate
@@ -2185,9 +2116,7 @@ def wilson(num_right: int, num: int) -> list[float]:
     return [max((middle - half) / (num + z2), 0.0), min((middle + half) / (num + z2), 1.0)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the training run: Run, which keeps its books
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------- the training run ---------------------------------------------
 
 
 class Run:
@@ -2209,11 +2138,10 @@ class Run:
     """
 
     def __init__(self, args, processes: Processes, model: nn.Module, header: dict, plan: Plan, train, val, resumed):
-        """`header`: what a checkpoint says of the model. `train`: labelled images. `val`: (images, labels)."""
+        """`header`: what a checkpoint says of the model. `val`: (images, labels)."""
         self.args, self.processes, self.plan, self.train, self.val = args, processes, plan, train, val
-        versions = {"torch": str(torch.__version__), "pillow": PIL.__version__}
         self.header = {"format": CHECKPOINT_FORMAT, **header, "lr": plan.peak, "args": flags_of(args)}
-        self.header["versions"] = versions
+        self.header["versions"] = {"torch": str(torch.__version__)}
         self.stage, self.view = header["stage"], View.of(header)
         self.model = model.to(processes.device, memory_format=torch.channels_last)
         self.average = getattr(args, "average", None)  # a decay, "swa"; None: no copy, as none is needed
@@ -2223,6 +2151,8 @@ class Run:
         self.precision = precision_of(args.precision, processes.device)
         self.amp, self.scaler = autocast(self.precision, processes.device)
         self.patience = getattr(args, "patience", None)
+        eval_every = getattr(args, "eval_every", 0)  # epochs; an epoch may be a few steps
+        self.eval_steps = max(plan.steps_per_epoch, 250) if eval_every is None else eval_every * plan.steps_per_epoch
         self.step, self.metrics = 0, {}
         self.judged = []  # of each evaluation the loss, of a student minus the accuracy: low is good
         self.unreadable = set()  # (number of the stream, row), of all processes
@@ -2258,17 +2188,17 @@ class Run:
 
     def announce(self, *facts: str) -> None:
         """Print what was derived from the flags, before the first step."""
-        num = sum(p.numel() for p in self.model.parameters())
-        num_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        num, num_trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
         plan, processes = self.plan, self.processes
-        lines = [
-            f"{self.header['arch']} at {self.view.image_size} px, {num_trained:,} of {num:,} parameters train",
-            *facts,
-            f"{self.precision} on {processes.world_size} x {processes.device.type}",
-            f"{plan.total_steps} steps, {plan.steps_per_epoch:.1f} an epoch, from step {self.step}",
-            f"{self.args.optimizer}, {plan.schedule}, peak lr {plan.peak:g}, warm-up {plan.warmup_steps:.0f} steps",
-        ]
-        print0("; ".join(lines))
+        view = f"{self.view.image_size} px, {self.view.crop_mode} {self.view.crop_fraction:.3g}"
+        facts = [f"{self.header['arch']} at {view}, {num_trained:,} of {num:,} parameters train", *facts]
+        facts.append(f"{self.precision} on {processes.world_size} x {processes.device.type}")
+        facts.append(f"{plan.total_steps} steps, {plan.steps_per_epoch:.1f} an epoch, from step {self.step}")
+        facts.append(
+            f"{self.args.optimizer}, {plan.schedule}, peak lr {plan.peak:g}, warm-up {plan.warmup_steps:.0f} steps"
+        )
+        print0("; ".join(facts))
 
     def batches(self, images: ImageList, num: int, stream: str, repeated=None, **views):
         """The loader of the steps that remain: `num` images a step over all processes.
@@ -2299,7 +2229,9 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * group.get("share", 1)
             # A function of (seed, stage, step, rank): a resumed run draws what an uninterrupted one does.
-            self.generator = step_generator(self.args.seed, self.stage, self.step, self.processes.rank)
+            word = seed_word(self.args.seed, f"{self.stage} noise", self.step, self.processes.rank)
+            torch.manual_seed(word)  # dropout, stochastic depth
+            self.generator = torch.Generator().manual_seed(word ^ 1)
             yield parts if len(parts) > 1 else parts[0]
 
     def count_images(self, batches: tuple[Batch, ...]) -> None:
@@ -2325,9 +2257,14 @@ class Run:
         self.counts = [count / num_parts for count in counts]
 
     def parts(self, *tensors: Tensor) -> Iterator:
-        """The batch in --accumulate parts, with the gradients set to zero before the first."""
+        """The batch in --accumulate parts. Gradients are exchanged once, in the last backward pass."""
         self.optimizer.zero_grad()
-        return micro_batches(self.ddp_model, self.args.accumulate, *tensors)
+        num_parts = self.args.accumulate
+        parts = zip(*(tensor.tensor_split(num_parts) for tensor in tensors), strict=True)
+        for number, part in enumerate(parts, 1):
+            waits = number < num_parts and self.processes.world_size > 1
+            with self.ddp_model.no_sync() if waits else contextlib.nullcontext():
+                yield part
 
     def backward(self, loss: Tensor, **others: Tensor) -> None:
         """Add the gradients of a part's mean loss. `others`: losses that are only logged."""
@@ -2346,8 +2283,8 @@ class Run:
         elif self.average is not None:
             update_ema(self.averaged, self.model, self.step, self.average)
         is_last = self.step == total
-        eval_every = getattr(self.args, "eval_every", 0)
-        evaluates = not is_last and self.plan.ends_a_period(self.step, eval_every)
+        every = self.eval_steps
+        evaluates = not is_last and every > 0 and self.step // every > (self.step - 1) // every
         saves = evaluates or self.must_stop or self.step % self.args.save_every == 0
         if saves or is_last or self.step % max(1, min(100, total // 100)) == 0:
             self.log(evaluates)
@@ -2427,9 +2364,7 @@ class Run:
             raise SystemExit(143)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- pictures -------------------------------------------------
 
 
 def pyplot():
