@@ -24,6 +24,7 @@ import contextlib
 import copy
 import fcntl
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -221,6 +222,14 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def optional(module: str, package: str = ""):
+    """A module that only some features need; where it is not installed the program ends."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        fail(f"this needs a package that is not installed: pip install {package or module}")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -644,7 +653,7 @@ def published_weights(arch: str, image_size: int | None) -> dict:
             view = view_of(f"timm/{name}")
             view = view.at(image_size or view.image_size)
             options = img_size_option(f"timm/{name}", view.image_size)  # a ViT's positions are resized
-            model = import_timm().create_model(name, pretrained=True, **options)
+            model = optional("timm").create_model(name, pretrained=True, **options)
         else:
             view = torchvision_view(models.get_model_weights(arch).DEFAULT)
             model = models.get_model(arch, weights="DEFAULT")
@@ -707,20 +716,12 @@ def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str
     return f"from {args.init}" if same_classes else f"from {args.init} with a new classifier: other classes"
 
 
-def import_timm():
-    try:
-        import timm
-    except ModuleNotFoundError:
-        fail("timm's models and weights need a package: pip install timm")
-    return timm
-
-
 def build_timm_model(arch: str, num_classes: int, options: dict) -> nn.Module:
     names = {"dropout": "drop_rate", "drop_path": "drop_path_rate", "zero_init_residual": "zero_init_last"}
     options = {names.get(name, name): value for name, value in options.items()}
     try:
         name = arch.removeprefix("timm/")
-        return import_timm().create_model(name, num_classes=num_classes, **options)
+        return optional("timm").create_model(name, num_classes=num_classes, **options)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each has its own way
         raise ValueError(f"cannot build {arch!r} with {options}: {error}") from error
 
@@ -731,7 +732,7 @@ def is_of_timm(model: nn.Module) -> bool:
 
 def timm_config(arch: str):
     """timm's record of a model's published weights, None where it has none or no such model."""
-    return import_timm().get_pretrained_cfg(arch.removeprefix("timm/"))
+    return optional("timm").get_pretrained_cfg(arch.removeprefix("timm/"))
 
 
 def img_size_option(arch: str, image_size: int) -> dict[str, int]:
@@ -1008,8 +1009,6 @@ def load_image(file: str | Path | BinaryIO, enough: int = 0) -> Image.Image:
     """
     # EXIF data is often bad, and Pillow warns of it.
     with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if enough and image.format == "JPEG" and upright:
             image.draft(None, (enough, enough))
@@ -1152,11 +1151,6 @@ if "AVIF" in FORMATS:
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-@lru_cache(maxsize=16)
-def open_shard(path: str) -> BinaryIO:
-    return open(path, "rb", buffering=0)
-
-
 @dataclass(frozen=True)
 class ImageList:
     """Where images are: the file `path` below `root`; in a shard `size` > 0 bytes at `offset`."""
@@ -1186,13 +1180,9 @@ class ImageList:
         if not size:
             return open(name, "rb")
         end = name.lower().index(".tar/", len(self.root)) + 4
-        while os.path.isdir(name[:end]):  # a folder may have the name of a shard
-            end = name.lower().index(".tar/", end) + 4
-        # pread: forked loaders share the descriptor, and no position.
-        data = os.pread(open_shard(name[:end]).fileno(), size, int(self.offset[row]))
-        if len(data) < size:
-            raise OSError(f"{name[:end]} ends before the image: it was cut off")
-        return io.BytesIO(data)
+        with open(name[:end], "rb") as shard:
+            shard.seek(int(self.offset[row]))
+            return io.BytesIO(shard.read(size))
 
     def load(self, row: int, enough: int = 0) -> Image.Image:
         with self.open(row) as file:
@@ -1775,16 +1765,12 @@ def read_file(path: str | Path) -> dict:
     """What a .pt, .pth or .safetensors file holds, onto the CPU. Code in it is never run."""
     try:
         if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return optional("safetensors.torch", "safetensors").load_file(path)
         # Namespace: plain data, in the files of many training scripts
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
-    except ImportError:
-        fail(f"{path}: reading it needs a package: pip install safetensors")
     except Exception as error:  # a text file, a truncated one, a pickle with code in it
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:120]
         reason = reason or type(error).__name__
@@ -1970,9 +1956,7 @@ def setup_of(args, teacher: Mapping, initial: dict, image_size: int) -> Setup:
     if small_images is None:
         small_images = source.get("arch_options", {}).get("small_images")
     view = View.of(initial) if initial else view_of(arch)
-    # Foreign weights say nothing of a crop mode, unless it is another one than the papers'.
-    says = "format" in initial or view.crop_mode != "center"
-    view = view.at(image_size, args.crop_mode or (None if says else teacher.get("crop_mode")))
+    view = view.at(image_size, args.crop_mode or (None if "format" in initial else teacher.get("crop_mode")))
     min_area = args.min_crop_area
     if min_area is None:  # a figure of 20 pixels does not survive the paper's 0.08
         min_area = 0.7 if image_size <= 64 else 0.08
@@ -2048,7 +2032,7 @@ def parallel(model: nn.Module, processes: Processes, compile_it: bool) -> nn.Mod
         return nn.parallel.DistributedDataParallel(model)
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
     if is_of_timm(model):  # torch's would lose the activation of a BatchNormAct2d
-        from timm.layers import convert_sync_batchnorm as convert
+        convert = optional("timm").layers.convert_sync_batchnorm
     return nn.parallel.DistributedDataParallel(convert(model), device_ids=[processes.device])
 
 
