@@ -1005,7 +1005,7 @@ def load_image(file: str | Path | BinaryIO, enough: int = 0) -> Image.Image:
 
     EXIF rotation is applied, 16-bit grey scaled, alpha laid over grey 128. `enough`: an upright JPEG may be decoded at
     1/2, 1/4 or 1/8 of its size while its short side keeps that many pixels, which is faster. Raises whatever the
-    decoder raises, and above 89 million pixels.
+    decoder raises, and above 179 million pixels.
     """
     # EXIF data is often bad, and Pillow warns of it.
     with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
