@@ -1,296 +1,284 @@
 """Stage 02: the teacher labels the unlabelled images, and every logit is kept.
 
-The teacher gets no noise: it sees the clean centre view of each image, and its averaged weights run without dropout and
-without stochastic depth. The student must find the same answer under noise (1911.04252, algorithm 1).
+The teacher gets no noise: it sees the clean view of each image, without dropout and stochastic depth.
+The student must find the same answer under noise (1911.04252, algorithm 1).
 
-    y~_i = softmax(f(x~_i, theta_teacher))        stored as logits, so that the student can apply any temperature
+    y~_i = softmax(f(x~_i, theta_teacher))    kept as logits: the student can apply any temperature
 
-reads   --teacher model.pt, and a folder of images in any nesting, with .tar shards in place; or --only balanced.h5 and
-        the logits file that it names: a better teacher labels the selected images alone (the official "reassign")
-writes  logits.h5: one row an image, in path order. The same command continues it, with any number of processes
-        --csv FILE: the labels as text. Of a single image the five best classes are printed
+reads   --teacher model.pt; a folder of images, one image, a .tar shard, or a label file to label again
+        (the official "reassign"): its copies stay, and the labels of a top-p selection
+writes  logits.h5: a row an image, in path order, and half of val/ for 03 --threshold auto
 
-    python 02_pseudo_label.py --teacher runs/teacher/model.pt --unlabeled DATA/unlabeled --out runs/logits.h5
+    python 02_pseudo_label.py --teacher runs/teacher/model.pt --out runs/logits.h5
     torchrun --nproc-per-node 8 02_pseudo_label.py --teacher runs/teacher/model.pt --out runs/logits.h5
-    python 02_pseudo_label.py --teacher runs/student/model.pt --only runs/balanced.h5 --out runs/newer.h5
-    python 02_pseudo_label.py --teacher runs/student/model.pt --unlabeled photo.jpg --out runs/photo.h5
+    python 02_pseudo_label.py --teacher new/model.pt --unlabeled runs/balanced.h5 --out runs/balanced2.h5
 """
 
 import argparse
+import csv
 import json
-import math
 import os
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256, nearest_folder  # program
-from common import on_several_nodes, print0  # program
-from common import StopSignal, init_processes, progress, wait_until  # processes
-from common import recipe_of, resolution_of  # models
-from common import rand_augment  # noise
+from common import add_device_flags, argument_parser, at_least, fail, print0, write_atomically  # program
+from common import StopSignal, init_processes, progress  # processes
 from common import View, normalize  # views
-from common import digests_of_val, images_at, is_lost, root_of  # listing
-from common import ImageDataset, load_batches, report_bad, rows_per_batch  # batches
-from common import DONE, HELD_OUT, LOGITS_FORMAT, TODO, UNREADABLE, status_of, write_csv  # label files
-from common import create_logits, image_list, map_dataset, open_label_file, read_classes, read_held_out
-from common import same_paths, selected_images  # label files, selections
-from common import load_model  # checkpoints
-from common import autocast, noise_model, precision_of, step_generator  # training
+from common import ImageList, judged_half, labeled_images, unlabeled_images  # listing
+from common import ImageDataset, digests_of, grid_keys, load_batches, rows_per_batch  # batches
+from common import DONE, HELD_OUT, TODO, UNREADABLE, LabelFile, new_label_file, open_label_file  # label files
+from common import identity, load_model, read_checkpoint  # checkpoints
+from common import autocast, precision_of  # training
 
-SYNC_SECONDS = 5  # a row counts as done after a sync, so a `kill -9` costs about as much work as this
+SYNC_SECONDS = 5  # a row counts as done after a sync, so a `kill -9` costs about this much work
 
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--teacher", type=Path, required=True, help="checkpoint whose averaged weights label")
-    unlabeled = "images and .tar shards, or one image: its best classes are printed; None: unlabeled/ of teacher's data"
-    add("--unlabeled", type=os.path.abspath, metavar="DIR|IMAGE", help=unlabeled)
-    add("--only", type=Path, help="balanced.h5: label its images alone, at their old rows; for 04 --logits")
-    add("--out", type=Path, required=True, help="the logits file; one that exists is continued")
-    add("--csv", type=Path, help="the labels as text too: path,class,confidence, a line a labelled image")
-    noised = {"nargs": "?", "metavar": "M", "type": at_least(0), "const": math.nan}
-    add("--noised", **noised, help="a noised teacher: dropout, 2 ops of magnitude M; without M the recipe's, else 9")
-    add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images up to which the status is 0")
+    add("--unlabeled", type=Path, help="folder, image, .tar or label file; None: DATA/unlabeled")
+    add("--out", type=Path, required=True, help="the label file; one that exists is continued")
+    add("--data", type=Path, help="where val/ is, whose copies are left out; None: the teacher's")
+    add("--csv", type=Path, help="the labels as text too: path,class,confidence")
+    add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images that pass")
     add_device_flags(parser)
-    args = parser.parse_args()
-    others = [path for path in (args.teacher, args.out, args.only, args.unlabeled) if path]
-    if args.csv and os.path.realpath(args.csv) in map(os.path.realpath, others):
-        fail(f"--csv {args.csv} would replace another file of this command")
-    if args.only and os.path.isfile(args.unlabeled or ""):
-        fail(f"--unlabeled {args.unlabeled} is one image: with --only it is the folder of the selected images")
-    return args
+    return parser.parse_args()
 
 
-def open_output(path: Path, folder: str, teacher_sha256: str, how: dict):
-    """(images, status, digests of val) of a logits file of this folder and teacher. how: what it was begun with."""
-    with open_label_file(path, LOGITS_FORMAT) as file:
-        if file.attrs["teacher_sha256"] != teacher_sha256:
-            fail(f"{path} was made by another teacher ({file.attrs['teacher']}): choose another --out")
-        if file.attrs["root"] != folder:
-            fail(f"{path} is of --unlabeled {file.attrs['root']}, not {folder}: choose another --out")
-        for name, now in how.items():  # older files do not say; none of them is noised
-            older = {"noised": "no", "crop_mode": "center"}.get(name, now)
-            if (then := file.attrs.get(name, older)) != now:
-                fail(f"{path} was begun with --{name.replace('_', '-')} {then}, not {now}: choose another --out")
-        return image_list(file), map_dataset(file, "status"), read_held_out(file)
+def label_batches(model, view: View, precision, processes, images: ImageList, batches, held_out=()):
+    """Yield each batch's rows, logits (n, C) on the device, status, and errors (row, reason)."""
+    amp, _ = autocast(precision, processes.device)
+    dataset = ImageDataset(images, clean=view, held_out=held_out)
+    pairs = zip(map(np.array, batches), load_batches(dataset, batches, processes), strict=True)
+    for rows, batch in progress(pairs, "batches", len(batches), processes):
+        is_readable = np.isin(rows, batch.rows.numpy())
+        status = np.where(is_readable, DONE, UNREADABLE).astype(np.uint8)
+        status[np.isin(rows, batch.held_out)] = HELD_OUT
+        # Unreadable images are zeros in their place: a batch's numbers do not depend on them.
+        pixels = torch.zeros(len(rows), *batch.views[0].shape[1:], dtype=torch.uint8)
+        pixels[torch.from_numpy(is_readable)] = batch.views[0]
+        with amp:
+            logits = model(normalize(pixels.to(processes.device, non_blocking=True), view))
+        yield rows, logits, status, batch.errors
+
+
+def shift(logits: torch.Tensor, is_good: np.ndarray) -> np.ndarray:
+    """fp32 logits (n, C), the largest of each row 0: around it float16 is finest."""
+    logits = logits.float().cpu().numpy()
+    if not np.isfinite(logits[is_good]).all():
+        fail("--teacher: its logits are not finite, try --precision fp32", from_any=True)
+    return logits - logits.max(1, keepdims=True)
+
+
+def label_val(label, images: ImageList, labels: np.ndarray, size: int) -> dict:
+    """val_logits (V, C) and val_label (V,): the readable images of the half of val to choose on."""
+    chosen = np.flatnonzero(~judged_half(images))
+    images, labels = images[chosen], labels[chosen].astype(np.int32)
+    num = len(images)
+    batches = [range(first, min(first + size, num)) for first in range(0, num, size)]
+    val = {"val_logits": [], "val_label": []}
+    for rows, logits, status, _ in label(images, batches):
+        is_good = status == DONE
+        val["val_logits"].append(shift(logits, is_good)[is_good].astype(np.float16))
+        val["val_label"].append(labels[rows[is_good]])
+    return {name: np.concatenate(parts) for name, parts in val.items() if parts}
+
+
+def create_output(path: Path, images: ImageList, source: LabelFile | None, checkpoint: dict, **attrs):
+    """Write a label file in which no row is done. source: the label file that is labelled again."""
+    columns = {"path": images.path, "offset": images.offset, "size": images.size}
+    if source:
+        attrs = source.attrs | attrs  # with how it was selected
+        del attrs["format"]
+        if "copies" in source.places:
+            columns["copies"] = source.column("copies")
+    if "class_counts" in checkpoint:
+        attrs["class_counts"] = np.array(checkpoint["class_counts"], np.int64)
+    view = View.of(checkpoint)
+    attrs.update(root=images.root, image_size=view.image_size, crop_mode=view.crop_mode)
+    attrs.update(arch=checkpoint["arch"], arch_options=json.dumps(checkpoint["arch_options"]))
+    attrs["created"] = time.strftime("%Y-%m-%d")
+    names = ["logits", "label", "confidence", "status", *columns]
+    width, classes = images.path.itemsize, checkpoint["classes"]
+    with new_label_file(path, len(images), width, classes, names, **attrs) as file:
+        for name, values in columns.items():
+            file[name][:] = values.view(file[name].dtype)  # HDF5's text has a dtype of its own
+
+
+def is_todo(path: Path, begun_with: dict[str, str]) -> np.ndarray:
+    """Which rows are not done, in a file begun with this teacher, these images and this precision."""
+    labels = open_label_file(path)
+    for name, value in begun_with.items():
+        if labels.attrs.get(name) != value:
+            fail(f"{path} was begun with another --{name.split('_')[0]}: choose another --out")
+    return labels.column("status") == TODO
 
 
 class RowWriter:
-    """Fills rows of a logits file in place, at known offsets: nothing in the structure of the HDF5 file changes.
+    """Fills rows in place, at fixed offsets: the structure of the HDF5 file never changes.
 
-    The status of a row is written after a sync of its data. So a row that says `done` is right, whatever happens.
+    A row's status follows a sync of its data: one that says `done` is right, whatever happens.
     """
 
-    def __init__(self, path: Path):
-        with open_label_file(path, LOGITS_FORMAT) as file:
-            self.offsets = {name: file[name].id.get_offset() for name in ("logits", "label", "confidence", "status")}
-        # A write to NFS is of a whole page, with what other nodes wrote there since it was read, unless O_DSYNC is set.
-        flags = os.O_WRONLY | (os.O_DSYNC if on_several_nodes() else 0)
-        try:
-            self.path, self.file = path, os.open(path, flags)
-        except OSError as error:
-            fail(f"{path} cannot be written: {error.strerror}")
-        self.queue, self.thread, self.pending = deque(), ThreadPoolExecutor(1), []
-        self.synced, self.stopped = time.monotonic(), False
-
-    def stop(self, reason: str) -> None:
-        if self.stopped:  # the next rows in the queue meet the same full disk: one line is enough
-            raise SystemExit(2)
-        self.stopped = True
-        fail(f"{self.path}: {reason}; the rows that have a status are kept: run again", from_any=True)
+    def __init__(self, labels: LabelFile, kept_labels: np.ndarray | None):
+        self.file = os.open(labels.path, os.O_WRONLY)
+        self.places, self.kept_labels = labels.places, kept_labels
+        self.status = labels.column("status")
+        self.unsynced, self.last_sync = [], time.monotonic()
 
     def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        """Write one value of `values` a row. The rows ascend."""
-        begins = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # of the runs of neighbours, each written at once
-        for first, part in zip(rows[begins], np.split(values, begins[1:]), strict=True):
-            data, offset = part.tobytes(), self.offsets[name] + int(first) * part[0].nbytes
-            while data:  # a write may be short, for one on a disk that is filling up
-                try:
-                    written = os.pwrite(self.file, data, offset)
-                except OSError as error:
-                    self.stop(f"{error.strerror}: make room")
-                data, offset = data[written:], offset + written
+        _, place, _ = self.places[name]
+        begins = np.flatnonzero(np.diff(rows, prepend=-2) > 1)  # neighbours are written at once
+        for begin, run in zip(begins, np.split(values, begins[1:]), strict=False):
+            offset = place + int(rows[begin]) * run[0].nbytes
+            if os.pwrite(self.file, run.tobytes(), offset) < run.nbytes:
+                raise OSError("a write was cut short, as on a full disk")
 
-    def write(self, rows: np.ndarray, logits: torch.Tensor, status: np.ndarray, wanted=slice(None)) -> None:
-        """Write the logits (n, C) of n rows, with the status of each. `wanted`: which of the n rows to write."""
-        rows, logits, status = rows[wanted], logits.float().cpu().numpy()[wanted], status[wanted].astype(np.uint8)
-        good = status == DONE
-        if not len(rows):  # the same command runs twice, and the other one has done this batch
-            return
-        if not np.isfinite(logits[good]).all():
-            self.stop("the teacher gives logits that are not finite, try --precision fp32 or another teacher")
-        shifted = logits - logits.max(1, keepdims=True)  # float16 is fine near 0, where the probable classes are
-        confidence = (1 / np.exp(shifted).sum(1)).astype(np.float32)  # softmax of the largest logit, which is now 0
-        self.put("logits", rows, np.where(good[:, None], shifted, np.nan).astype(np.float16))
-        self.put("label", rows, np.where(good, logits.argmax(1), -1).astype(np.int32))
-        self.put("confidence", rows, np.where(good, confidence, np.float32("nan")).astype(np.float32))
-        self.pending.append((rows, status))
-        if time.monotonic() - self.synced > SYNC_SECONDS:
+    def write(self, rows: np.ndarray, logits: torch.Tensor, status: np.ndarray) -> None:
+        logits = shift(logits, status == DONE)
+        is_todo = self.status[rows] == TODO  # what is done stays as it is
+        rows, logits, status = rows[is_todo], logits[is_todo], status[is_todo]
+        label = logits.argmax(1)
+        if self.kept_labels is not None:
+            kept = self.kept_labels[rows]
+            label = np.where(kept < 0, label, kept)  # -1: it was unreadable
+        probs = np.exp(logits)
+        confidence = probs[np.arange(len(rows)), label] / probs.sum(1)
+        for values, nothing in ((logits, np.nan), (label, -1), (confidence, np.nan)):
+            values[status != DONE] = nothing
+        self.put("logits", rows, logits.astype(np.float16))
+        self.put("label", rows, label.astype(np.int32))
+        self.put("confidence", rows, confidence)
+        self.unsynced.append((rows, status))
+        if time.monotonic() - self.last_sync > SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        if not os.path.exists(self.path) or not os.path.samestat(os.stat(self.path), os.fstat(self.file)):
-            self.stop("it was removed or replaced while it was being filled")
-        try:
-            getattr(os, "fdatasync", os.fsync)(self.file)  # macOS has the latter alone
-        except OSError as error:
-            self.stop(f"{error.strerror}: make room")
-        for rows, status in self.pending:
+        os.fsync(self.file)
+        for rows, status in self.unsynced:
             self.put("status", rows, status)
-        self.pending, self.synced = [], time.monotonic()
-
-    def submit(self, *batch) -> None:
-        """Call `write` in a thread, beside the next batches. An error in it ends this process."""
-        self.queue.append(self.thread.submit(self.write, *batch))
-        if len(self.queue) > 4:  # batches: on GPUs they hold memory
-            self.queue.popleft().result()
-
-    def finish(self) -> None:
-        for write in self.queue:
-            write.result()
-        self.sync()
+        self.unsynced, self.last_sync = [], time.monotonic()
 
 
-def print_best(labels: Path) -> None:
-    """Print the five most probable classes of a file's one image."""
-    with open_label_file(labels, LOGITS_FORMAT) as file:
-        classes, status, confidence = read_classes(file), file["status"][0], file["confidence"][0]
-        logits = file["logits"][0].astype(np.float32)  # the largest is 0, and its probability the confidence
-    for c in np.argsort(-logits, kind="stable")[:5] if status == DONE else ():
-        print0(f"{confidence * np.exp(logits[c]):7.2%}  {classes[c]}")
+def fill(labels: LabelFile, kept_labels: np.ndarray | None, batches, stop: StopSignal) -> None:
+    """Write each batch in a thread, beside the next one."""
+    try:
+        writer = RowWriter(labels, kept_labels)
+        with ThreadPoolExecutor(1) as thread:
+            writing = thread.submit(writer.sync)
+            for rows, logits, status, errors in batches:
+                writing.result()  # raises what went wrong in it
+                if errors:  # a lost disk is not a million bad images
+                    with os.scandir(labels.images.root) as entries:
+                        if next(entries, None) is None:
+                            raise OSError(f"{labels.images.root} is empty")
+                writing = thread.submit(writer.write, rows, logits, status)
+                if stop.received:
+                    break
+            writing.result()
+        writer.sync()
+    except OSError as error:
+        fail(f"{labels.path}: {error}; what is done is kept: run again", from_any=True)
 
 
-def report(args: argparse.Namespace, num_classes: int, wanted: np.ndarray | range, dataset: ImageDataset) -> None:
-    """Print what the teacher said of the images, and which of them are unreadable."""
-    with open_label_file(args.out, LOGITS_FORMAT) as file:
-        status, label, confidence = (map_dataset(file, name) for name in ("status", "label", "confidence"))
-    counts, sum_confidence, num_above = np.zeros(num_classes, np.int64), 0.0, 0
-    for begin in range(0, len(wanted), 1 << 20):  # the columns of 300 million rows are gigabytes
-        rows = np.asarray(wanted[begin : begin + (1 << 20)])
-        done = rows[status[rows] == DONE]
-        counts += np.bincount(label[done], minlength=num_classes)
-        sum_confidence += confidence[done].sum(dtype=np.float64)
-        num_above += (confidence[done] > 0.3).sum()  # stage 03's default threshold, the paper's
-    if num_done := counts.sum():
-        share = f"mean confidence {sum_confidence / num_done:.3f}, {num_above / num_done:.1%} above 0.3"
-        print0(f"{args.out}: {num_done} images labelled, of {(counts > 0).sum()} of {num_classes} classes, {share}")
-    of_val = np.flatnonzero(status_of(args.out, wanted) == HELD_OUT)
-    if len(of_val):
-        first = "; ".join(dataset.images.name(int(wanted[i])) for i in of_val[:3])
-        print0(f"{len(of_val)} images are byte for byte images of val, and left out (status 3); the first: {first}")
-    bad = np.flatnonzero(status_of(args.out, wanted) == UNREADABLE)
-    first = [(row, dataset[row][2]) for row in (int(wanted[i]) for i in bad[:3])]
-    first = [error or f"{dataset.images.name(row)}: readable now, but not when it was labelled" for row, error in first]
-    report_bad(len(bad), first, len(wanted), args.max_bad)
+def write_csv(path: Path, labels: LabelFile) -> None:
+    """Write path,class,confidence of each labelled image, names byte for byte as on the disk."""
+    status, names, label, confidence = map(labels.column, ("status", "path", "label", "confidence"))
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with write_atomically(path) as temporary, open(temporary, "w", **text) as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "confidence"])
+        for row in np.flatnonzero(status == DONE):
+            writer.writerow([os.fsdecode(names[row]), labels.classes[label[row]], confidence[row]])
+
+
+def report(labels: LabelFile, max_bad: float) -> None:
+    """Print what became of the images. Too many unreadable ones end the program."""
+    status, confidence = labels.column("status"), labels.column("confidence")
+    num_done, num_sure = (status == DONE).sum(), (confidence > 0.3).sum()
+    print0(f"{labels.path}: {num_done} images labelled, {num_sure} of them above 0.3")
+    if len(status) == 1 and status[0] == DONE:
+        logits = labels.column("logits")[0].astype(np.float32)  # of the most probable class 0
+        for c in np.argsort(-logits, kind="stable")[:5]:
+            print0(f"{confidence[0] * np.exp(logits[c]):7.2%}  {labels.classes[c]}")
+    dataset = ImageDataset(labels.images, clean=View.default(32))  # says why one is unreadable
+    for code, what in ((HELD_OUT, "copies of held-out ones"), (UNREADABLE, "unreadable")):
+        rows = np.flatnonzero(status == code)
+        names = "; ".join(dataset[row][2] or labels.images.name(row) for row in rows[:3].tolist())
+        if len(rows):
+            print0(f"{len(rows)} of {len(status)} images are {what} and left out: {names}")
+    if len(rows) > len(status) * max_bad / 100:
+        fail(f"--max-bad {max_bad:g}: {len(rows)} of {len(status)} images are unreadable: {names}")
 
 
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
-    processes = init_processes(args.device, args.workers, args.out, connect=False)  # so no time limits
-    model, checkpoint = load_model(args.teacher, processes.device, fuse=True)
-    view, sha256, precision = View.of(checkpoint), file_sha256(args.teacher), precision_of(args.precision, processes)
-    data, arch, magnitude = checkpoint.get("data"), checkpoint["arch"], args.noised
-    if args.noised is not None:
-        noise_model(model)
-        magnitude = recipe_of(arch, args).magnitude or 9.0 if math.isnan(args.noised) else args.noised
-    how = {"precision": precision, "noised": "no" if magnitude is None else f"{magnitude:g}"}
-    how |= {"crop_mode": view.crop_mode}
-
-    # List the images. This can take hours and has nothing to save, so until `stop` is there a signal ends the process.
-    creates = processes.is_main and not args.out.exists()
-    if not args.only and not args.unlabeled and not data:
+    processes = init_processes(args.workers, connect=False)
+    checkpoint = read_checkpoint(args.teacher)
+    view, classes = View.of(checkpoint), checkpoint["classes"]
+    data = args.data or checkpoint.get("data")
+    if not args.data and not any(os.path.isdir(f"{data}/{split}") for split in ("train", "val")):
+        data = ""
+    if not args.unlabeled and not data:
         fail(f"--unlabeled: say where the images are, for {args.teacher} has no data directory")
-    if args.only:
-        listed, wanted = selected_images(args.only, args.unlabeled)
-        folder = listed.root
+    unlabeled = os.path.abspath(args.unlabeled or f"{data}/unlabeled")
+    source = open_label_file(unlabeled) if unlabeled.endswith(".h5") else None
+    kept_labels = None
+    if source and source.attrs.get("method") == "top-p":
+        kept_labels = source.column("label")
+        if source.classes != classes:
+            fail(f"--teacher {args.teacher} has other classes than {unlabeled}, whose labels stay")
+    is_image = os.path.isfile(unlabeled) and not unlabeled.lower().endswith((".h5", ".tar"))
+    begun_with = {"teacher_sha256": identity(args.teacher)}
+    begun_with["unlabeled"] = identity(Path(unlabeled)) if source else unlabeled
+    begun_with["precision"] = precision_of(args.precision, processes.device)
+    if args.out.exists() and not is_todo(args.out, begun_with).any():
+        print0(f"{args.out} is finished")
     else:
-        folder = args.unlabeled or os.path.abspath(os.path.join(data, "unlabeled"))
-        listed = images_at(folder, data, nearest_folder(args.out)) if creates else []  # it lies on that disk
-        wanted = range(len(listed))
-    stop = StopSignal(processes)
+        creates = processes.is_main and not args.out.exists()
+        images = unlabeled_images(unlabeled, data) if creates else None
+        model, _ = load_model(args.teacher, processes.device, fuse=True)
+        label = partial(label_batches, model, view, begun_with["precision"], processes)
+        size = rows_per_batch(view.image_size, processes.device)
+        val = labeled_images(data, "val", classes)[:2] if data and not is_image else None
+        if creates and not args.out.exists():
+            if is_image and ImageDataset(images, clean=view)[0][2]:
+                fail(f"--unlabeled {unlabeled} is no readable image")
+            attrs = {"teacher": os.path.abspath(args.teacher), "data": data and os.path.abspath(data)}
+            if val:
+                attrs.update(label_val(label, *val, size))
+            create_output(args.out, images, source, checkpoint, **begun_with, **attrs)
+        while not args.out.exists():  # the processes share the file alone, so there is no time limit
+            time.sleep(0.2)
 
-    # Process 0 creates the output. All processes, and all later runs, take the list of the images from it.
-    if creates and not args.out.exists():
-        facts = {"arch": arch, "arch_options": json.dumps(checkpoint["arch_options"])}
-        facts |= {"image_size": view.image_size, **how}
-        facts |= {"teacher": os.path.abspath(args.teacher), "teacher_sha256": sha256}
-        create_logits(args.out, listed, checkpoint["classes"], len(wanted), digests_of_val(data, folder), **facts)
-    wait_until(args.out.exists, f"process {processes.rank} waits for {args.out}, which process 0 makes", stop)
-    images, status, held_out = open_output(args.out, root_of(folder), sha256, how)
-    if not args.only:
-        wanted = range(len(images))
-        # Without val/ both of these names stand for a part of train/. One image is not all of its folder.
-        is_part = os.path.basename(folder) in ("train", "val") or os.path.isfile(folder) or len(images) == 1
-        listed = images_at(folder) if is_part else images
-        if not same_paths(images, listed):
-            fail(f"{args.out} has other images than {folder}: choose another --out")
-    elif not same_paths(images, listed, wanted):
-        fail(f"{args.out} has other images in the rows of {args.only}: choose another --out")
-
-    # Batch k is a fixed list of rows and belongs to process k % world_size. It is labelled whole, if only in part done.
-    size = rows_per_batch(view.image_size, processes.device)
-    is_todo = status_of(args.out, wanted) == TODO
-    print0(f"{args.out}: {len(wanted)} images, {len(wanted) - is_todo.sum()} of them done before; {size} a batch")
-    todo = np.flatnonzero(np.logical_or.reduceat(is_todo, np.arange(0, len(wanted), size)))
-    todo = todo[todo % processes.world_size == processes.rank]
-
-    def rows_of(k: int) -> np.ndarray:
-        return np.asarray(wanted[k * size : (k + 1) * size])
-
-    if args.compile:
-        model.compile()
-    amp, _ = autocast(precision, processes.device)
-    dataset = ImageDataset(images, clean=view, held_out=held_out)
-    batches = load_batches(dataset, (rows_of(k).tolist() for k in todo), processes)
-    writer = RowWriter(args.out)
-    began, num_seen, num_bad, lost = time.monotonic(), 0, 0, False
-
-    def note() -> str:
-        rate = processes.world_size * num_seen / (time.monotonic() - began)
-        return f"{rate:.0f} images/s, {processes.world_size * num_bad} unreadable"
-
-    for k, batch in zip(todo, progress(batches, len(todo), "batches", processes, note=note), strict=True):
-        # Unreadable images are zeros in their place: a batch's shape, and so its numbers, do not depend on them. For a
-        # compiled model all batches have one shape, the last one too.
-        rows = rows_of(k)
-        good, of_val = np.isin(rows, batch.rows.numpy()), np.isin(rows, batch.held_out)
-        pixels = torch.zeros(size if args.compile else len(rows), *batch.views[0].shape[1:], dtype=torch.uint8)
-        pixels[: len(rows)][torch.from_numpy(good)] = batch.views[0]
-        pixels = pixels.to(processes.device, non_blocking=True)
-        if magnitude is not None:  # drawn by the number of the batch: kills and processes change nothing
-            generator = step_generator(0, "noised labels", int(k), 0)
-            pixels = rand_augment(pixels, 2, magnitude, generator, resolution=resolution_of(arch))
-        with amp:
-            logits = model(normalize(pixels, view))  # (n, C)
-        lost = bool(batch.errors) and is_lost(images.root)  # an unmounted disk is not millions of bad images
-        if not lost:  # rows that are done stay as they are
-            now = np.where(good, DONE, np.where(of_val, HELD_OUT, UNREADABLE))
-            writer.submit(rows, logits[: len(rows)], now, status[rows] == TODO)
-        num_seen, num_bad = num_seen + len(rows), num_bad + len(batch.errors)
-        if stop.received or lost:
-            break
-    writer.finish()
-    if lost:
-        fail(f"{images.root} is gone; the rows that are done are kept: run again when it is back", from_any=True)
-    if stop.received:
-        raise SystemExit(143)
+        labels, held_out = open_label_file(args.out), frozenset()
+        folder = Path(labels.images.root if source else unlabeled).resolve()
+        if not data:
+            print0("--data: the teacher's is gone: no held-out image is compared and no val labelled")
+        elif val and not folder.is_relative_to(Path(data, "val").resolve()):
+            held_out = digests_of(val[0])
+        stop = StopSignal()  # before, there was nothing to save, and a signal ended the process
+        todo = is_todo(args.out, begun_with)
+        print0(f"{args.out}: {todo.sum()} of {len(todo)} images, listed {labels.attrs['created']}, are left")
+        batches = grid_keys(len(todo), size, processes)
+        batches = [rows for rows in batches if todo[rows[0] : rows[-1] + 1].any()]
+        fill(labels, kept_labels, label(labels.images, batches, held_out), stop)
+        while processes.is_main and not stop.received and is_todo(args.out, begun_with).any():
+            time.sleep(0.2)
+        if stop.received:
+            raise SystemExit(143)
     if processes.is_main:
-        if processes.world_size > 1:
-            todo = status_of(args.out, wanted) == TODO
-            words = f"{args.out}: {todo.sum()} images are left to the other processes"
-            wait_until(lambda: (status_of(args.out, wanted) != TODO).all(), words, stop)
-        if os.path.isfile(folder):
-            print_best(args.out)
+        labels = open_label_file(args.out)
         if args.csv:
-            write_csv(args.csv, args.out, wanted)
-        report(args, len(checkpoint["classes"]), wanted, dataset)
+            write_csv(args.csv, labels)
+        report(labels, args.max_bad)
 
 
 if __name__ == "__main__":
