@@ -1605,7 +1605,7 @@ def plan_of(args, epochs: float, num_images: int, peak: float | None = None) -> 
 
     --steps auto, ours: 100 passes from scratch, 30 from weights (a guess), and at least 1,000 steps.
     """
-    init, steps_per_epoch = getattr(args, "init", None), num_images / args.batch_size
+    init, steps_per_epoch = getattr(args, "init", None), max(num_images, 1) / args.batch_size
     if args.steps == "auto":
         passes = 30 if init else 100
         steps = max(1000, round(passes * steps_per_epoch))
@@ -2302,12 +2302,13 @@ class Run:
 
     def evaluate_average(self) -> dict:
         """val_loss, val_top1 and val_top5 of the averaged weights, remembered for --patience and plateau."""
-        if self.average == "swa":  # the batch norms of a mean of weights are those of none of them
+        if self.average == "swa" and self.step:  # the batch norms of a mean of weights are those of none of them
             alone = self.processes._replace(rank=0, world_size=1)  # all processes see the same images
             keys = islice(grid_keys(len(self.train), 64, alone), 100)
             batches = load_batches(ImageDataset(self.train, clean=self.view), keys, alone)
-            pixels = (batch.views[0].to(alone.device) for batch in batches)
+            pixels = (batch.views[0].to(alone.device) for batch in batches if len(batch.rows) > 1)
             clean = (normalize(images, self.view) for images in pixels)
+            torch.manual_seed(seed_word(self.args.seed, f"{self.stage} norms", self.step))  # dropout is on
             torch.optim.swa_utils.update_bn(clean, self.averaged)
         metrics = evaluate(self.averaged, *self.val, self.view, self.processes, self.precision)
         if not math.isfinite(metrics["val_loss"]):
@@ -2338,9 +2339,9 @@ class Run:
                 append_metrics(out, step=self.step, epoch=self.step / self.plan.steps_per_epoch, **metrics)
         if self.processes.is_main:
             draw_curves(out)
-        if self.patience and self.processes.is_main:
+        if self.processes.is_main and best.exists():
             os.replace(best, out / "model.pt")
-        elif not self.patience:
+        else:
             self.save("model.pt")
         self.save("last.pt")
         print0(f"{out / 'model.pt'}: val_top1 {self.metrics.get('val_top1', math.nan):.2f} on {num_val} images")
