@@ -1,9 +1,8 @@
 """The data set and its loaders: the order of images, what a batch holds, unreadable images, any number of workers."""
 
 import numpy as np
-import pytest
 import torch
-from conftest import encoded, make_tar, noise_image, write_files
+from conftest import encoded, make_tar, noise_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,14 +15,14 @@ def ranks(world_size):
     return [Processes(torch.device("cpu"), rank, world_size, 0) for rank in range(world_size)]
 
 
-def clean_images(rows, size, **more):
+def clean_images(images, size, **more):
     """The data set of the clean views."""
-    return ImageDataset(rows, clean=View(size, 1.0), **more)
+    return ImageDataset(images, clean=View(size, 1.0), **more)
 
 
-def noised_images(rows, size, min_area, **more):
+def noised_images(images, size, min_area, **more):
     """The data set of the random views."""
-    return ImageDataset(rows, noised=Crop(size, min_area, True), **more)
+    return ImageDataset(images, noised=Crop(size, min_area, True), **more)
 
 
 def test_unreadable_images_are_named_errors_and_nothing_takes_their_place(tmp_path):
@@ -43,22 +42,22 @@ def test_unreadable_images_are_named_errors_and_nothing_takes_their_place(tmp_pa
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     names = {*bad, "float.tif", "script.png", "gone.jpg"}
 
-    rows = list_images(tmp_path)
-    dataset = clean_images(rows, 16)
-    for row in range(len(rows)):
-        name = rows.path[row].decode()
+    images = list_images(tmp_path)
+    dataset = clean_images(images, 16)
+    for row in range(len(images)):
+        name = images.path[row].decode()
         item = dataset[row]
         assert item[0] == row
         if name in names:
             assert item[1] is None and str(tmp_path / name) in item[2], item
         else:
             assert item[2] is None and item[1][0].shape == (16, 16, 3)
-    assert names < {path.decode() for path in rows.path}
+    assert names < {path.decode() for path in images.path}
 
-    batch = next(iter(load_batches(dataset, [list(range(len(rows)))], ranks(1)[0])))
-    good = [row for row in range(len(rows)) if rows.path[row].decode() not in names]
+    batch = next(iter(load_batches(dataset, [list(range(len(images)))], ranks(1)[0])))
+    good = [row for row in range(len(images)) if images.path[row].decode() not in names]
     assert batch.rows.tolist() == good
-    assert {row for row, _ in batch.errors} == set(range(len(rows))) - set(good)
+    assert {row for row, _ in batch.errors} == set(range(len(images))) - set(good)
     for view, row in zip(batch.views[0], good, strict=True):
         np.testing.assert_array_equal(view.permute(1, 2, 0), dataset[row][1][0])
 
@@ -71,11 +70,11 @@ def test_a_batch_without_any_readable_image_is_empty(tmp_path):
 
 
 def test_random_view_depends_on_seed_epoch_and_row_alone(tiny_data):
-    rows = list_images(tiny_data / "unlabeled")
-    keys = [(epoch, row) for epoch in range(3) for row in range(len(rows))]
+    images = list_images(tiny_data / "unlabeled")
+    keys = [(epoch, row) for epoch in range(3) for row in range(len(images))]
 
     def views(seed, order, **kwargs):
-        dataset = noised_images(rows, 24, 0.08, seed=seed, **kwargs)
+        dataset = noised_images(images, 24, 0.08, seed=seed, **kwargs)
         torch.manual_seed(len(order))  # what ran before must not matter
         return {key: dataset[key][1][-1].tobytes() for key in order}
 
@@ -91,14 +90,14 @@ def test_random_view_same_with_workers(tiny_data):
     dataset = noised_images(list_images(tiny_data / "val"), 16, 0.2)
     keys = [[(0, 1), (0, 2)], [(0, 3), (1, 1)], [(4, 0)]]
     alone, parallel = (list(load_batches(dataset, keys, ranks(1)[0]._replace(workers=workers))) for workers in (0, 2))
-    for one, two in zip(alone, parallel, strict=True):
-        assert torch.equal(one.rows, two.rows) and torch.equal(one.views[0], two.views[0])
+    for a, b in zip(alone, parallel, strict=True):
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.views[0], b.views[0])
 
 
 def test_shards_are_read_without_a_shared_position(tmp_path):
     make_tar(tmp_path / "0.tar", {f"{i}.png": encoded(noise_image(40, 48, i), "PNG") for i in range(8)})
-    rows = list_images(tmp_path)
-    dataset = clean_images(rows, 16)
+    images = list_images(tmp_path)
+    dataset = clean_images(images, 16)
     dataset[0]  # opens the shard before the loaders are forked
     keys = [[i] * 4 for i in range(8)] * 4
     for key, batch in zip(keys, load_batches(dataset, keys, ranks(1)[0]._replace(workers=2)), strict=True):
@@ -134,19 +133,11 @@ def test_train_keys_are_the_same_for_any_processes_and_any_start(num, sixths, se
     assert stream(num, batch_size, seed, 0, range(start, 25)) == alone[start:]
 
 
-@pytest.mark.parametrize("num", [1, 7, 70_001])
-def test_an_order_is_numpys_permutation(num):
-    rng = np.random.default_rng(common.seed_words(3, "x order", 2))
-    assert (common.permutation(num, 3, "x", 2) == rng.permutation(num)).all()
-
-
-def test_an_order_is_made_once_an_epoch(monkeypatch):
-    """One of 130 million images takes half a gigabyte and seconds."""
-    made, make = [], common.permutation
-    monkeypatch.setattr(common, "permutation", lambda *words: made.append(words[-1]) or make(*words))
-    for _ in train_keys(10, 3, 0, "x", range(4, 40), ranks(1)[0]):
-        pass
-    assert made == list(range(1, 12))
+def test_an_order_is_numpys_permutation():
+    (keys,) = train_keys(7, 14, 3, "x", range(1), ranks(1)[0])
+    for epoch in (0, 1):
+        order = np.random.default_rng(common.seed_words(3, "x order", epoch)).permutation(7)
+        assert [row for of, row in keys if of == epoch] == order.tolist()
 
 
 def test_train_keys_orders_differ():
@@ -170,25 +161,24 @@ def test_grid_keys_are_each_row_once_in_the_same_batches(num, batch_size, world_
     assert sorted(shares) == alone
 
 
-def test_images_stay_decoded_until_their_files_change(tmp_path, monkeypatch):
-    """Bitwise as if each was read again; one that is gone or has changed is not taken from memory; room is kept to."""
-    files = write_files(tmp_path / "u", {f"{i}.png": encoded(noise_image(40, 30, i), "PNG") for i in range(4)})
-    images, crop = common.list_images(files), common.Crop(16, 0.3, True)
-    loaded, load = [], common.load_image
-    monkeypatch.setattr(common, "load_image", lambda *args: loaded.append(1) or load(*args))
-    dataset = ImageDataset(images, noised=crop)
-    first = [dataset[epoch, row][1][0].tobytes() for epoch in range(3) for row in range(4)]
-    assert len(loaded) == 4
-    again = [ImageDataset(images, noised=crop)[epoch, row][1][0].tobytes() for epoch in range(3) for row in range(4)]
-    assert first == again and len(set(first)) == 12
-    loaded.clear()
-    (files / "1.png").write_bytes(encoded(noise_image(40, 31, 9), "PNG"))
-    (files / "2.png").unlink()
-    assert dataset[0, 1][1][0].tobytes() != first[1] and len(loaded) == 1
-    assert dataset[0, 2][1] is None and "2.png" in dataset[0, 2][2]
-    small = ImageDataset(images, noised=crop)
-    small.decoded.room = 40 * 30 * 3  # of one image
-    loaded.clear()
-    for _ in range(3):
-        assert small[0, 0][1] is not None and small[0, 3][1] is not None
-    assert len(loaded) == 1 + 3
+def test_copies_of_an_image_are_rows_with_crops_of_their_own(tiny_data):
+    images = list_images(tiny_data / "unlabeled")
+    dataset = noised_images(images, 24, 0.08, repeated=np.array([3, 3, 7]))
+    assert len(dataset) == 3
+    first, second, other = (dataset[0, row][1][0] for row in range(3))
+    assert (first != second).any()
+    words = [common.seed_words(0, " crop", 0, row) for row in range(3)]
+    for view, row, image in zip((first, second, other), range(3), (3, 3, 7), strict=True):
+        expected = common.random_view(images.load(image), dataset.noised, np.random.default_rng(words[row]))
+        np.testing.assert_array_equal(view, expected)
+
+
+def test_images_of_val_are_neither_views_nor_errors(tmp_path):
+    """By their bytes: under any name."""
+    for name, seed in {"a": 0, "b": 1, "c": 2}.items():
+        noise_image(8, 8, seed).save(tmp_path / f"{name}.png")
+    noise_image(8, 8, 1).save(tmp_path / "d.png")
+    images = list_images(tmp_path)
+    dataset = clean_images(images, 8, held_out=common.digests_of(images[1:2]))
+    batch = next(iter(load_batches(dataset, [[0, 1, 2, 3]], ranks(1)[0])))
+    assert batch.rows.tolist() == [0, 2] and batch.held_out == [1, 3] and batch.errors == []
