@@ -1,30 +1,24 @@
 """Stage 06: measure how much of a model's accuracy is left on corrupted images and under attack.
 
 A student that was trained with noise on many more images is more accurate than its teacher. It is also much more
-robust, although no stage trains it for that (Noisy Student, section 4.3). This stage compares checkpoints on DATA/val.
+robust, although no stage trains it for that (Noisy Student, section 4.3).
 
-    clean       top-1 with its 95 percent interval, top-5, cross-entropy, the expected calibration error in percent over
-                15 equal bins b of the confidence (sum_b n_b / n * |accuracy_b - confidence_b|), per class recall and
-                precision, the confusion matrix, and the difference to `control` (or the first model), image by image
-    --corrupt   14 of the 15 corruptions of ImageNet-C (Hendrycks & Dietterich, 1903.12261; frost needs photographs)
-                and its 4 extra ones at severities 1 to 5, drawn on the fly on the image as the model sees it; top-1 is
-                the plain mean over the 14 x 5, top1_extra that over the 4 x 5
-    --fgsm EPS  x' = clip(x + EPS * sign(grad_x loss(x, y)), 0, 255)                     x in pixel values, 0 to 255
-    --pgd EPS   --pgd-steps K times x' = clip(x' + 2.5 * EPS / K * sign(grad), x - EPS, x + EPS), cut to 0..255 too.
-                Both attacks are in fp32, whatever --precision is.
-
-and on released sets, unpacked as they come:
-
-    --imagenet-a, --imagenet-r  top-1 among the classes of the set, by folder name; --folder NAME=DIR: among all classes
+    clean         top-1, top-5, loss and details on DATA/val; ece: the expected calibration error over 15 equal bins b
+                  of the confidence, sum_b n_b / n * |accuracy_b - confidence_b|
+    --corrupt     14 of the 15 corruptions of ImageNet-C (Hendrycks & Dietterich, 1903.12261; frost needs photographs)
+                  and its 4 extra ones, each image drawn once for all models; `corrupted` is the mean over 14 x 5
+    --fgsm EPS    x' = clip(x + EPS * sign(grad_x loss(x, y)), 0, 255)                   x in pixel values, 0 to 255
+    --pgd EPS     --pgd-steps K times x' = clip(x' + 2.5 * EPS / K * sign(grad), x - EPS, x + EPS), cut to 0..255 too
+    --imagenet-a, --imagenet-r    top-1 among the classes of the set; --folder NAME=DIR: among all classes of the model
     --imagenet-c  mCE: the mean over 15 corruptions c of sum_s error_{s,c} / sum_s error_{s,c}(AlexNet)
     --imagenet-p  mFR: the mean over 10 perturbations of the probability that the prediction flips from frame to frame
                   (of noise: from the first frame), over AlexNet's
     --cifar10-c   top-1 over the 15 corruptions and over all 19
 
-reads   checkpoints of any stage; DATA/val, whose classes are matched to a checkpoint's by name; the released sets
-writes  OUT/robustness.json (every number), saved after each corruption and each EPS; OUT/robustness.md (the table);
-        OUT/robustness.png; OUT/verdict.md, if there are a `control` and a student. The same command again measures only
-        what is missing or had other settings or weights.
+reads   checkpoints of any stage; DATA/val and released sets as they come, whose classes are matched by name
+writes  OUT/robustness.json (every number, saved when it is measured), robustness.md and .png (the table, a picture),
+        verdict.md, if there are a `control` and a student. The same command again measures what is missing or had
+        other settings or weights.
 
     python 06_eval_robustness.py runs/demo/teacher/model.pt runs/demo/student1/model.pt --data data/demo \\
         --out runs/demo/robustness --corrupt --fgsm 2 4 --num-images 500
@@ -32,14 +26,17 @@ writes  OUT/robustness.json (every number), saved after each corruption and each
 """
 
 import argparse
+import base64
 import io
 import json
+import math
 import os
+import re
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,42 +46,41 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import add_device_flags, argument_parser, at_least, fail, file_sha256, name_and_folder  # program
+from common import SWITCH, add_device_flags, argument_parser, at_least, fail, file_sha256  # program
 from common import print0, write_atomically
-from common import Processes, init_processes, progress, reduce_sum, union_of  # processes
-from common import fuse_batch_norms, has_names, hint_of, names_in  # models and weights
-from common import View, normalize  # views
-from common import canny, defocus_taps, distances, filtered, gaussian_taps  # filters
-from common import motion_taps, read_at, smoothed, weighted_shifts, zoomed
-from common import ImageList, images_by_class, judged_half, labeled_images, list_images  # listing
-from common import ImageDataset, StoredViews, Videos, grid_keys, import_av, load_batches, rows_per_batch  # batches
-from common import digest_of, load_model, read_checkpoint  # checkpoints
-from common import autocast, in_halves, precision_of  # training
-from common import compare, details_of, draw_rows, markdown_table  # results
-from common import history_of, rows_of, short_names, verdict, worst_pairs
+from common import Processes, init_processes, progress, reduce_sum, seed_words  # processes
+from common import View, eval_view, normalize  # views
+from common import ImageList, images_by_class, judged_half, labeled_images  # listing
+from common import Batch, ImageDataset, grid_keys, load_batches, rows_per_batch  # batches
+from common import identity, load_model, read_checkpoint  # checkpoints
+from common import autocast, in_halves, precision_of, wilson  # training
+from common import pyplot, save_figure  # pictures
 
 NUM_BINS = 15  # of the calibration error
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
+# fmt: off
 # Mean error of AlexNet over the severities, in percent: the 15 corruptions of the benchmark (google-research/augmix,
 # imagenet.py), then the 4 extra ones (hendrycks/robustness, issue 10).
-ALEXNET_ERRORS = {"gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640, "defocus_blur": 81.9880}
-ALEXNET_ERRORS |= {"glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360, "snow": 86.6816}
-ALEXNET_ERRORS |= {"frost": 82.6572, "fog": 81.9324, "brightness": 56.4592, "contrast": 85.3204}
-ALEXNET_ERRORS |= {"elastic_transform": 64.6056, "pixelate": 71.7840, "jpeg_compression": 60.6500}
-BENCHMARK, EXTRA = tuple(ALEXNET_ERRORS), ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-ALEXNET_ERRORS |= {"speckle_noise": 84.5, "gaussian_blur": 78.7, "spatter": 71.8, "saturate": 65.8}
-ALEXNET = {"clean": {"top1": 56.522}}  # torchvision's record
+ALEXNET_ERRORS = {
+    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640, "defocus_blur": 81.9880,
+    "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360, "snow": 86.6816, "frost": 82.6572,
+    "fog": 81.9324, "brightness": 56.4592, "contrast": 85.3204, "elastic_transform": 64.6056, "pixelate": 71.7840,
+    "jpeg_compression": 60.6500, "speckle_noise": 84.5, "gaussian_blur": 78.7, "spatter": 71.8, "saturate": 65.8,
+}
+ALEXNET_CLEAN_ERROR = 43.478  # torchvision's record
 # Flip probabilities of AlexNet on ImageNet-P in percent: from memory, no source could confirm them.
-ALEXNET_FLIPS = {"gaussian_noise": 23.65, "shot_noise": 30.06, "motion_blur": 9.30, "zoom_blur": 5.94, "snow": 11.93}
-ALEXNET_FLIPS |= {"brightness": 4.89, "translate": 11.01, "rotate": 13.10, "tilt": 7.05, "scale": 23.53}
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-INSIDE, FLIPPED = "per_corruption", "per_perturbation"  # where robustness.json has what a summary is made of
+ALEXNET_FLIPS = {
+    "gaussian_noise": 23.65, "shot_noise": 30.06, "motion_blur": 9.30, "zoom_blur": 5.94, "snow": 11.93,
+    "brightness": 4.89, "translate": 11.01, "rotate": 13.10, "tilt": 7.05, "scale": 23.53,
+}
+BENCHMARK = tuple(ALEXNET_ERRORS)[:15]
+EXTRA = tuple(ALEXNET_ERRORS)[15:]
 
 # {corruption: {image size the values were chosen for: one value a severity}}: those of the generators of CIFAR-10-C,
 # Tiny-ImageNet-C and ImageNet-C (github.com/hendrycks/robustness, ImageNet-C/create_c/make_cifar_c.py,
 # make_tinyimagenet_c.py, make_imagenet_c.py). Images of up to 48 pixels use the first, of up to 128 the second, larger
 # ones the third, unscaled: the released ImageNet-C is drawn at 224 and then resized, so a larger model sees more blur.
-# fmt: off
 CORRUPTIONS = {
     "gaussian_noise": {  # standard deviation, of values in 0..1
         32: [0.04, 0.06, 0.08, 0.09, 0.10], 64: [0.04, 0.08, 0.12, 0.15, 0.18], 224: [0.08, 0.12, 0.18, 0.26, 0.38]},
@@ -148,227 +144,404 @@ CORRUPTIONS = {
         224: [(0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)]},
 }
 # fmt: on
-DRAWN = [name for name in CORRUPTIONS if name not in EXTRA]  # 14: frost needs photographs of ice
+
+DRAWN = tuple(name for name in CORRUPTIONS if name not in EXTRA)  # 14: frost needs photographs of ice
 
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage: one line of the table each")
-    add("--data", type=Path, help="data directory, whose val/ is measured; None: the first checkpoint's own")
+    add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage: a line of the table each")
+    add("--data", type=Path, help="data directory with val/; None: the first checkpoint's own")
     add("--out", type=Path, required=True, help="folder of robustness.json, .md, .png and verdict.md")
-    add("--val-half", choices=("choose", "judge"), help="half of val/, by the hash of the path; None: all of it")
-    add("--classes", type=names_in, metavar="FILE", help="one class a line: the outputs' names if they have none")
-    add("--folder", nargs="+", type=name_and_folder, default=[], metavar="NAME=DIR", help="images by class: more sets")
-    add("--imagenet-a", type=Path, metavar="DIR", help="DIR/<class>/*: only the classes of the set compete")
-    add("--imagenet-r", type=Path, metavar="DIR", help="DIR/<class>/*: only the classes of the set compete")
-    add("--imagenet-c", type=Path, metavar="DIR", help="DIR/[noise/ ...]<corruption>/<severity>/<class>/*")
-    add("--imagenet-p", type=Path, metavar="DIR", help="DIR/<perturbation>/<class>/*.mp4; needs PyAV")
-    add("--cifar10-c", type=Path, metavar="DIR", help="DIR/<corruption>.npy and DIR/labels.npy")
-    add("--baseline", type=Path, metavar="JSON", help="robustness.json of one model, for AlexNet in mCE and mFR")
-    add("--corrupt", action=argparse.BooleanOptionalAction, default=False, help="ImageNet-C's 14 + 4, without frost")
-    add("--fgsm", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 2 4 8 16, in pixel values")
-    add("--pgd", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 16, in pixel values")
-    add("--pgd-steps", type=at_least(1, int), default=10, help="steps of 2.5 * EPS / steps; paper: 10, size not given")
-    add("--num-images", type=at_least(1, int), help="val images for corruptions and attacks; None: all of them")
-    add("--batch-size", type=at_least(1, int), help="images at a time a process; None: what fits a cache or a GPU")
-    add("--seed", type=at_least(0, int), default=0, help="draws the --num-images images and the corruptions' noise")
+    add("--val-half", choices=("all", "choose", "judge"), default="all", help="by the hash of the path")
+    add("--folder", nargs="+", type=name_and_folder, default=[], metavar="NAME=DIR", help="DIR/<class>/*")
+    add("--imagenet-a", type=existing, metavar="DIR", help="DIR/<class>/*: the classes of the set compete")
+    add("--imagenet-r", type=existing, metavar="DIR", help="DIR/<class>/*: the classes of the set compete")
+    add("--imagenet-c", type=existing, metavar="DIR", help="DIR/[noise/ ...]<corruption>/<severity>/<class>/*")
+    add("--imagenet-p", type=existing, metavar="DIR", help="DIR/<perturbation>/<class>/*.mp4; needs PyAV")
+    add("--cifar10-c", type=existing, metavar="DIR", help="DIR/<corruption>.npy and DIR/labels.npy")
+    add("--corrupt", action=SWITCH, default=False, help="needs scipy and OpenCV")
+    add("--fgsm", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 2 4 8 16")
+    add("--pgd", nargs="+", type=at_least(0), default=[], metavar="EPS", help="paper: 16")
+    add("--pgd-steps", type=at_least(1, int), default=10, help="paper: 10, their size is not given")
+    add("--num-images", type=at_least(1, int), help="val images to corrupt and attack; None: all")
+    add("--batch-size", type=at_least(1, int), help="of a process; None: what fits a cache or a GPU")
+    add("--seed", type=at_least(0, int), default=0, help="of --num-images and the corruptions' noise")
     add_device_flags(parser)
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# corruptions. What the generator takes from scikit-image, SciPy, OpenCV and ImageMagick is in common's room of filters.
-# The benchmark's frost needs photographs of ice, and is left out.
-# ---------------------------------------------------------------------------------------------------------------------
+def existing(folder: str) -> Path:
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}")
+    return Path(folder)
 
 
-def gaussian_noise(image, sigma, rng):
-    return image / 255 + rng.normal(scale=sigma, size=image.shape)
+def name_and_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    return name, existing(folder)
 
 
-def shot_noise(image, photons, rng):
-    return rng.poisson(image / 255 * photons) / photons
+# ======================================================================================================================
+# FIRST HALF: measure, and write robustness.json
+# ======================================================================================================================
+
+# ----------------------------------------------------------------------------------------------------------------------
+# corruptions, as the generators of the benchmark draw them, by the libraries that they use
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def impulse_noise(image, share, rng):
-    # Each of the three values of a pixel is hit on its own. Half of the hits are salt (255), the others pepper (0).
-    hit, salt = rng.random(image.shape) < share, rng.random(image.shape) < 0.5
-    return np.where(hit, salt.astype(float), image / 255)
+@cache
+def libraries():
+    """(cv2, scipy.ndimage), which --corrupt alone needs."""
+    try:
+        import cv2
+        from scipy import ndimage
+    except ImportError as error:
+        fail(f"--corrupt needs {error.name}: pip install scipy opencv-python-headless")
+    cv2.setNumThreads(0)  # its threads do not survive the fork of a loader
+    return cv2, ndimage
 
 
-def gaussian_blur(image, sigma, rng):
-    radius = int(4 * sigma + 0.5)
-    taps = list(enumerate(gaussian_taps(sigma, radius).tolist(), -radius))
-    x = weighted_shifts(image / 255, [(dy, 0, weight) for dy, weight in taps], "edge")
-    return weighted_shifts(x, [(0, dx, weight) for dx, weight in taps], "edge")
+def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
+    """Apply one of CORRUPTIONS at severity 1 to 5: uint8 (size, size, 3) -> a new one."""
+    size = len(image)
+    c = CORRUPTIONS[name][32 if size <= 48 else 64 if size <= 128 else 224][severity - 1]
+    x = image / 255
+    if name == "gaussian_noise":
+        x = x + rng.normal(scale=c, size=x.shape)
+    elif name == "shot_noise":
+        x = rng.poisson(x * c) / c
+    elif name == "impulse_noise":  # each of the three values of a pixel on its own: half salt, half pepper
+        hit = rng.random(x.shape) < c
+        x = np.where(hit, rng.random(x.shape) < 0.5, x)
+    elif name == "speckle_noise":
+        x = x + x * rng.normal(scale=c, size=x.shape)
+    elif name == "gaussian_blur":
+        x = smoothed(x, c)
+    elif name == "contrast":
+        mean = x.mean(axis=(0, 1))
+        x = (x - mean) * c + mean
+    elif name == "pixelate":
+        small = Image.fromarray(image).resize((int(size * c), int(size * c)), Image.Resampling.BOX)
+        return np.asarray(small.resize((size, size), Image.Resampling.BOX))
+    elif name == "jpeg_compression":
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=c)
+        return np.asarray(Image.open(file))
+    else:
+        x = globals()[name](x, c, rng)  # the function of that name, below
+    return np.uint8(np.clip(x, 0, 1) * 255)  # cut, not rounded, as in the generators
 
 
-def defocus_blur(image, radius_sigma, rng):
-    return weighted_shifts(image / 255, defocus_taps(*radius_sigma), "reflect")
+def smoothed(x, sigma, mode="nearest", truncate=4):
+    """scikit-image's `gaussian` of x (size, size) or (size, size, 3)."""
+    _, ndimage = libraries()
+    return ndimage.gaussian_filter(x, (sigma, sigma, 0)[: x.ndim], mode=mode, truncate=truncate)
 
 
-def motion_blur(image, radius_sigma, rng, low=-45, high=45):
-    x = weighted_shifts(image / 255, motion_taps(*radius_sigma, angle=rng.uniform(low, high)), "edge")
-    return np.uint8(np.rint(x * 65535) // 257)  # ImageMagick computes in 16 bits, and writes the upper 8 of them
+def defocus_blur(x, radius_sigma, rng):
+    cv2, _ = libraries()
+    radius, sigma = radius_sigma
+    side = max(8, int(radius))
+    rows, columns = np.mgrid[-side : side + 1, -side : side + 1]
+    disk = (rows**2 + columns**2 <= radius**2).astype(np.float32)
+    disk = cv2.GaussianBlur(disk / disk.sum(), (3, 3) if radius <= 8 else (5, 5), sigma)
+    return cv2.filter2D(x, -1, disk)
 
 
-def speckle_noise(image, sigma, rng):
-    return image / 255 + image / 255 * rng.normal(scale=sigma, size=image.shape)
-
-
-def glass_blur(image, values, rng):
+def glass_blur(x, values, rng):
     sigma, reach, rounds = values
-    x = np.uint8(gaussian_blur(image, sigma, rng) * 255)
-    places, inside = np.arange(x[..., 0].size), np.zeros(x.shape[:2], bool)
-    inside[reach + 1 : max(0, len(x) - reach + 1), reach + 1 : max(0, x.shape[1] - reach + 1)] = True
-    movers, inside = np.flatnonzero(inside)[::-1], inside.ravel()
+    size = len(x)
+    pixels = np.uint8(smoothed(x, sigma) * 255).reshape(-1, 3)
+    line = np.arange(size - reach, reach, -1)
+    places = np.add.outer(line * size, line).ravel()
     # From the last pixel to the first, the generator swaps each with a near one, but by views: the first gets the value
-    # of the second, then the second gets back its own. So pixels become copies, also of copies that were made before.
+    # of the second, then the second gets back its own. So a pixel becomes a copy, maybe of a copy.
     for _ in range(rounds):
-        dx, dy = rng.integers(-reach, reach, (len(movers), 2)).T
-        source = places.copy()
-        source[movers] += dy * x.shape[1] + dx
-        is_copy = inside[source] & (source > places)
-        while is_copy.any():  # what the copy was made of
-            source, is_copy = np.where(is_copy, source[source], source), is_copy & is_copy[source]
-        x = x.reshape(-1, 3)[source].reshape(x.shape)
-    return gaussian_blur(x, sigma, rng)
+        dx, dy = rng.integers(-reach, reach, (len(places), 2)).T
+        source = list(range(size * size))
+        for place, near in zip(places.tolist(), (places + dy * size + dx).tolist(), strict=True):
+            source[place] = source[near]
+        pixels = pixels[source]
+    return smoothed(pixels.reshape(x.shape) / 255, sigma)
 
 
-def zoom_blur(image, end_step, rng):
-    x, factors = np.float32(image / 255), np.arange(1, *end_step)
-    return (x + sum(zoomed(x, factor) for factor in factors)) / (len(factors) + 1)
+def motion_blur(x, radius_sigma, rng, low=-45, high=45):
+    """ImageMagick's: a one-sided Gaussian along a line; x (size, size) or (size, size, 3)."""
+    cv2, _ = libraries()
+    radius, sigma = radius_sigma
+    angle = np.deg2rad(rng.uniform(low, high))
+    steps = np.arange(2 * radius + 1)
+    weights = np.exp(-(steps**2) / (2 * sigma**2))
+    dx = np.ceil(steps * np.cos(angle) - 0.5).astype(int)
+    dy = np.ceil(steps * np.sin(angle) - 0.5).astype(int)
+    kernel = np.zeros((4 * radius + 1, 4 * radius + 1))
+    np.add.at(kernel, (2 * radius + dy, 2 * radius + dx), weights / weights.sum())
+    x = cv2.filter2D(x, -1, kernel, borderType=cv2.BORDER_REPLICATE)
+    return np.rint(x * 65535) // 257 / 255  # it computes in 16 bits, and writes the upper 8
 
 
-def snow(image, values, rng):
+def zoomed(x, factor):
+    """The middle of x (size, size), zoomed to that size."""
+    _, ndimage = libraries()
+    size = len(x)
+    side = int(np.ceil(size / factor))
+    top = (size - side) // 2
+    x = ndimage.zoom(x[top : top + side, top : top + side], factor, order=1)
+    top = (len(x) - size) // 2
+    return x[top : top + size, top : top + size]
+
+
+def zoom_blur(x, end_step, rng):
+    x = np.float32(x)
+    factors = np.arange(1, *end_step)
+    planes = np.moveaxis(x, -1, 0)  # twice as fast as all of them at once
+    total = sum(np.dstack([zoomed(plane, factor) for plane in planes]) for factor in factors)
+    return (x + total) / (len(factors) + 1)
+
+
+def snow(x, values, rng):
+    cv2, _ = libraries()
     mean, deviation, zoom, least, radius, sigma, kept = values
-    flakes = zoomed(rng.normal(mean, deviation, (*image.shape[:2], 1)), zoom)
-    flakes = np.uint8(np.where(flakes < least, 0, flakes.clip(0, 1)) * 255)
-    flakes = motion_blur(flakes, (radius, sigma), rng, -135, -45) / 255
-    x = np.float32(image / 255)
-    grey = (x * np.float32([0.299, 0.587, 0.114])).sum(axis=2, keepdims=True)
-    return kept * x + (1 - kept) * np.maximum(x, 1.5 * grey + 0.5) + flakes + flakes[::-1, ::-1]
+    flakes = zoomed(rng.normal(mean, deviation, x.shape[:2]), zoom)
+    flakes[flakes < least] = 0
+    flakes = np.uint8(flakes.clip(0, 1) * 255) / 255
+    flakes = motion_blur(flakes, (radius, sigma), rng, -135, -45)[..., None]
+    x = np.float32(x)
+    grey = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)[..., None]
+    return kept * x + (1 - kept) * np.maximum(x, 1.5 * grey + 0.5) + flakes + np.rot90(flakes, 2)
 
 
-def fog(image, values, rng):
+def fog(x, values, rng):
     thickness, decay = values
-    (height, width), x = image.shape[:2], image / 255
-    size, wobble = 2 ** max(1, (max(height, width) - 1).bit_length()), 100.0
+    size = 2 ** max(1, (len(x) - 1).bit_length())
     layer = np.zeros((size, size))  # heights of a land, by diamond-square; it wraps around
+    wobble = 100.0
 
     def mean(total):
         return total / 4 + wobble * rng.uniform(-wobble, wobble, total.shape)
 
-    while (half := size // 2) >= 1:
-        corners, centres = layer[::size, ::size], layer[half::size, half::size]
-        below, beside = (corners + np.roll(corners, -1, axis) for axis in (0, 1))
+    while size >= 2:
+        half = size // 2
+        corners = layer[::size, ::size]
+        centres = layer[half::size, half::size]
+        below = corners + np.roll(corners, -1, axis=0)
+        beside = corners + np.roll(corners, -1, axis=1)
         centres[:] = mean(below + np.roll(below, -1, axis=1))
         layer[::size, half::size] = mean(centres + np.roll(centres, 1, axis=0) + beside)
         layer[half::size, ::size] = mean(centres + np.roll(centres, 1, axis=1) + below)
-        size, wobble = half, wobble / decay
+        size = half
+        wobble /= decay
     layer = (layer - layer.min()) / (layer.max() - layer.min())
-    return (x + thickness * layer[:height, :width, None]) * x.max() / (x.max() + thickness)
+    return (x + thickness * layer[: len(x), : len(x), None]) * x.max() / (x.max() + thickness)
 
 
-def brightness(image, amount, rng):
+def brightness(x, amount, rng):
     # V of HSV is the largest of R, G, B. At equal hue and saturation all three scale with it; black becomes grey.
-    x, v = image / 255, image.max(axis=2, keepdims=True) / 255
+    v = x.max(axis=2, keepdims=True)
     brighter = np.minimum(v + amount, 1)
     return np.where(v > 0, x / np.where(v > 0, v, 1) * brighter, brighter)
 
 
-def contrast(image, factor, rng):
-    x = image / 255
-    mean = x.mean(axis=(0, 1), keepdims=True)
-    return (x - mean) * factor + mean
-
-
-def elastic_transform(image, values, rng):
-    strength, sigma, jitter = values
-    (height, width), side = image.shape[:2], min(image.shape[:2]) // 3
-    x_y = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1)
-    # Three points go to others: an affine map. Each pixel of the result is read where its inverse leads.
-    here = np.float32([width // 2, height // 2]) + np.float32([[side, side], [side, -side], [-side, -side]])
-    there = here + np.float32(rng.uniform(-jitter, jitter, here.shape))
-    inverse = np.linalg.solve(np.column_stack([there, np.ones(3)]), here)  # (3, 2)
-    out = read_at(np.float32(image / 255), x_y @ inverse[:2] + inverse[2], corners=True)
-    if strength:
-        shifts = strength * smoothed(rng.uniform(-1, 1, (2, height, width)), sigma, "symmetric", 3)
-        out = read_at(out, x_y + np.moveaxis(shifts, 0, -1), corners=False)
-    return out
-
-
-def pixelate(image, factor, rng):
-    size = image.shape[1::-1]  # width, height
-    small = Image.fromarray(image).resize([int(side * factor) for side in size], Image.Resampling.BOX)
-    return np.array(small.resize(size, Image.Resampling.BOX))
-
-
-def jpeg_compression(image, quality, rng):
-    Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=quality)
-    return np.array(Image.open(file))
-
-
-def saturate(image, factor_plus, rng):
+def saturate(x, values, rng):
     # At equal hue and V, the distance of each value to the largest, V, is in proportion to S. Grey has the hue of red.
-    x = image / 255
-    v, low = x.max(axis=2, keepdims=True), x.min(axis=2, keepdims=True)
+    factor, plus = values
+    v = x.max(axis=2, keepdims=True)
+    low = x.min(axis=2, keepdims=True)
     share = np.where(v > low, (v - x) / np.where(v > low, v - low, 1), [0, 1, 1])  # of the largest distance
-    s = (v - low) / np.where(v > 0, v, 1) * factor_plus[0] + factor_plus[1]
+    s = (v - low) / np.where(v > 0, v, 1) * factor + plus
     return v * (1 - share * np.clip(s, 0, 1))
 
 
-def spatter(image, values, rng):
+def elastic_transform(x, values, rng):
+    cv2, ndimage = libraries()
+    strength, sigma, jitter = values
+    size = len(x)
+    low, high = size // 2 - size // 3, size // 2 + size // 3
+    here = np.float32([[high, high], [high, low], [low, low]])
+    there = here + np.float32(rng.uniform(-jitter, jitter, here.shape))
+    affine = cv2.getAffineTransform(here, there)
+    x = cv2.warpAffine(np.float32(x), affine, (size, size), borderMode=cv2.BORDER_REFLECT_101)
+    shifts = [smoothed(plane, sigma, "reflect", 3) for plane in rng.uniform(-1, 1, (2, size, size))]
+    dx, dy = np.float32(strength * np.stack(shifts))
+    rows, columns = np.mgrid[:size, :size]
+    places = (rows + dy, columns + dx)
+    return np.dstack([ndimage.map_coordinates(x[..., c], places, order=1, mode="reflect") for c in range(3)])
+
+
+def spatter(x, values, rng):
+    cv2, _ = libraries()
     mean, deviation, sigma, least, amount, is_mud = values
-    x, liquid = image / 255, smoothed(rng.normal(mean, deviation, image.shape[:2]), sigma)
+    x = np.float32(x)
+    liquid = smoothed(rng.normal(mean, deviation, x.shape[:2]), sigma)
     if is_mud:
-        mask = np.float32(smoothed((liquid > least).astype(float), amount))[..., None]
-        mask[mask < 0.8] = 0
-        return x * (1 - mask) + mask * np.array([63, 42, 20]) / 255
+        mud = smoothed(np.float32(liquid > least), amount)[..., None]
+        mud[mud < 0.8] = 0
+        return x * (1 - mud) + mud * np.array([63, 42, 20]) / 255
     # Water is brightest at some distance from the edges of its drops, and lit from one side.
-    liquid, box = np.uint8(np.int64(np.where(liquid < least, 0, liquid) * 255)), np.ones((3, 3), int)
-    depth = np.uint8(np.float32(filtered(distances(canny(liquid)), box, "reflect") / 9))
-    counts = np.bincount(depth.ravel(), minlength=256)
-    if others := depth.size - counts[depth.min()]:  # OpenCV's equalizeHist
-        depth = np.rint((counts.cumsum() - counts[depth.min()]) * np.float32(255 / others))[depth]
-    lit = filtered(depth.astype(int), [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], "reflect").clip(0, 255)
-    water = liquid * np.rint(filtered(lit, box, "reflect") / 9)
+    liquid[liquid < least] = 0
+    liquid = np.uint8(liquid * 255)
+    depth = cv2.distanceTransform(255 - cv2.Canny(liquid, 50, 150), cv2.DIST_L2, 5)
+    depth = cv2.equalizeHist(np.uint8(cv2.blur(np.minimum(depth, 20), (3, 3))))
+    lit = cv2.filter2D(depth, cv2.CV_8U, np.float32([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]))
+    water = liquid * np.float32(cv2.blur(lit, (3, 3)))
+    # Without a drop the generator divides 0 by 0; here the image stays as it is.
     return x + (amount * water / max(water.max(), 1))[..., None] * np.array([175, 238, 238]) / 255
 
 
-# Each maps uint8 (H, W, 3) and its value in CORRUPTIONS to uint8, or to values in 0..1, and draws only from `rng`.
-CORRUPTION_OPS = {name: globals()[name] for name in CORRUPTIONS}
+# ----------------------------------------------------------------------------------------------------------------------
+# what is shown to the models. A set that is not whole is a ValueError with its reason
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Apply one of CORRUPTIONS at severity 1 to 5: image uint8 (H, W, 3) -> a new one."""
-    size = max(image.shape[:2])
-    values = CORRUPTIONS[name][32 if size <= 48 else 64 if size <= 128 else 224]
-    x = CORRUPTION_OPS[name](image, values[severity - 1], rng)
-    return x if x.dtype == np.uint8 else np.uint8(np.clip(x, 0, 1) * 255)  # cut, not rounded, as in the generator
+class Shown(NamedTuple):
+    """Images by class, listed once for all models."""
+
+    images: ImageList
+    labels: np.ndarray  # int64 (N,), numbers of `classes`
+    classes: list[str]
+    settings: dict  # what tells them from others
+    read: Callable | None = None  # row -> several images: five severities of one, or the frames of a video
+
+    def at(self, rows: np.ndarray) -> "Shown":
+        images = self.images[rows]
+        settings = self.settings | {"images": identity(images)}
+        return self._replace(images=images, labels=self.labels[rows], settings=settings)
 
 
-class CorruptedImages(ImageDataset):
-    """Images with five views: a corruption at severities 1 to 5. Its noise is a function of (seed, corruption, index in
-    val, severity) alone, so all models of one image size see the same images, in any number of processes."""
+class Several(ImageDataset):
+    """What `read` makes of an image, resized to each of `sizes`."""
 
-    def __init__(self, images: ImageList, view: View, indexes: np.ndarray, corruption: str, seed: int):
-        super().__init__(images, clean=view, seed=seed)
-        self.indexes, self.corruption = indexes, corruption  # int64 (N,): where in val these images are
+    def __init__(self, shown: Shown, view: View, sizes: list[int]):
+        super().__init__(shown.images, clean=view)
+        self.read = shown.read
+        self.views = [view._replace(image_size=size).of_stored for size in sizes]
 
     def __getitem__(self, row: int):
-        row, views, error = super().__getitem__(row)
-        if error is None:
-            key = [self.seed, zlib.crc32(self.corruption.encode()), int(self.indexes[row])]
-            rngs = [np.random.default_rng([*key, severity]) for severity in range(1, 6)]
-            views = [corrupt(views[0], self.corruption, severity, rng) for severity, rng in enumerate(rngs, 1)]
-        return row, views, error
+        try:
+            pictures = self.read(row)
+        except Exception as error:  # decoders raise anything
+            return row, None, f"{self.images.name(row)}: {type(error).__name__}: {error}"
+        return row, [eval_view(picture, view) for view in self.views for picture in pictures], None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# measures, and the parts of the evaluation: one function for each, and one row of the table in `parts_of`
-# ---------------------------------------------------------------------------------------------------------------------
+def list_folder(folder: Path) -> Shown:
+    images, labels, classes = images_by_class(folder)
+    if not len(images):
+        raise ValueError(f"{folder}: no images in its class folders")
+    return Shown(images, labels, classes, {"folder": str(folder.absolute()), "images": identity(images)})
+
+
+def list_val(args: argparse.Namespace, data: str | Path | None) -> Shown | None:
+    """DATA/val or a half of it; None, with a line, where the first checkpoint's data directory is gone."""
+    if not data or not any(os.path.isdir(f"{data}/{split}") for split in ("train", "val")):
+        if args.data or args.corrupt or args.fgsm or args.pgd:
+            fail(f"--data: there is no train/ or val/ in {data}")
+        print0(f"there is no data directory {data}: clean images are left out")
+        return None
+    images, labels, classes = labeled_images(data, "val")
+    val = Shown(images, labels, classes, {"data": os.path.abspath(data), "images": identity(images)})
+    if args.val_half == "all":
+        return val
+    return val.at(np.flatnonzero(judged_half(images) == (args.val_half == "judge")))
+
+
+def draw_five(images: ImageList, view: View, name: str, seed: int, row: int) -> list[Image.Image]:
+    """The noise is a function of (seed, corruption, path, severity): the same for all models and processes."""
+    clean = eval_view(images.load(row, view.enough), view)
+    words = seed_words(seed, name, zlib.crc32(images.path[row]))
+    rngs = [np.random.default_rng([*words, severity]) for severity in range(1, 6)]
+    return [Image.fromarray(corrupt(clean, name, severity, rng)) for severity, rng in enumerate(rngs, 1)]
+
+
+def read_five(five: list[ImageList | np.ndarray], row: int) -> list[Image.Image]:
+    return [Image.fromarray(of[row]) if isinstance(of, np.ndarray) else of.load(row) for of in five]
+
+
+def list_severities(folder: Path) -> Shown:
+    """A corruption of ImageNet-C: FOLDER/1 to 5, of the same photographs."""
+    five = [list_folder(folder / str(severity)) for severity in range(1, 6)]
+    classes = [[shown.classes[label] for label in shown.labels] for shown in five]
+    if any(of_severity != classes[0] for of_severity in classes):
+        nums = ", ".join(f"{len(of_severity)} of {len(set(of_severity))}" for of_severity in classes)
+        raise ValueError(f"{folder} is not whole: images of classes at its severities: {nums}")
+    settings = {"folder": str(folder.absolute()), "images": [shown.settings["images"] for shown in five]}
+    return five[0]._replace(settings=settings, read=partial(read_five, [shown.images for shown in five]))
+
+
+def list_array(file: Path) -> Shown:
+    """A corruption of CIFAR-10-C: uint8 (5 N, H, W, 3), severity by severity, and labels.npy."""
+    array = np.lib.format.open_memmap(file, mode="r")
+    labels = np.lib.format.open_memmap(file.with_name("labels.npy"), mode="r")
+    if array.dtype != np.uint8 or array.shape != (len(labels), *array.shape[1:3], 3):
+        raise ValueError(f"{file}: expected uint8 ({len(labels)}, H, W, 3), found {array.dtype} {array.shape}")
+    labels = labels.reshape(5, -1)
+    if (labels != labels[0]).any() or not set(labels[0].tolist()) <= set(range(10)):
+        raise ValueError(f"{file.with_name('labels.npy')}: not the same labels 0 to 9 at each severity")
+    settings = {"folder": str(file.parent.absolute()), "sha256": identity(file)}
+    read = partial(read_five, np.split(array, 5))
+    return Shown(ImageList.at(str(file), []), labels[0].astype(np.int64), CIFAR10, settings, read)
+
+
+def list_videos(folder: Path) -> Shown:
+    """ImageNet-P: FOLDER/<class>/<video>"""
+    paths = [os.fsencode(path.relative_to(folder)) for path in folder.glob("*/*") if path.suffix in (".mp4", ".avi")]
+    if not paths:
+        raise ValueError(f"{folder}: no videos <class>/<name>.mp4 in it")
+    videos = ImageList.at(str(folder), [(path, 0, 0) for path in paths])
+    names = [os.fsdecode(path.split(b"/")[0]) for path in videos.path.tolist()]
+    classes, labels = np.unique(names, return_inverse=True)
+    settings = {"folder": str(folder.absolute()), "images": identity(videos)}
+    return Shown(videos, labels, classes.tolist(), settings, partial(read_frames, videos))
+
+
+def read_frames(videos: ImageList, row: int) -> list[Image.Image]:
+    with import_av().open(videos.name(row)) as file:
+        frames = [frame.to_image() for frame in file.decode(video=0)]
+    if len(frames) < 2:
+        raise ValueError(f"{len(frames)} frames")
+    return frames
+
+
+def import_av():
+    try:
+        import av
+    except ImportError:
+        fail("--imagenet-p: its videos need a package: pip install av")
+    av.logging.set_level(av.logging.PANIC)  # what is wrong with a broken video is said once, by us
+    return av
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# measures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tested:
+    """A checkpoint that is measured. Its weights are read when the first measurement needs them."""
+
+    def __init__(self, path: str, checkpoint: dict, entry: dict, device: torch.device):
+        self.path = path
+        self.device = device
+        self.entry = entry  # of robustness.json
+        self.view = View.of(checkpoint)
+        self.classes = checkpoint["classes"]
+        self.data = checkpoint.get("data")
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return load_model(self.path, self.device, fuse=True)[0]
+
+    def logits(self, pixels: Tensor, amp) -> Tensor:
+        """Float32 (N, classes) of pixels (N, 3, H, W) in 0..255."""
+        with torch.no_grad(), amp:
+            return self.model(normalize(pixels, self.view)).float()
+
+    def labels(self, shown: Shown) -> Tensor:
+        """int64 (N,), as the model numbers the classes."""
+        return torch.tensor([self.classes.index(name) for name in shown.classes])[shown.labels]
 
 
 def attack(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float, steps: int, view: View) -> Tensor:
@@ -377,7 +550,8 @@ def attack(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float, steps: 
     With one step this is FGSM: the step, 2.5 eps (Madry et al.'s rule, 1706.06083; the paper does not say its own), is
     cut to the eps ball, so that each value moves by eps. There is no random start, so eps 0 is the clean image.
     """
-    low, high = (pixels - eps).clamp(min=0), (pixels + eps).clamp(max=255)
+    low = (pixels - eps).clamp(min=0)
+    high = (pixels + eps).clamp(max=255)
     attacked = pixels
     for _ in range(steps):
         attacked = attacked.detach().requires_grad_()
@@ -403,542 +577,485 @@ def metrics_of(sums: Tensor) -> dict[str, float]:
     """top1, top5 and ece in percent, and the mean loss, from the sum of `batch_sums`."""
     num, top1, top5, loss = sums[:4].tolist()
     _, right, confidence = sums[4:].view(3, NUM_BINS)
-    ece = (right - confidence).abs().sum().item() / num  # |b| / n * |accuracy - confidence|, with the means written out
+    ece = (right - confidence).abs().sum().item() / num  # |b| / n * |accuracy - confidence|, written out
     return {"top1": 100 * top1 / num, "top5": 100 * top5 / num, "loss": loss / num, "ece": 100 * ece, "num": int(num)}
 
 
-class TestedModel(NamedTuple):
-    """A model that is measured, and the images of val with their labels as it numbers the classes."""
+def details_of(labels: np.ndarray, predicted: np.ndarray, classes: list[str]) -> dict:
+    """What is behind a top-1: how sure it is, and which classes it comes from. `predicted`: -1 of unreadable images.
 
-    name: str  # in the table and in messages
-    model: nn.Module  # in eval mode, its batch norms folded into its convolutions
-    view: View
-    classes: list[str]
-    images: ImageList | None  # all of val, if there is one
-    chosen: np.ndarray  # int64 (n,), sorted: the rows of `images` that are corrupted and attacked
-    labels: np.ndarray | None = None  # int64 (N,), of `images`
-
-    def logits(self, pixels: Tensor, amp) -> Tensor:
-        """Float32 (N, classes) of pixels (N, 3, H, W) in 0..255."""
-        with torch.inference_mode(), amp:
-            return self.model(normalize(pixels, self.view)).float()
-
-
-class Gap(Exception):
-    """A set, or a part of it, that is not there or does not fit the model: a line, and a gap in the table."""
-
-
-class OtherClasses(Gap):
-    """A set with classes that the model does not have: none of its parts fits."""
-
-
-def measure(
-    tested: TestedModel,
-    dataset: ImageDataset,
-    labels: np.ndarray,
-    what: str,
-    args,
-    processes: Processes,
-    eps: float = 0,
-    steps: int = 0,
-    columns: np.ndarray | None = None,
-    predicted: Tensor | None = None,
-) -> list[dict[str, float]]:
-    """metrics_of each view of a dataset, by all processes, each image exactly once; attacked where `steps` is not 0.
-
-    `columns`: only these logits compete, int64 sorted; `labels` then are positions in it. `predicted`: zeros, int64
-    (N,), on the CPU; of each readable image it will have the number of its class plus 1.
+    interval95: Wilson's, of top1, in percent. balanced_top1: the mean recall of the classes that there are. right: a
+    bit an image, in their order, base64. confusion: images, true class by row.
     """
-    device, description = processes.device, f"{tested.name} {what}"
-    # Attacks are in float32: half of a float16 gradient would be 0, and its sign no attack.
-    amp, _ = autocast("fp32" if steps else precision_of(args.precision, processes), device)
-    labels = torch.from_numpy(labels)
-    competing = slice(None) if columns is None else torch.from_numpy(columns).to(device)
-    sums = torch.zeros(5, 4 + 3 * NUM_BINS, dtype=torch.float64, device=device)  # a view has at most 5 severities
-    size, errors = args.batch_size or rows_per_batch(tested.view.image_size, device), set()
-    batches = load_batches(dataset, grid_keys(len(dataset), size, processes), processes)
-
-    def attacked(pixels: Tensor, target: Tensor) -> Tensor:
-        return attack(tested.model, pixels, target, eps, steps, tested.view)
-
-    for batch in progress(batches, -(-len(dataset) // (size * processes.world_size)), description, processes):
-        errors.update(batch.errors)
-        target = labels[batch.rows].to(device)
-        for number, images in enumerate(batch.views):
-            pixels = images.to(device, non_blocking=True).float()
-            if steps:
-                pixels = in_halves(attacked, pixels, target)
-            logits = in_halves(partial(tested.logits, amp=amp), pixels)[:, competing]
-            sums[number] += batch_sums(logits, target)
-            if predicted is not None:
-                predicted[batch.rows] = logits.argmax(1).cpu() + 1
-    report_unreadable(description, errors, processes)
-    sums = reduce_sum(sums, processes).cpu()
-    if predicted is not None:
-        reduce_sum(predicted, processes)
-    if not sums[0, 0]:
-        raise Gap("no image is readable")
-    return [metrics_of(view_sums) for view_sums in sums if view_sums[0]]
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    seen = predicted >= 0
+    np.add.at(confusion, (labels[seen], predicted[seen]), 1)
+    num, named, right = confusion.sum(axis=1), confusion.sum(axis=0), confusion.diagonal()
+    per_class = {}
+    for name, n, m, k in zip(classes, num.tolist(), named.tolist(), right.tolist(), strict=True):
+        per_class[name] = {"num": n, "recall": 100 * k / n if n else None, "precision": 100 * k / m if m else None}
+    details = {
+        "balanced_top1": 100 * float((right[num > 0] / num[num > 0]).mean()),
+        "interval95": [100 * share for share in wilson(int(right.sum()), int(num.sum()))],
+        "per_class": per_class,
+        "right": base64.b64encode(np.packbits(predicted == labels).tobytes()).decode(),
+    }
+    if len(classes) <= 100:
+        details["confusion"] = confusion.tolist()
+    return details
 
 
-def report_unreadable(description: str, errors: set, processes: Processes, what: str = "images") -> None:
-    if errors := sorted(union_of(errors, processes)):
-        print0(f"{description}: {len(errors)} {what} are unreadable and left out; the first: {errors[0][1]}")
+@cache  # once, though the same images are shown again and again; from each process, for it alone knows the path
+def report_unreadable(num: int, first: str) -> None:
+    print(f"{num} images are unreadable and left out; the first: {first}", flush=True)
 
 
-def choose_images(labels: np.ndarray, num_images: int, seed: int) -> np.ndarray:
-    """Sorted rows of `num_images` random images spread evenly over the classes, however the classes are numbered."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    rank_in_class = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        rank_in_class[members] = np.arange(len(members))
-    # The first image of each class comes first, then the second of each: any beginning of this list is balanced.
-    return np.sort(order[np.argsort(rank_in_class[order], kind="stable")][:num_images])
+# ----------------------------------------------------------------------------------------------------------------------
+# what is measured, and kept in robustness.json
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """A part of the evaluation. Its items are measured and saved one by one, so a killed run loses only one of them."""
+class Evaluation:
+    """The models of a table, and what robustness.json has of them: {checkpoint: {"sha256", key: {..., "settings"}}}."""
 
-    name: str  # the key of its results in robustness.json
-    columns: dict[str, str]  # of the table: what to show of the results; with {} in the heading each item
-    items: list[str]  # what the command asks for; none: the part is not done
-    settings: dict  # what its numbers depend on besides the weights; saved with them
-    measure: Callable[[TestedModel, str, argparse.Namespace, Processes], dict]  # of one item: what to save
-    inside: str = ""  # the key below which the items are saved, where there is a summary beside them
-    summary: Callable[[dict, dict], dict] = lambda items, entry: {}  # of all items: what to save beside them
-    of_val: bool = True  # measured on the images of val
+    def __init__(self, args: argparse.Namespace, processes: Processes):
+        self.file = args.out / "robustness.json"
+        self.processes = processes
+        self.precision = precision_of(args.precision, processes.device)
+        self.batch_size = args.batch_size
+        self.asked = []  # the keys of this command, whether it measured them or an earlier one did
+        self.entries = {}
+        self.models = []
+        earlier = self.read()
+        for path in dict.fromkeys(args.checkpoints):  # all, before the first is measured: a wrong path fails now
+            checkpoint = read_checkpoint(path)
+            entry = {"sha256": file_sha256(path)}
+            if earlier.get(path, {}).get("sha256") == entry["sha256"]:
+                entry = earlier[path]
+            self.entries[path] = entry
+            self.models.append(Tested(path, checkpoint, entry, processes.device))
+        self.sizes = sorted({tested.view.image_size for tested in self.models})
+        self.smallest = min((tested.view for tested in self.models), key=lambda view: view.image_size)
+
+    def read(self) -> dict[str, dict]:
+        try:
+            return dict(json.loads(self.file.read_text()))
+        except FileNotFoundError:
+            return {}
+        except (OSError, TypeError, ValueError) as error:
+            fail(f"{self.file}: not the results of an earlier run ({error}); move it away")
+
+    def save(self) -> None:
+        """Other checkpoints, which another run may save there meanwhile, stay."""
+        if self.processes.is_main:
+            others = {path: entry for path, entry in self.read().items() if path not in self.entries}
+            with write_atomically(self.file) as temporary:
+                temporary.write_text(json.dumps(self.entries | others, indent=1))
+
+    def once(self, key: str, list_images: Callable[[], Shown], **how) -> None:
+        """Measure and save what `key` stands for, of each model that lacks it with these settings; how: of `measure`.
+
+        What cannot be measured is a gap with its reason, and tried again the next time. What is drawn, or resized for
+        all models, is shown to all of them at a time.
+        """
+        self.asked.append(key)
+        try:
+            shown = list_images()
+        except (OSError, ValueError) as error:
+            for tested in self.models:
+                tested.entry[key] = {"gap": str(error)}
+            return
+        precision = "fp32" if "eps" in how else self.precision
+        settings = shown.settings | {"precision": precision}
+        num_classes = len(np.unique(shown.labels))
+        missing = []
+        for tested in self.models:
+            known = tested.entry.get(key, {})
+            lacking = [name for name in shown.classes if name not in tested.classes]
+            if lacking:
+                tested.entry[key] = {"gap": f"the model has no class {', '.join(lacking[:5])}"}
+            elif "gap" in known or known.get("settings") != settings:
+                missing.append(tested)
+        measure = self.measure_flips if key.startswith("imagenet_p") else self.measure
+        for models in [missing] if shown.read and missing else [[tested] for tested in missing]:
+            for tested, result in zip(models, measure(models, shown, key, **how), strict=True):
+                tested.entry[key] = result | {"classes": num_classes, "settings": settings}
+            self.save()
+
+    def batches(self, dataset: ImageDataset, num: int, size: int, title: str) -> Iterator[Batch]:
+        """This process's batches of `size`. All processes together show each of `num` images once."""
+        batches = load_batches(dataset, grid_keys(num, size, self.processes), self.processes)
+        errors = []
+        for batch in progress(batches, title, math.ceil(num / size / self.processes.world_size), self.processes):
+            errors += [error for _, error in batch.errors]
+            if len(batch.rows):
+                yield batch
+        if errors:
+            report_unreadable(len(errors), errors[0])
+
+    def measure(self, models, shown: Shown, title: str, eps=0.0, steps=0, subset=False, details=False) -> list[dict]:
+        """`metrics_of` each model; of several views, lists. One model where there is one view, the clean one.
+
+        Attacked where `steps` is not 0. `subset`: only the classes of `shown` compete. `details`: with `details_of`.
+        """
+        device = self.processes.device
+        dataset = ImageDataset(shown.images, clean=models[0].view)
+        if shown.read:
+            dataset = Several(shown, self.smallest, self.sizes)
+        # Attacks are in float32: half of a float16 gradient would be 0, and its sign no attack.
+        amp, _ = autocast("fp32" if steps else self.precision, device)
+        num = len(shown.labels)
+        size = self.batch_size or rows_per_batch(dataset.clean.image_size, device)
+        labels = [tested.labels(shown) for tested in models]
+        sums = torch.zeros(len(models), 5, 4 + 3 * NUM_BINS, dtype=torch.float64, device=device)
+        predicted = torch.zeros(num, dtype=torch.int64)  # label + 1
+        for batch in self.batches(dataset, num, size, title):
+            for number, tested in enumerate(models):
+                target = labels[number][batch.rows].to(device)
+                views = [images for images in batch.views if images.shape[-1] == tested.view.image_size]
+                for view, images in enumerate(views):
+                    pixels = images.to(device, non_blocking=True).float()
+                    if steps:
+                        fool = partial(attack, tested.model, eps=eps, steps=steps, view=tested.view)
+                        pixels = in_halves(fool, pixels, target)
+                    logits = in_halves(partial(tested.logits, amp=amp), pixels)
+                    if subset:
+                        is_other = torch.ones(len(tested.classes), dtype=torch.bool)
+                        is_other[labels[number]] = False
+                        logits = logits.masked_fill(is_other.to(device), -torch.inf)
+                    sums[number, view] += batch_sums(logits, target)
+                    predicted[batch.rows] = logits.argmax(1).cpu() + 1
+        sums = reduce_sum(sums, self.processes).cpu()
+        if not sums[0, 0, 0]:
+            return [{"gap": "no image is readable"} for _ in models]
+        if details:
+            predicted = reduce_sum(predicted, self.processes) - 1
+            return [metrics_of(sums[0, 0]) | details_of(labels[0].numpy(), predicted.numpy(), models[0].classes)]
+        results = []
+        for of_model in sums:
+            views = [metrics_of(view) for view in of_model if view[0]]
+            lists = {name: [metrics[name] for metrics in views] for name in ("top1", "top5", "num")}
+            results.append(lists if shown.read else {name: value for name, (value,) in lists.items()})
+        return results
+
+    def measure_flips(self, models: list[Tested], videos: Shown, title: str) -> list[dict]:
+        """flip: the share of frames whose class is not that of the frame before it; top1: of all frames, ours. Percent.
+
+        Noise has no order in time: its frames are compared with the first one (official ImageNet-P/test.py). The mean
+        over the videos of the mean over the comparisons.
+        """
+        device = self.processes.device
+        size = self.batch_size or rows_per_batch(max(self.sizes), device)
+        amp, _ = autocast(self.precision, device)
+        num = len(videos.labels)
+        labels = [tested.labels(videos) for tested in models]
+        sums = torch.zeros(len(models), 3, num, dtype=torch.float64)  # of each video: read, flips, right
+        for batch in self.batches(Several(videos, self.smallest, self.sizes), num, 1, title):
+            row = batch.rows.item()
+            for number, tested in enumerate(models):
+                frames = torch.cat([view for view in batch.views if view.shape[-1] == tested.view.image_size])
+                logits = partial(tested.logits, amp=amp)
+                parts = frames.to(device).float().split(size)
+                said = torch.cat([in_halves(logits, part) for part in parts]).argmax(1).cpu()
+                before = said[:1] if "noise" in title else said[:-1]
+                sums[number, 0, row] = 1
+                sums[number, 1, row] = (said[1:] != before).double().mean()
+                sums[number, 2, row] = (said == labels[number][row]).double().mean()
+        sums = reduce_sum(sums, self.processes).sum(dim=2).tolist()
+        if not sums[0][0]:
+            return [{"gap": "no video is readable"} for _ in models]
+        return [{"flip": 100 * flips / n, "top1": 100 * right / n, "num": int(n)} for n, flips, right in sums]
 
 
-def measure_clean(tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    dataset = ImageDataset(tested.images, clean=tested.view)
-    predicted = torch.zeros(len(tested.labels), dtype=torch.int64)
-    (metrics,) = measure(tested, dataset, tested.labels, "clean top1", args, processes, predicted=predicted)
-    return metrics | details_of(tested.labels, predicted.numpy() - 1, tested.classes)
+def measure_all(args: argparse.Namespace, evaluation: Evaluation, val: Shown | None) -> None:
+    """Everything that the command asks for, in this order."""
+    once = evaluation.once
+    if val:
+        once("clean", lambda: val, details=True)
+        order = np.random.default_rng(args.seed).permutation(len(val.labels))
+        chosen = val.at(np.sort(order[: args.num_images]))
+        # All models see the same corrupted pixels: those that the smallest one sees, before they are corrupted.
+        view = evaluation.smallest
+        drawn = {name: value for name, value in view._asdict().items() if name not in ("mean", "std")}
+        drawn = chosen.settings | drawn | {"seed": args.seed}
+        for name in CORRUPTIONS if args.corrupt else ():
+            draw = partial(draw_five, chosen.images, view, name, args.seed)
+            once(f"corrupt/{name}", partial(chosen._replace, settings=drawn, read=draw))
+        for eps in args.fgsm:
+            once(f"fgsm/{eps:g}", lambda: chosen, eps=eps, steps=1)
+        for eps in args.pgd:
+            settings = chosen.settings | {"steps": args.pgd_steps}
+            once(f"pgd/{eps:g}", partial(chosen._replace, settings=settings), eps=eps, steps=args.pgd_steps)
+    if args.imagenet_a:
+        once("imagenet_a", partial(list_folder, args.imagenet_a), subset=True)
+    if args.imagenet_r:
+        once("imagenet_r", partial(list_folder, args.imagenet_r), subset=True)
+    for name in ALEXNET_ERRORS if args.imagenet_c else ():
+        folders = [args.imagenet_c / name, *sorted(args.imagenet_c.glob(f"*/{name}"))]
+        folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+        if name in BENCHMARK or folder.is_dir():  # the extra ones are an archive of their own
+            once(f"imagenet_c/{name}", partial(list_severities, folder))
+    for name in ALEXNET_FLIPS if args.imagenet_p else ():
+        once(f"imagenet_p/{name}", partial(list_videos, args.imagenet_p / name))
+    for name in ALEXNET_ERRORS if args.cifar10_c else ():
+        once(f"cifar10_c/{name}", partial(list_array, args.cifar10_c / f"{name}.npy"))
+    for name, folder in args.folder:
+        once(f"folder/{name}", partial(list_folder, folder))
 
 
-def measure_corruption(tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    dataset = CorruptedImages(tested.images[tested.chosen], tested.view, tested.chosen, item, args.seed)
-    severities = measure(tested, dataset, tested.labels[tested.chosen], f"corrupt {item}", args, processes)
-    return {item: [metrics["top1"] for metrics in severities]}
+# ======================================================================================================================
+# SECOND HALF: entries of robustness.json -> summary, table, verdict, picture
+# ======================================================================================================================
 
 
-def measure_attack(name: str, steps: int, tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    dataset, labels = ImageDataset(tested.images[tested.chosen], clean=tested.view), tested.labels[tested.chosen]
-    (metrics,) = measure(tested, dataset, labels, f"{name} {item}", args, processes, eps=float(item), steps=steps)
-    return {item: metrics["top1"]}
+def values_of(entry: dict, part: str, names: tuple, value: str = "top1") -> np.ndarray | None:
+    """(names, ...) of a part that is whole: all of it was measured, and on as many images."""
+    items = [entry.get(f"{part}/{name}", {}) for name in names]
+    if not all(value in item for item in items) or len(np.unique([item["num"] for item in items])) > 1:
+        return None
+    return np.array([item[value] for item in items])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the released sets, in the layouts in which they are released
-# ---------------------------------------------------------------------------------------------------------------------
+def mean_corruption_error(top1: np.ndarray, clean_error: float | None = None) -> float:
+    """mCE in percent (1903.12261, section 4) of top1 (15, severities), in the order of BENCHMARK.
 
-
-def images_of(folder: Path, classes: list[str]) -> tuple[ImageList, np.ndarray]:
-    """(images, their labels int64 (N,)) of folder/<class>/**, or a Gap."""
-    try:
-        images, labels, _ = images_by_class(folder, classes)
-    except ValueError as error:
-        raise Gap(str(error)) from error
-    except LookupError as error:
-        raise OtherClasses(f"{error}{hint_of(classes)}") from error
-    if not len(images):
-        raise Gap(f"{folder}: no images in its class folders")
-    return images, labels
-
-
-def measure_folder(folder: Path | None, tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    """Photographs by class: --folder `item`, or ImageNet-A or -R, of whose 200 classes alone the model can choose."""
-    subset, folder = bool(folder), folder or dict(args.folder)[item]
-    images, labels = images_of(folder, tested.classes)
-    columns = np.unique(labels) if subset else np.arange(len(tested.classes))
-    labels = np.searchsorted(columns, labels)
-    dataset = ImageDataset(images, clean=tested.view)
-    (metrics,) = measure(tested, dataset, labels, folder.name, args, processes, columns=columns)
-    found = {name: metrics[name] for name in ("top1", "top5", "num")}
-    return found if subset else {item: found}
-
-
-def measure_imagenet_c(tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    """ROOT/<corruption>/<severity>/<class>/, flat or in the archives' folders blur/, digital/, extra/ ..."""
-    root, top1 = args.imagenet_c, []
-    folders = root / item, *sorted(root.glob(f"*/{item}"))
-    if not (folder := next((folder for folder in folders if folder.is_dir()), None)):
-        raise Gap(f"{root} has neither {item}/ nor a folder with {item}/ in it")
-    for severity in range(1, 6):
-        images, labels = images_of(folder / str(severity), tested.classes)
-        dataset = ImageDataset(images, clean=tested.view.of_stored)
-        (metrics,) = measure(tested, dataset, labels, f"ImageNet-C {item} {severity}", args, processes)
-        top1.append(metrics["top1"])
-    return {item: {"top1": top1, "num": metrics["num"]}}
-
-
-def mean_corruption_error(top1: dict[str, list[float]], errors: dict[str, float], clean=(0.0, 0.0)) -> tuple:
-    """(mCE or None where one of the 15 is missing, {corruption: CE}), percent (1903.12261, section 4).
-
-    CE: the sum of the errors at the five severities over that of AlexNet. top1 {corruption: [5]}, errors {corruption:
-    AlexNet's mean error} in percent. `clean`: the clean errors of both, taken off both sums: the relative CE.
+    The mean over the corruptions of the sum of the errors over that of AlexNet. `clean_error`: the model's on clean
+    images; it and AlexNet's are taken off first, which is the relative mCE (from memory of the paper).
     """
-    own, alexnet = clean
-    over = {name: errors[name] - alexnet for name in top1 if name in errors}  # 0: nothing to be compared with
-    ce = {name: 100 * (100 - sum(top1[name]) / 5 - own) / over[name] for name in over if abs(over[name]) > 1e-9}
-    return mean_of({name: [value] for name, value in ce.items()}, BENCHMARK), ce
+    errors = 100 - top1.mean(axis=1)
+    of_alexnet = np.array([ALEXNET_ERRORS[name] for name in BENCHMARK])
+    if clean_error is not None:
+        errors = errors - clean_error
+        of_alexnet = of_alexnet - ALEXNET_CLEAN_ERROR
+    return float(100 * (errors / of_alexnet).mean())
 
 
-def summarize_imagenet_c(baseline: dict, items: dict[str, dict], entry: dict) -> dict[str, float]:
-    top1 = {name: found["top1"] for name, found in items.items()}
-    theirs = {name: found["top1"] for name, found in baseline.get("imagenet_c", {}).get(INSIDE, {}).items()}
-    errors = {name: 100 - sum(of_name) / 5 for name, of_name in theirs.items()} or ALEXNET_ERRORS
-    mce, ce = mean_corruption_error(top1, errors)
-    for name in items:
-        items[name]["ce"] = ce.get(name)
-    summary = {"top1": mean_of(top1, BENCHMARK), "top1_extra": mean_of(top1, EXTRA), "mce": mce}
-    clean = [of["clean"]["top1"] for of in (entry, baseline if theirs else ALEXNET) if "clean" in of]
-    if len(clean) == 2:
-        summary["relative_mce"], _ = mean_corruption_error(top1, errors, [100 - of_model for of_model in clean])
-    summary["num"] = min((found["num"] for found in items.values()), default=None)
+def summarize(entry: dict) -> dict[str, float]:
+    """The means of an entry, in percent; where something is missing there is none, for it would mislead."""
+    top1 = {
+        "corrupted": values_of(entry, "corrupt", DRAWN),
+        "corrupted_extra": values_of(entry, "corrupt", EXTRA),
+        "imagenet_c": values_of(entry, "imagenet_c", BENCHMARK),
+        "cifar10_c": values_of(entry, "cifar10_c", BENCHMARK),
+        "cifar10_c_19": values_of(entry, "cifar10_c", BENCHMARK + EXTRA),
+    }
+    summary = {name: float(values.mean()) for name, values in top1.items() if values is not None}
+    if "imagenet_c" in summary:
+        summary["mce"] = mean_corruption_error(top1["imagenet_c"])
+        if "top1" in entry.get("clean", {}):
+            summary["relative_mce"] = mean_corruption_error(top1["imagenet_c"], 100 - entry["clean"]["top1"])
+    flips = values_of(entry, "imagenet_p", tuple(ALEXNET_FLIPS), "flip")
+    if flips is not None:
+        summary["mfp"] = float(flips.mean())
+        summary["mfr"] = float(100 * (flips / list(ALEXNET_FLIPS.values())).mean())
+    if "cifar10_c_19" in summary:
+        summary["cifar10_c_19_severity5"] = float(top1["cifar10_c_19"][:, 4].mean())
     return summary
 
 
-def mean_of(values: dict[str, list[float]], names: Iterable[str]) -> float | None:
-    """The mean over corruptions and severities; None if one of the names is missing."""
-    return float(np.mean([values[name] for name in names])) if set(names) <= set(values) else None
+class Cell(NamedTuple):
+    value: float
+    num: int = 0  # of images, where the value is a share of them
+    right: str = ""  # which of them, as in robustness.json
 
 
-def measure_imagenet_p(tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    """ROOT/<perturbation>/<class>/<video>: the share of frames whose class is not that of the frame before it.
+class Row(NamedTuple):
+    """A row of the table: a model, or the same model with several seeds."""
 
-    Noise has no order in time: its frames are compared with the first one (official ImageNet-P/test.py). Percent; the
-    mean over the videos of the mean over the comparisons. top1: of all frames, ours.
+    name: str
+    model: str  # the folder of its checkpoints: teacher, control, student1 ...
+    columns: dict[str, dict[str, Cell]]  # {seed, a folder's name or "": {name in robustness.json: cell}}
+
+    def text(self, heading: str) -> str:
+        """Of several seeds mean and standard deviation, of one the value and half of Wilson's 95 percent interval."""
+        cells = [columns[heading] for columns in self.columns.values() if heading in columns]
+        if len(cells) < len(self.columns):
+            return "-"
+        if len(cells) > 1:
+            values = [cell.value for cell in cells]
+            return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+        value, num, _ = cells[0]
+        if not num:
+            return f"{value:.2f}"
+        low, high = wilson(round(value / 100 * num), num)
+        return f"{value:.2f} ± {50 * (high - low):.2f}"
+
+
+def columns_of(entry: dict) -> dict[str, Cell]:
+    means = {name: Cell(value) for name, value in entry["summary"].items() if name != "corrupted_extra"}
+    shares = {}
+    for key, result in entry.items():
+        if isinstance(result.get("top1"), float) and "flip" not in result:
+            classes = f" ({result['classes']} classes)" if key.startswith(("imagenet", "folder")) else ""
+            shares[key + classes] = Cell(result["top1"], result["num"], result.get("right", ""))
+    clean = {"clean": shares.pop("clean")} if "clean" in shares else {}
+    return clean | means | shares
+
+
+def rows_of(shown: dict[str, dict]) -> list[Row]:
+    """The rows of the table. Paths that differ in one folder seedN alone are one model."""
+    models = {}
+    for path, entry in shown.items():
+        match = re.fullmatch(r"(.*/)?(seed\d+)(/.*)", path)
+        model = f"{match[1] or ''}seed*{match[3]}" if match else path
+        models.setdefault(model, {})[match[2] if match else ""] = columns_of(entry)
+    folders = [Path(path).absolute().parent.name for path in models]
+    rows = []
+    for (path, columns), folder in zip(models.items(), folders, strict=True):
+        name = folder if folders.count(folder) == 1 else path
+        rows.append(Row(f"{name} ({len(columns)} seeds)" if len(columns) > 1 else name, folder, columns))
+    return rows
+
+
+def t_95(freedom: float) -> float:
+    """Student's t at 97.5 percent. With x = sqrt(freedom) * tan(angle) its density is cos(angle)^(freedom - 1)."""
+    angles = (np.arange(500_000) + 0.5) * np.pi / 1_000_000
+    mass = np.cumsum(np.cos(angles) ** (freedom - 1))
+    return float(freedom**0.5 * np.tan(np.interp(0.95 * mass[-1], mass, angles)))
+
+
+def half_interval(d: np.ndarray) -> float:
+    """Half of the 95 percent interval, in points, of the mean of d (seeds, images) of -1, 0 and 1.
+
+    For other seeds and other images: the variances of the mean over both are added, without what they share; of one
+    seed for other images alone. As if each model was right alone on one image more, so that no interval has the width 0
+    (Bonett & Price, 2012).
     """
-    folder, number = args.imagenet_p / item, {name: label for label, name in enumerate(tested.classes)}
-    found = sorted(path for path in folder.glob("*/*") if path.suffix in (".mp4", ".avi"))
-    if not found:
-        raise Gap(f"{folder}: no videos <class>/<name>.mp4 in it")
-    if unknown := sorted({path.parent.name for path in found} - set(number)):
-        raise OtherClasses(f"{folder} has classes that are unknown to the model: {', '.join(unknown[:5])}")
-    paths, zeros = np.array([os.fsencode(path.relative_to(folder)) for path in found]), np.zeros(len(found), np.int64)
-    labels = [number[path.parent.name] for path in found]
-    dataset = Videos(ImageList(str(folder), paths, zeros, zeros), clean=tested.view.of_stored)
-    sums, errors = torch.zeros(3, len(found), dtype=torch.float64), set()  # of each video: read, flips, right
-    amp, _ = autocast(precision_of(args.precision, processes), processes.device)
-    size = args.batch_size or rows_per_batch(tested.view.image_size, processes.device)
-    batches = load_batches(dataset, grid_keys(len(found), 1, processes), processes)
-    description = f"{tested.name} ImageNet-P {item}"
-    for batch in progress(batches, -(-len(found) // processes.world_size), description, processes):
-        errors.update(batch.errors)
-        for row in batch.rows.tolist():
-            frames = torch.cat(batch.views).split(size)
-            logits = [in_halves(partial(tested.logits, amp=amp), part.to(processes.device).float()) for part in frames]
-            said = torch.cat(logits).argmax(1).cpu()
-            before = said[:1] if "noise" in item else said[:-1]
-            means = [(said[1:] != before).double().mean(), (said == labels[row]).double().mean()]
-            sums[:, row] = torch.stack([torch.ones(()).double(), *means])
-    report_unreadable(description, errors, processes, "videos")
-    num, flips, right = reduce_sum(sums, processes).sum(dim=1).tolist()
-    if not num:
-        raise Gap(f"{folder}: no video is readable")
-    return {item: {"flip": 100 * flips / num, "top1": 100 * right / num, "num": int(num)}}
+    d = np.hstack([d, np.tile([1, -1], (len(d), 1))])
+    seeds, images = d.shape
+    of_images = d.mean(axis=0)
+    by_images = of_images.var(ddof=1) / images
+    by_seeds = shared = 0.0
+    if seeds > 1:
+        of_seeds = d.mean(axis=1, keepdims=True)
+        by_seeds = of_seeds.var(ddof=1) / seeds
+        interaction = d - of_seeds - of_images + d.mean()
+        shared = (interaction**2).sum() / ((seeds - 1) * (images - 1) * seeds * images)
+    variance = max(by_seeds + by_images - shared, by_seeds, by_images)
+    # Satterthwaite's degrees of freedom
+    freedom = variance**2 / (by_seeds**2 / max(seeds - 1, 1) + by_images**2 / (images - 1))
+    return 100 * t_95(freedom) * variance**0.5
 
 
-def summarize_imagenet_p(baseline: dict, items: dict[str, dict], entry: dict) -> dict:
-    """mfr: the mean over the ten perturbations of the flip probability over AlexNet's, mfp: of the plain one."""
-    if not set(ALEXNET_FLIPS) <= set(items):
-        return {}
-    theirs = {name: found["flip"] for name, found in baseline.get("imagenet_p", {}).get(FLIPPED, {}).items()}
-    normalizers = theirs or ALEXNET_FLIPS
-    flips = {name: items[name]["flip"] for name in ALEXNET_FLIPS}
-    ratios = [flip / normalizers[name] for name, flip in flips.items() if normalizers[name]]
-    mfr = 100 * float(np.mean(ratios)) if len(ratios) == len(flips) else None
-    mean = {key: float(np.mean([items[name][of] for name in flips])) for key, of in (("mfp", "flip"), ("top1", "top1"))}
-    return {"mfr": mfr, **mean, "mfr_normalizers": "the baseline's" if theirs else "AlexNet's, unconfirmed"}
+def difference(row: Row, base: Row, heading: str) -> tuple[float, float | None, int] | None:
+    """(points by which `row` is better, half of the 95 percent interval, seeds), of the seeds of both; None of none.
 
-
-def measure_cifar10_c(tested: TestedModel, item: str, args, processes: Processes) -> dict:
-    """ROOT/<corruption>.npy, severity by severity, and ROOT/labels.npy, numbers of CIFAR-10's classes."""
-    arrays = []
-    for file in (args.cifar10_c / f"{item}.npy", args.cifar10_c / "labels.npy"):
-        try:
-            arrays.append(np.lib.format.open_memmap(file, mode="r"))
-        except (OSError, ValueError) as error:
-            raise Gap(f"{file}: cannot be read ({error})") from error
-    images, numbers = arrays
-    found = f"{images.dtype} {images.shape}, {numbers.dtype} {numbers.shape}"
-    expected = f"expected uint8 (5 N, H, W, 3) and as many whole numbers: found {found}"
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(images) % 5 or not images.size:
-        raise Gap(f"{args.cifar10_c / item}.npy: {expected}")
-    is_fit = numbers.shape == images.shape[:1] and numbers.dtype.kind in "iu"
-    numbers = np.asarray(numbers).reshape(5, -1) if is_fit else np.full((5, 1), -1)
-    if (numbers != numbers[0]).any() or numbers.min() < 0 or numbers.max() > 9:
-        raise Gap(f"{args.cifar10_c / 'labels.npy'}: not the same labels 0 to 9 for each severity; {expected}")
-    if unknown := sorted(set(CIFAR10) - set(tested.classes)):
-        raise OtherClasses(f"the model does not have CIFAR-10's classes: {', '.join(unknown[:5])}")
-    labels = np.array([tested.classes.index(name) for name in CIFAR10])[numbers[0]]
-    dataset = StoredViews(images, tested.view.of_stored)
-    severities = measure(tested, dataset, labels, f"CIFAR-10-C {item}", args, processes)
-    return {item: [metrics["top1"] for metrics in severities]}
-
-
-def summarize_cifar10_c(items: dict[str, list[float]], entry: dict) -> dict[str, float]:
-    """top1, severity5 of the 15 of the benchmark; _19 with the 4 extra ones (the consistency example's)."""
-    values = {"top1": items, "severity5": {name: top1[4:] for name, top1 in items.items()}}
-    sets = {"": BENCHMARK, "_19": (*BENCHMARK, *EXTRA)}
-    return {f"{key}{end}": mean_of(of_key, names) for end, names in sets.items() for key, of_key in values.items()}
-
-
-def parts_of(args, data: Path | None, val: tuple | None, num_chosen: int, baseline: dict, processes) -> list[Part]:
-    """The table of the parts, in the order in which they are measured and shown."""
-    precision = {"precision": precision_of(args.precision, processes)}  # that of attacks is always fp32
-    named = {"classes": zlib.crc32("\n".join(args.classes).encode())} if args.classes else {}
-    everything = {"data": str(data and data.absolute()), **named}
-    everything |= {"num_images": len(val[1]), "images": digest_of(val[0])} if val else {"num_images": 0}
-    everything |= {"val_half": args.val_half} if args.val_half else {}
-    chosen = everything | {"num_images": num_chosen, "seed": args.seed}
-    fgsm_eps, pgd_eps = ([f"{eps:g}" for eps in flag] for flag in (args.fgsm, args.pgd))
-    means = lambda items, entry: {"top1": mean_of(items, DRAWN), "top1_extra": mean_of(items, EXTRA)}  # noqa: E731
-    fgsm, pgd = partial(measure_attack, "fgsm", 1), partial(measure_attack, "pgd", args.pgd_steps)
-    corruptions, drawn = list(CORRUPTIONS) if args.corrupt else [], chosen | precision
-    parts = [
-        Part("clean", {"clean top-1": "top1"}, ["right"] if data else [], everything | precision, measure_clean),
-        Part("corrupt", {"corrupted top-1": "top1"}, corruptions, drawn, measure_corruption, INSIDE, means),
-        Part("fgsm", {"FGSM {}": ""}, fgsm_eps, chosen, fgsm),
-        Part("pgd", {"PGD {}": ""}, pgd_eps, chosen | {"steps": args.pgd_steps}, pgd),
-    ]
-
-    def released(name: str, folder: Path | None, columns: dict, items, measure, *more) -> Part:
-        settings = {"folder": str(folder and folder.absolute())} | precision | named
-        return Part(name, columns, list(items) if folder else [], settings, measure, *more, of_val=False)
-
-    a, r, c, p = args.imagenet_a, args.imagenet_r, args.imagenet_c, args.imagenet_p
-    all_19, folders = (*BENCHMARK, *EXTRA), {name: str(folder.absolute()) for name, folder in args.folder}
-    folders |= {
-        name: f"{folders[name]}: {digest_of(list_images(folder))}" for name, folder in args.folder if folder.is_dir()
-    }
-    photographs = partial(measure_folder, None)
-    columns_c = {"ImageNet-C top-1": "top1", "mCE": "mce", "relative mCE (unconfirmed)": "relative_mce"}
-    columns_p = {f"ImageNet-P mFR{'' if baseline.get('imagenet_p') else ' (unconfirmed)'}": "mfr", "mFP": "mfp"}
-    columns_10 = {"CIFAR-10-C top-1": "top1", "severity 5 of 19": "severity5_19"}
-    summary_c, summary_p = partial(summarize_imagenet_c, baseline), partial(summarize_imagenet_p, baseline)
-    return [
-        *parts,
-        released("imagenet_a", a, {"ImageNet-A": "top1"}, ["top1"], partial(measure_folder, a)),
-        released("imagenet_r", r, {"ImageNet-R": "top1"}, ["top1"], partial(measure_folder, r)),
-        released("imagenet_c", c, columns_c, all_19, measure_imagenet_c, INSIDE, summary_c),
-        released("imagenet_p", p, columns_p, ALEXNET_FLIPS, measure_imagenet_p, FLIPPED, summary_p),
-        released("cifar10_c", args.cifar10_c, columns_10, all_19, measure_cifar10_c, INSIDE, summarize_cifar10_c),
-        Part("folders", {"{}": "top1"}, [*folders], folders | precision | named, photographs, of_val=False),
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# results: robustness.json, the table, the picture. An `entry` is what the file holds of one checkpoint:
-# {"sha256": of the checkpoint, "settings": {part: its settings}, "parameters": their number, part: its results ...}
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_results(file: Path) -> dict[str, dict]:
-    """What robustness.json holds, {path of a checkpoint: entry}; {} where there is none yet."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except FileNotFoundError:
-        return {}
-    except (OSError, TypeError, ValueError) as error:
-        fail(f"{file}: not the results of an earlier run ({error}); move it away or choose another --out")
-
-
-def read_baseline(file: Path | None) -> dict:
-    """The entry of the one model in --baseline, which takes AlexNet's place in mCE and mFR; {} without one."""
-    results = read_results(file) if file else {"": {}}
-    entry = next(iter(results.values()), None)
-    if len(results) != 1 or not isinstance(entry, dict):
-        fail(f"--baseline {file}: expected the robustness.json of one model, found {len(results)} entries")
-    for part, inside, needed in (("imagenet_c", INSIDE, BENCHMARK), ("imagenet_p", FLIPPED, ALEXNET_FLIPS)):
-        if lacking := [name for name in needed if part in entry and name not in entry[part].get(inside, {})]:
-            fail(f"--baseline {file}: its {part} lacks {', '.join(lacking)}")
-    return entry
-
-
-def save_results(file: Path, results: dict[str, dict], processes: Processes) -> None:
-    if processes.is_main:  # another run may have saved other checkpoints there meanwhile
-        others = {path: entry for path, entry in read_results(file).items() if path not in results}
-        with write_atomically(file) as temporary:
-            temporary.write_text(json.dumps(results | others, indent=1))
-
-
-def items_of(entry: dict, part: Part) -> dict:
-    """What the entry has of a part, measured with these settings: {item: result}."""
-    then, now = entry["settings"].get(part.name, {}), part.settings
-    if part.name == "folders" and part.items:  # others of an earlier command stay
-        then, now = now | then, then | now
-    found = entry.get(part.name, {}) if then == now else {}
-    return found.get(part.inside, {}) if part.inside else found
-
-
-def store(entry: dict, part: Part, measured: dict) -> None:
-    """Add to the entry what was measured. It never mixes two settings: what had others is dropped."""
-    items = (kept := items_of(entry, part)) | measured
-    entry["settings"][part.name] = (entry["settings"][part.name] if kept else {}) | part.settings
-    summary = {name: value for name, value in part.summary(items, entry).items() if value is not None}
-    entry[part.name] = {part.inside: items, **summary} if part.inside else items
-
-
-def headings_of(entry: dict, parts: list[Part]) -> tuple[dict[str, float], dict[str, int]]:
-    """({heading: value}, {heading: images}) of what was measured with these settings, now or by an earlier command."""
-    values, nums = {}, {}
-    for part in parts:
-        found = entry[part.name] if items_of(entry, part) else {}
-        for heading, key in part.columns.items():
-            for item, of_item in found.items() if "{}" in heading else [("", found)]:
-                of_item = of_item if isinstance(of_item, dict) else {key: of_item}
-                if key in of_item:
-                    values[heading.format(item)] = of_item[key]
-                    if key in ("", "top1") and (num := of_item.get("num") or part.settings.get("num_images")):
-                        nums[heading.format(item)] = num
-    return values, nums
-
-
-def report(results: dict[str, dict], parts: list[Part], val, num_chosen: int, args) -> None:
-    """Write robustness.md and .png, and print the table with what must be said of it."""
-    rows = rows_of(results, [headings_of(entry, parts) for entry in results.values()])
-    found = dict.fromkeys(heading for row in rows for heading in row.values)
-    asked = dict.fromkeys(next(iter(part.columns)).format(item) for part in parts for item in part.items)
-    headings = list(found | asked)  # what is asked for and not there is a gap
-    if not any(items_of(entry, part) for entry in results.values() for part in parts):
-        gaps = [gap for entry in results.values() for gap in entry["gaps"].values()]
-        fail(f"nothing could be measured: {gaps[0]}")
-    words = []
-    if val:
-        half = f" (the half to {args.val_half} with)" if args.val_half else ""
-        words.append(f"Percent of {len(val[1])} val images{half}; drawn and attacked: {num_chosen} (seed {args.seed}).")
-    if "corrupted top-1" in found:
-        words.append("Corrupted: 14 of ImageNet-C's 15; frost, which needs photographs of ice, is left out.")
-    words.append("± is half of the 95 percent interval, more than that of a mean over corruptions; of several")
-    words[-1] += " seeds the standard deviation."
-    words += compare(rows)
-    words += [f"Gap: {path} {item}: {gap}" for path, entry in results.items() for item, gap in entry["gaps"].items()]
-    table = markdown_table(rows, headings)
-    pairs = [line for row in rows for line in worst_pairs(row)]
-    pairs = ["", "Most confused classes of val, true -> said (of the first seed):", "", *pairs] if pairs else []
-    with write_atomically(args.out / "robustness.md") as temporary:
-        temporary.write_text("\n".join([*words, *pairs, "", table]) + "\n")
-    draw_rows(rows, headings, EXTRA, args.out / "robustness.png")
-    last_words = verdict(rows, *history_of(rows))
-    (args.out / "verdict.md").unlink(missing_ok=True)  # of an earlier command
-    if last_words:
-        with write_atomically(args.out / "verdict.md") as temporary:
-            temporary.write_text("\n\n".join([*words, table, last_words]) + "\n")
-    print0(
-        "\n".join([f"{args.out / 'robustness.json'}:", *words, "", table, *(["", last_words] if last_words else [])])
-    )
-
-
-def val_of(args, data: Path | None) -> tuple[ImageList, np.ndarray, list[str]] | None:
-    """`images_by_class` of DATA/val, or of the --val-half of it; None, with a line, where there is no such folder."""
-    if not data or not any((data / split).is_dir() for split in ("train", "val")):
-        if args.data or args.corrupt or args.fgsm or args.pgd:
-            fail(f"--data: no data directory with train/ or val/ there ({data})")
-        print0(f"no data directory ({data}): the clean part is left out")
+    Where it is not known which images are right, the interval is for other seeds on these images; None of one seed.
+    """
+    both = [seed for seed in row.columns if heading in row.columns[seed] and heading in base.columns.get(seed, {})]
+    pairs = [(row.columns[seed][heading], base.columns[seed][heading]) for seed in both]
+    if not pairs:
         return None
-    images, labels, classes = labeled_images(data, "val")
-    if args.val_half:
-        wanted = judged_half(images) == (args.val_half == "judge")
-        images, labels = images[wanted], labels[wanted]
-    return images, labels, classes
+    points = np.array([cell.value - of_base.value for cell, of_base in pairs])
+    right, right_of_base = (np.array([bits_of(cell) for cell in cells]) for cells in zip(*pairs, strict=True))
+    half = None
+    if right.size and right.shape == right_of_base.shape:
+        half = half_interval(right - right_of_base)
+    elif len(pairs) > 1:
+        half = t_95(len(pairs) - 1) * float(points.std(ddof=1)) / len(pairs) ** 0.5
+    return float(points.mean()), half, len(pairs)
 
 
-def output_names(checkpoint: dict, args, val: tuple | None) -> list[str]:
-    """What the outputs of a model are called: as the checkpoint says, else --classes, else the folders of val/."""
-    classes = checkpoint["classes"]
-    if has_names(classes):
-        return classes
-    names = args.classes or (val[2] if val else [])
-    if args.classes and len(names) != len(classes):
-        fail(f"--classes: {len(names)} names, but the model has {len(classes)} outputs")
-    return names if len(names) == len(classes) else classes
+def bits_of(cell: Cell) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(base64.b64decode(cell.right), np.uint8)).astype(int)
 
 
-def labels_in(classes: list[str], val: tuple | None) -> np.ndarray | None:
-    """The labels of val as a model numbers its classes; a Gap where val has classes that it does not know."""
-    if not val:
-        return None
-    if unknown := sorted(set(val[2]) - set(classes)):
-        raise OtherClasses(
-            f"val/ has classes that are unknown to the model: {', '.join(unknown[:5])}{hint_of(classes)}"
-        )
-    return np.array([classes.index(name) for name in val[2]])[val[1]]
+def markdown_table(rows: list[Row], headings: list[str]) -> str:
+    """A line a model; the last column is the difference of clean to `control` or the first row."""
+    base = next((row for row in rows if row.model == "control"), rows[0])
+    table = [["model", *headings, f"clean - {base.model}"]]
+    for row in rows:
+        gained = difference(row, base, "clean") if row is not base else None
+        last = f"{gained[0]:+.2f} ± {gained[1]:.2f}" if gained else "-"
+        table.append([row.name, *(row.text(heading) for heading in headings), last])
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    lines = [[cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in table]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def evaluate_model(path: str, name: str, entry: dict, parts: list[Part], val, chosen, args, processes, save) -> None:
-    """Measure and save what the entry of a checkpoint lacks. Gaps are printed, and kept for the table."""
-    entry["gaps"] = {}
-    missing = [(part, item) for part in parts for item in part.items if item not in items_of(entry, part)]
-    if not missing:  # then the model is not loaded
+def verdict(rows: list[Row]) -> str:
+    """What the last student gained over `control`, in numbers; "" where one of them is missing."""
+    students = [row for row in rows if row.model.startswith("student")]
+    controls = [row for row in rows if row.model == "control"]
+    sentences = []
+    for heading in ("clean", "corrupted") if students and controls else ():
+        gained = difference(students[-1], controls[0], heading)
+        if gained:
+            points, half, seeds = gained
+            interval = f"95 percent interval {points - half:+.2f} to {points + half:+.2f}" if half else "no interval"
+            num = next(iter(students[-1].columns.values()))[heading].num
+            images = f"{num:,} images" if num else "these images"
+            gain = f"{students[-1].model} - control is {points:+.2f} points on {heading} images"
+            sentences.append(f"{gain} ({interval}; {seeds} seeds, {images}).")
+    return " ".join(sentences)
+
+
+def draw(rows: list[Row], headings: list[str], file: Path) -> None:
+    plt = pyplot()
+    if plt is None:
         return
-    model, checkpoint = load_model(path, processes.device)
-    entry["parameters"] = sum(parameter.numel() for parameter in model.parameters())  # before the fusion
-    fuse_batch_norms(model)
-    if args.compile:  # pays from some 20,000 images at 224 px on
-        model.compile()
-    tested = TestedModel(name, model, View.of(checkpoint), output_names(checkpoint, args, val), val and val[0], chosen)
-    unfit = set()  # sets of other classes: one line says it of all their parts
-    for part, item in missing:
-        if part.name in unfit:
-            continue
-        try:
-            if part.of_val:
-                tested = tested._replace(labels=labels_in(tested.classes, val))
-            measured = part.measure(tested, item, args, processes)
-        except Gap as gap:
-            entry["gaps"][f"{part.name} {item}"] = str(gap)
-            print0(f"{name} {part.name} {item}: not measured: {gap}")
-            unfit |= {part.name} if isinstance(gap, OtherClasses) else set()
-            continue
-        store(entry, part, measured)
-        save()
-        top1 = measured.get("top1", measured.get(item))
-        top1 = top1["top1"] if isinstance(top1, dict) else top1
-        what = "clean" if part.name == "clean" else f"{part.name} {item}"
-        print0(f"{name} {what}: {' '.join(f'{value:.2f}' for value in np.atleast_1d(top1))}")
+    shares = [heading for heading in headings if heading not in ("mce", "relative_mce", "mfp", "mfr")]
+    figure, axis = plt.subplots(figsize=(3 + 2 * len(shares), 4), layout="constrained")
+    for number, row in enumerate(rows):
+        places = np.arange(len(shares)) + 0.84 / len(rows) * number
+        seeds = [[columns.get(name, Cell(np.nan)).value for name in shares] for columns in row.columns.values()]
+        axis.bar(places, np.mean(seeds, axis=0), 0.84 / len(rows), label=row.name)
+        axis.plot(places, np.transpose(seeds), "k.", markersize=3)
+    axis.set_xticks(np.arange(len(shares)) + 0.42, shares)
+    axis.set_ylabel("top-1 in percent")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    save_figure(plt, file)
+
+
+def report(shown: dict[str, dict], out: Path) -> None:
+    """Write the table, the verdict and the picture; print the first two."""
+    rows = rows_of(shown)
+    headings = list(dict.fromkeys(name for row in rows for columns in row.columns.values() for name in columns))
+    gaps = {}  # {reason: {key: None}}
+    for entry in shown.values():
+        for key, result in entry.items():
+            if "gap" in result:
+                gaps.setdefault(result["gap"], {})[key] = None
+    lines = [f"Not measured: {', '.join(keys)}: {reason}" for reason, keys in gaps.items()]
+    if not headings:
+        fail(f"nothing could be measured: {lines[0]}")
+    note = "In percent; ± is half of the 95 percent interval, of several seeds the standard deviation."
+    parts = [markdown_table(rows, headings), note, verdict(rows), "\n".join(lines)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (out / "verdict.md").unlink(missing_ok=True)  # of an earlier command
+    for name in ("robustness.md", "verdict.md") if verdict(rows) else ("robustness.md",):
+        with write_atomically(out / name) as temporary:
+            temporary.write_text(text)
+    draw(rows, headings, out / "robustness.png")
+    print(text, end="")
 
 
 def main() -> None:
     args = parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):  # each item is saved when it is done: only one is lost
+    for number in (signal.SIGTERM, signal.SIGINT):  # what was measured is saved
         signal.signal(number, lambda *_: sys.exit(143))
-    processes = init_processes(args.device, args.workers, args.out)
-    results_file = args.out / "robustness.json"
-    earlier, baseline = read_results(results_file), read_baseline(args.baseline)
+    processes = init_processes(args.workers)
+    if args.corrupt:
+        libraries()
     if args.imagenet_p:
-        import_av()  # a loader that finds it missing would be a crash
+        import_av()
 
-    # All checkpoints are read before the first is measured: a wrong path fails now, not after hours.
-    headers = {path: read_checkpoint(path) for path in args.checkpoints}
-    data = args.data or (Path(found) if (found := headers[args.checkpoints[0]].get("data")) else None)
-    val, results = val_of(args, data), {}
-    gaps = []  # of models that do not know the classes of val
-    for path, header in headers.items():
-        try:
-            labels_in(output_names(header, args, val), val)
-        except Gap as gap:
-            gaps.append(f"{path}: {gap}")
-        fresh = {"sha256": file_sha256(path), "settings": {}}
-        known = earlier.get(path, {})
-        results[path] = known if known.get("sha256") == fresh["sha256"] else fresh
-    del headers
-
-    chosen = choose_images(val[1], args.num_images or len(val[1]), args.seed) if val else np.zeros(0)
-    parts = parts_of(args, val and data, val, len(chosen), baseline, processes)
-    if not any(part.items and not (part.of_val and len(gaps) == len(results)) for part in parts):
-        fail(gaps[0] if gaps else "nothing to measure: --data, or one of the released sets, says what")
-    save = partial(save_results, results_file, results, processes)
-    for (path, entry), name in zip(results.items(), short_names(list(results)), strict=True):
-        evaluate_model(path, name, entry, parts, val, chosen, args, processes, save)
-        for part in parts:  # a summary may have another --baseline now
-            if items := items_of(entry, part):
-                store(entry, part, items)
-    save()
+    evaluation = Evaluation(args, processes)
+    val = list_val(args, args.data or evaluation.models[0].data)
+    if val and not any(set(val.classes) <= set(tested.classes) for tested in evaluation.models):
+        unknown = sorted(set(val.classes) - set(evaluation.models[0].classes))
+        fail(f"--data: the models do not have all classes of val/; unknown: {', '.join(unknown[:5])}")
+    measure_all(args, evaluation, val)
+    if not evaluation.asked:
+        fail("nothing to measure: name --data or a released set")
+    shown = {path: {key: entry[key] for key in evaluation.asked} for path, entry in evaluation.entries.items()}
+    for path, entry in shown.items():
+        entry["summary"] = summarize(entry)
+        evaluation.entries[path]["summary"] = entry["summary"]
+    evaluation.save()
     if processes.is_main:
-        report(results, parts, val, len(chosen), args)
+        report(shown, args.out)
 
 
 if __name__ == "__main__":
