@@ -1,81 +1,84 @@
-"""docs/recipes.md: every command of its tables runs, in small and in their order; and what the recipes say."""
+"""recipes/*.txt: each is read by its stages, and gives the plan that it says. docs/recipes.md has a command for each;
+test_readme.py reads those."""
 
 import re
-import shlex
-import shutil
 
 import pytest
-from conftest import CHEAP, ROOT, load_stage
+from conftest import ROOT, load_stage
 
 import common
 
-COMMANDS = re.findall(r"`python (0\d_\w+)\.py (.+?)`", (ROOT / "docs" / "recipes.md").read_text())
-# Appended to each command: argparse takes the last value of a flag. The made-up images have 32 pixels.
-SMALL = ["--image-size", "32", "--batch-size", "4", "--epochs", "0.34"]
-SMALLER = {
-    "01_train_teacher": ["--arch", CHEAP, *SMALL],
-    "03_balance": ["--threshold", "0", "--max-confidence", "1"],
-    "04_train_student": ["--arch", CHEAP, *SMALL],
-    "05_fixres_finetune": ["--image-size", "40", "--batch-size", "4", "--epochs", "0.34"],
-    "06_eval_robustness": ["--num-images", "4", "--pgd-steps", "1"],
+IMAGENET = 1_281_167  # labelled images
+# recipe: (its stages, other flags, images of an epoch, steps, peak rate, rate of the last step)
+PLANS = {
+    "billion-scale-pretrain": ("4", "--pseudo-labels x", 16_000_000, 651_042, 0.6, 0.6 * 0.5**13),
+    "billion-scale-finetune": ("1", "--init x", IMAGENET, 25_023, 0.0015, 0.0015 * 0.1**3),
+    "consistency-teacher": ("1", "", 50_000, 39_062, 1e-3, 1e-3),  # plateau takes off what the evaluations say
+    "consistency": ("4", "", 50_000, 39_062, 1e-3, 1e-3),
+    "finetune": ("14", "--init x --batch-size 32", 4_000, 3_750, 1e-4, 0),
+    "fixres-l2": ("5", "", IMAGENET, 938, 0.128 * 0.97**145, 0.128 * 0.97**145),
+    "noisy-student-b7": ("14", "--batch-size 2048 --epochs 350", IMAGENET, 218_949, 0.128, 0.128 * 0.97**145),
+    "small": ("14", "--batch-size 32", 300, 1_000, 4e-3, 0),
+    "svhn": ("4", "", 69_257, 109_296, 0.008, 0.008 * 0.97**144),
 }
+STAGES = {"1": "01_train_teacher", "4": "04_train_student", "5": "05_fixres_finetune"}
+NEEDED = {"1": "--data x", "4": "--teacher x", "5": "--checkpoint x --out x"}
+PAIRS = [(name, number) for name, plan in PLANS.items() for number in plan[0]]
 
 
-def test_every_recipe_stands_in_the_tables_or_in_run_sh():
-    text = (ROOT / "docs" / "recipes.md").read_text() + (ROOT / "run.sh").read_text()
-    recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.txt"))
-    assert len(recipes) >= 8
-    for name in recipes:
-        assert f"recipes/{name}.txt" in text or name in ("small", "finetune"), name
-        lines = (ROOT / "recipes" / f"{name}.txt").read_text().splitlines()
-        assert re.match(r"# For 0[14]", lines[0]) and max(map(len, lines)) <= 120, name
+@pytest.fixture
+def args_of(monkeypatch):
+    """args_of(number of the stage, recipe or None, flags) -> its args"""
+
+    def parse(number: str, recipe: str | None, flags: str):
+        at_file = [f"@{ROOT / 'recipes' / recipe}.txt"] if recipe else []
+        monkeypatch.setattr("sys.argv", ["stage.py", *at_file, *NEEDED[number].split(), *flags.split()])
+        return load_stage(STAGES[number]).parse_args()
+
+    return parse
 
 
-def test_every_command_of_the_tables_runs(tiny_data, call_main, tmp_path, monkeypatch):
-    data = shutil.copytree(tiny_data, tmp_path / "DATA")
-    shutil.copytree(data, tmp_path / "OTHER", ignore=shutil.ignore_patterns("square"))  # two classes
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "pyplot", lambda: None)
-    assert len(COMMANDS) >= 38
-    for stage, words in COMMANDS:
-        words = shlex.split(words)
-        smaller = [word for word in SMALLER.get(stage, []) if "--top-p" not in words or stage != "03_balance"]
-        if "130000" in words:  # an epoch of the selection alone would be as long
-            smaller += ["--per-class", "9"]
-        if "@recipes/svhn.txt" in words:  # its --small-images is for EfficientNets
-            smaller += ["--arch", "efficientnet_b0"]
-        done = call_main(stage, *words, *smaller)
-        assert done.returncode == 0, (stage, words, done)
+@pytest.mark.parametrize(("name", "number"), PAIRS)
+def test_a_recipe_gives_the_plan_that_it_says(name, number, args_of):
+    _, flags, num_images, steps, peak, last = PLANS[name]
+    args = args_of(number, name, flags)
+    plan = common.plan_of(args, 1, num_images)
+    assert plan.total_steps == steps and plan.peak == pytest.approx(peak, rel=1e-3)
+    assert common.learning_rate(steps - 1, plan) == pytest.approx(last, rel=1e-2, abs=1e-7)
+    first = common.learning_rate(1, plan)
+    assert first == pytest.approx(peak / plan.warmup_steps if plan.warmup_steps else peak, rel=1e-3)
 
 
-# what a recipe says, as the stage reads it
+@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan[0] == "14"])
+def test_a_recipe_of_both_says_the_same_to_both(name, args_of):
+    teacher, student = (vars(args_of(number, name, PLANS[name][1])) for number in "14")
+    named = re.findall(r"^--([\w-]+)| --([\w-]+)", (ROOT / "recipes" / f"{name}.txt").read_text(), re.M)
+    names = {(a or b).replace("-", "_") for a, b in named} & teacher.keys()
+    assert len(names) > 5 and all(teacher[flag] == student[flag] for flag in names)
 
 
-def args_of(load, recipe, *words, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["stage.py", f"@{ROOT / 'recipes' / recipe}.txt", *words])
-    return load.parse_args()
-
-
-@pytest.mark.parametrize("name", ["small", "finetune", "noisy-student-b7"])
-def test_a_recipe_of_both_is_read_by_both(name, monkeypatch):
-    teacher = args_of(load_stage("01_train_teacher"), name, "--data", "x", monkeypatch=monkeypatch)
-    student = args_of(load_stage("04_train_student"), name, "--teacher", "x", monkeypatch=monkeypatch)
-    for flag in ("optimizer", "lr", "average", "num_ops", "magnitude", "schedule", "bn_momentum", "min_crop_area"):
-        assert getattr(teacher, flag) == getattr(student, flag), flag
-
-
-def test_the_papers_recipe_is_what_the_defaults_are(monkeypatch):
+def test_the_papers_recipe_is_what_the_defaults_are(args_of):
     """Of B7; so that a file nobody runs cannot say another thing than the code."""
-    words = ["--teacher", "x", "--arch", "tf_efficientnet_b7", "--batch-size", "2048"]
-    load = load_stage("04_train_student")
-    told = args_of(load, "noisy-student-b7", *words, monkeypatch=monkeypatch)
-    monkeypatch.setattr("sys.argv", ["stage.py", *words])
-    default = load.parse_args()
-    for flag in ("warmup_epochs", "label_smoothing", "average", "bn_momentum", "min_crop_area", "optimizer"):
+    flags = "--arch tf_efficientnet_b7 --batch-size 2048 --image-size 600"
+    told, default = args_of("4", "noisy-student-b7", flags), args_of("4", None, flags)
+    for flag in ("warmup_epochs", "average", "bn_momentum", "optimizer", "classifier_lr"):
         assert getattr(told, flag) == getattr(default, flag), flag
     recipe = common.recipe_of("tf_efficientnet_b7", default)
     assert recipe[1:3] == (told.num_ops, told.magnitude) and told.dropout == common.EFFICIENTNETS["efficientnet_b7"][3]
-    plans = [common.plan_of(args, 350, 625) for args in (told, default)]
-    assert plans[0].peak == pytest.approx(plans[1].peak) and plans[0].schedule == plans[1].schedule
-    assert tuple(plans[0].decays) == tuple(plans[1].decays) and told.weight_decay == common.RATES["rmsprop"][2]
+    assert told.label_smoothing == 0.1 and told.weight_decay == common.RATES["rmsprop"][2]
+    setups = [common.setup_of(args, {}, {}, 600) for args in (told, default)]
+    assert setups[0].crop == setups[1].crop
+    plans = [common.plan_of(args, recipe.epochs, IMAGENET) for args in (told, default)]
+    assert plans[0].total_steps == plans[1].total_steps and plans[0].peak == pytest.approx(plans[1].peak)
+    assert plans[0][3:] == plans[1][3:]
+
+
+def test_every_recipe_has_a_plan_here_and_says_what_it_is_for():
+    assert {path.stem for path in (ROOT / "recipes").iterdir()} == PLANS.keys()
+    settings = set(re.findall(r"^([A-Z_]+)=\$\{\1:-", (ROOT / "run.sh").read_text(), re.M))
+    for name, plan in PLANS.items():
+        text = (ROOT / "recipes" / f"{name}.txt").read_text()
+        first = text.splitlines()[0]
+        assert first.startswith("# For ") and all(f"0{number}" in first for number in plan[0]), name
+        assert max(map(len, text.splitlines())) <= 120, name
+        assert set(re.findall(r"\b([A-Z_\d]+)=", text)) <= settings, f"{name} names settings that run.sh has not"
