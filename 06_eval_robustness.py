@@ -402,13 +402,11 @@ class Shown(NamedTuple):
     images: ImageList
     labels: np.ndarray  # int64 (N,), numbers of `classes`
     classes: list[str]
-    settings: dict  # what tells them from others
+    settings: dict = {}  # noqa: RUF012  # what they depend on besides their names
     read: Callable | None = None  # row -> several images: five severities of one, or the frames of a video
 
     def at(self, rows: np.ndarray) -> "Shown":
-        images = self.images[rows]
-        settings = self.settings | {"images": identity(images)}
-        return self._replace(images=images, labels=self.labels[rows], settings=settings)
+        return self._replace(images=self.images[rows], labels=self.labels[rows])
 
 
 class Several(ImageDataset):
@@ -428,10 +426,10 @@ class Several(ImageDataset):
 
 
 def list_folder(folder: Path) -> Shown:
-    images, labels, classes = images_by_class(folder)
-    if not len(images):
+    shown = Shown(*images_by_class(folder))
+    if not len(shown.images):
         raise ValueError(f"{folder}: no images in its class folders")
-    return Shown(images, labels, classes, {"folder": str(folder.absolute()), "images": identity(images)})
+    return shown
 
 
 def list_val(args: argparse.Namespace, data: str | Path | None) -> Shown | None:
@@ -441,11 +439,10 @@ def list_val(args: argparse.Namespace, data: str | Path | None) -> Shown | None:
             fail(f"--data: there is no train/ or val/ in {data}")
         print0(f"there is no data directory {data}: clean images are left out")
         return None
-    images, labels, classes = labeled_images(data, "val")
-    val = Shown(images, labels, classes, {"data": os.path.abspath(data), "images": identity(images)})
+    val = Shown(*labeled_images(data, "val"))
     if args.val_half == "all":
         return val
-    return val.at(np.flatnonzero(judged_half(images) == (args.val_half == "judge")))
+    return val.at(np.flatnonzero(judged_half(val.images) == (args.val_half == "judge")))
 
 
 def draw_five(images: ImageList, view: View, name: str, seed: int, row: int) -> list[Image.Image]:
@@ -467,8 +464,9 @@ def list_severities(folder: Path) -> Shown:
     if any(of_severity != classes[0] for of_severity in classes):
         nums = ", ".join(f"{len(of_severity)} of {len(set(of_severity))}" for of_severity in classes)
         raise ValueError(f"{folder} is not whole: images of classes at its severities: {nums}")
-    settings = {"folder": str(folder.absolute()), "images": [shown.settings["images"] for shown in five]}
-    return five[0]._replace(settings=settings, read=partial(read_five, [shown.images for shown in five]))
+    images = [shown.images for shown in five]
+    settings = {"images": [identity(of_severity) for of_severity in images]}
+    return five[0]._replace(settings=settings, read=partial(read_five, images))
 
 
 def list_array(file: Path) -> Shown:
@@ -480,9 +478,9 @@ def list_array(file: Path) -> Shown:
     labels = labels.reshape(5, -1)
     if (labels != labels[0]).any() or not set(labels[0].tolist()) <= set(range(10)):
         raise ValueError(f"{file.with_name('labels.npy')}: not the same labels 0 to 9 at each severity")
-    settings = {"folder": str(file.parent.absolute()), "sha256": identity(file)}
-    read = partial(read_five, np.split(array, 5))
-    return Shown(ImageList.at(str(file), []), labels[0].astype(np.int64), CIFAR10, settings, read)
+    nothing = ImageList.at(str(file.absolute()), [])
+    settings, read = {"sha256": identity(file)}, partial(read_five, np.split(array, 5))
+    return Shown(nothing, labels[0].astype(np.int64), CIFAR10, settings, read)
 
 
 def list_videos(folder: Path) -> Shown:
@@ -490,11 +488,10 @@ def list_videos(folder: Path) -> Shown:
     paths = [os.fsencode(path.relative_to(folder)) for path in folder.glob("*/*") if path.suffix in (".mp4", ".avi")]
     if not paths:
         raise ValueError(f"{folder}: no videos <class>/<name>.mp4 in it")
-    videos = ImageList.at(str(folder), [(path, 0, 0) for path in paths])
+    videos = ImageList.at(str(folder.absolute()), [(path, 0, 0) for path in paths])
     names = [os.fsdecode(path.split(b"/")[0]) for path in videos.path.tolist()]
     classes, labels = np.unique(names, return_inverse=True)
-    settings = {"folder": str(folder.absolute()), "images": identity(videos)}
-    return Shown(videos, labels, classes.tolist(), settings, partial(read_frames, videos))
+    return Shown(videos, labels, classes.tolist(), read=partial(read_frames, videos))
 
 
 def read_frames(videos: ImageList, row: int) -> list[Image.Image]:
@@ -607,7 +604,7 @@ def details_of(labels: np.ndarray, predicted: np.ndarray, classes: list[str]) ->
 
 @cache  # once, though the same images are shown again and again; from each process, for it alone knows the path
 def report_unreadable(num: int, first: str) -> None:
-    print(f"{num} images are unreadable and left out; the first: {first}", flush=True)
+    print(f"{num} unreadable, left out; the first: {first}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -666,7 +663,8 @@ class Evaluation:
                 tested.entry[key] = {"gap": str(error)}
             return
         precision = "fp32" if "eps" in how else self.precision
-        settings = shown.settings | {"precision": precision}
+        settings = {"folder": shown.images.root, "images": identity(shown.images), "precision": precision}
+        settings = json.loads(json.dumps(settings | shown.settings | how))  # as they are read again
         num_classes = len(np.unique(shown.labels))
         missing = []
         for tested in self.models:
@@ -685,18 +683,18 @@ class Evaluation:
     def batches(self, dataset: ImageDataset, num: int, size: int, title: str) -> Iterator[Batch]:
         """This process's batches of `size`. All processes together show each of `num` images once."""
         batches = load_batches(dataset, grid_keys(num, size, self.processes), self.processes)
-        errors = []
+        unreadable = []
         for batch in progress(batches, title, math.ceil(num / size / self.processes.world_size), self.processes):
-            errors += [error for _, error in batch.errors]
+            unreadable += [dataset.images.name(row) for row, _ in batch.errors]
             if len(batch.rows):
                 yield batch
-        if errors:
-            report_unreadable(len(errors), errors[0])
+        if unreadable:
+            report_unreadable(len(unreadable), unreadable[0])
 
-    def measure(self, models, shown: Shown, title: str, eps=0.0, steps=0, subset=False, details=False) -> list[dict]:
+    def measure(self, models, shown: Shown, key: str, eps=0.0, steps=0, subset=False) -> list[dict]:
         """`metrics_of` each model; of several views, lists. One model where there is one view, the clean one.
 
-        Attacked where `steps` is not 0. `subset`: only the classes of `shown` compete. `details`: with `details_of`.
+        Attacked where `steps` is not 0. `subset`: only the classes of `shown` compete.
         """
         device = self.processes.device
         dataset = ImageDataset(shown.images, clean=models[0].view)
@@ -709,7 +707,7 @@ class Evaluation:
         labels = [tested.labels(shown) for tested in models]
         sums = torch.zeros(len(models), 5, 4 + 3 * NUM_BINS, dtype=torch.float64, device=device)
         predicted = torch.zeros(num, dtype=torch.int64)  # label + 1
-        for batch in self.batches(dataset, num, size, title):
+        for batch in self.batches(dataset, num, size, key):
             for number, tested in enumerate(models):
                 target = labels[number][batch.rows].to(device)
                 views = [images for images in batch.views if images.shape[-1] == tested.view.image_size]
@@ -728,7 +726,7 @@ class Evaluation:
         sums = reduce_sum(sums, self.processes).cpu()
         if not sums[0, 0, 0]:
             return [{"gap": "no image is readable"} for _ in models]
-        if details:
+        if key == "clean":
             predicted = reduce_sum(predicted, self.processes) - 1
             return [metrics_of(sums[0, 0]) | details_of(labels[0].numpy(), predicted.numpy(), models[0].classes)]
         results = []
@@ -771,21 +769,19 @@ def measure_all(args: argparse.Namespace, evaluation: Evaluation, val: Shown | N
     """Everything that the command asks for, in this order."""
     once = evaluation.once
     if val:
-        once("clean", lambda: val, details=True)
+        once("clean", lambda: val)
         order = np.random.default_rng(args.seed).permutation(len(val.labels))
         chosen = val.at(np.sort(order[: args.num_images]))
         # All models see the same corrupted pixels: those that the smallest one sees, before they are corrupted.
         view = evaluation.smallest
-        drawn = {name: value for name, value in view._asdict().items() if name not in ("mean", "std")}
-        drawn = chosen.settings | drawn | {"seed": args.seed}
+        drawn = view._asdict() | {"seed": args.seed}
         for name in CORRUPTIONS if args.corrupt else ():
             draw = partial(draw_five, chosen.images, view, name, args.seed)
             once(f"corrupt/{name}", partial(chosen._replace, settings=drawn, read=draw))
         for eps in args.fgsm:
             once(f"fgsm/{eps:g}", lambda: chosen, eps=eps, steps=1)
         for eps in args.pgd:
-            settings = chosen.settings | {"steps": args.pgd_steps}
-            once(f"pgd/{eps:g}", partial(chosen._replace, settings=settings), eps=eps, steps=args.pgd_steps)
+            once(f"pgd/{eps:g}", lambda: chosen, eps=eps, steps=args.pgd_steps)
     if args.imagenet_a:
         once("imagenet_a", partial(list_folder, args.imagenet_a), subset=True)
     if args.imagenet_r:
