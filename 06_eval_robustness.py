@@ -47,7 +47,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import SWITCH, add_device_flags, argument_parser, at_least, fail, file_sha256  # program
-from common import print0, write_atomically
+from common import optional, print0, write_atomically
 from common import Processes, init_processes, progress, reduce_sum, seed_words  # processes
 from common import View, eval_view, normalize  # views
 from common import ImageList, images_by_class, judged_half, labeled_images  # listing
@@ -187,21 +187,15 @@ def name_and_folder(text: str) -> tuple[str, Path]:
 # FIRST HALF: measure, and write robustness.json
 # ======================================================================================================================
 
-# ----------------------------------------------------------------------------------------------------------------------
-# corruptions, as the generators of the benchmark draw them, by the libraries that they use
-# ----------------------------------------------------------------------------------------------------------------------
+# -- corruptions, as the generators of the benchmark draw them, by the libraries that they use -----
 
 
 @cache
 def libraries():
     """(cv2, scipy.ndimage), which --corrupt alone needs."""
-    try:
-        import cv2
-        from scipy import ndimage
-    except ImportError as error:
-        fail(f"--corrupt needs {error.name}: pip install scipy opencv-python-headless")
+    cv2 = optional("cv2", "scipy opencv-python-headless")
     cv2.setNumThreads(0)  # its threads do not survive the fork of a loader
-    return cv2, ndimage
+    return cv2, optional("scipy.ndimage", "scipy")
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
@@ -391,9 +385,7 @@ def spatter(x, values, rng):
     return x + (amount * water / max(water.max(), 1))[..., None] * np.array([175, 238, 238]) / 255
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what is shown to the models. A set that is not whole is a ValueError with its reason
-# ----------------------------------------------------------------------------------------------------------------------
+# -- what is shown to the models. A set that is not whole is a ValueError with its reason ----------
 
 
 class Shown(NamedTuple):
@@ -478,7 +470,7 @@ def list_array(file: Path) -> Shown:
     labels = labels.reshape(5, -1)
     if (labels != labels[0]).any() or not set(labels[0].tolist()) <= set(range(10)):
         raise ValueError(f"{file.with_name('labels.npy')}: not the same labels 0 to 9 at each severity")
-    nothing = ImageList.at(str(file.absolute()), [])
+    nothing = ImageList.of(str(file.absolute()), [])
     settings, read = {"sha256": identity(file)}, partial(read_five, np.split(array, 5))
     return Shown(nothing, labels[0].astype(np.int64), CIFAR10, settings, read)
 
@@ -488,32 +480,23 @@ def list_videos(folder: Path) -> Shown:
     paths = [os.fsencode(path.relative_to(folder)) for path in folder.glob("*/*") if path.suffix in (".mp4", ".avi")]
     if not paths:
         raise ValueError(f"{folder}: no videos <class>/<name>.mp4 in it")
-    videos = ImageList.at(str(folder.absolute()), [(path, 0, 0) for path in paths])
+    videos = ImageList.of(str(folder.absolute()), [(path, 0, 0) for path in paths])
     names = [os.fsdecode(path.split(b"/")[0]) for path in videos.path.tolist()]
     classes, labels = np.unique(names, return_inverse=True)
     return Shown(videos, labels, classes.tolist(), read=partial(read_frames, videos))
 
 
 def read_frames(videos: ImageList, row: int) -> list[Image.Image]:
-    with import_av().open(videos.name(row)) as file:
+    av = optional("av")
+    av.logging.set_level(av.logging.PANIC)  # what is wrong with a broken video is said once, by us
+    with av.open(videos.name(row)) as file:
         frames = [frame.to_image() for frame in file.decode(video=0)]
     if len(frames) < 2:
         raise ValueError(f"{len(frames)} frames")
     return frames
 
 
-def import_av():
-    try:
-        import av
-    except ImportError:
-        fail("--imagenet-p: its videos need a package: pip install av")
-    av.logging.set_level(av.logging.PANIC)  # what is wrong with a broken video is said once, by us
-    return av
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# measures
-# ----------------------------------------------------------------------------------------------------------------------
+# -- measures --------------------------------------------------------------------------------------
 
 
 class Tested:
@@ -607,9 +590,7 @@ def report_unreadable(num: int, first: str) -> None:
     print(f"{num} unreadable, left out; the first: {first}", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what is measured, and kept in robustness.json
-# ----------------------------------------------------------------------------------------------------------------------
+# -- what is measured, and kept in robustness.json -------------------------------------------------
 
 
 class Evaluation:
@@ -987,6 +968,23 @@ def verdict(rows: list[Row]) -> str:
     return " ".join(sentences)
 
 
+def gaps_of(shown: dict[str, dict]) -> str:
+    """A line for each reason why something could not be measured, or has no mean."""
+    gaps = {}  # {reason: {key: None}}
+    nums = {}  # {part: {number of images: None}}
+    for entry in shown.values():
+        for key, result in entry.items():
+            if "gap" in result:
+                gaps.setdefault(result["gap"], {})[key] = None
+            for num in np.ravel(result.get("num", [])).tolist():
+                nums.setdefault(key.split("/")[0], {})[num] = None
+    lines = [f"Not measured: {', '.join(keys)}: {reason}" for reason, keys in gaps.items()]
+    for part in ("imagenet_c", "imagenet_p", "cifar10_c"):
+        if len(nums.get(part, {})) > 1:
+            lines.append(f"No mean of {part}: it is of {min(nums[part])} to {max(nums[part])} images")
+    return "\n".join(lines)
+
+
 def draw(rows: list[Row], headings: list[str], file: Path) -> None:
     plt = pyplot()
     if plt is None:
@@ -1008,16 +1006,11 @@ def report(shown: dict[str, dict], out: Path) -> None:
     """Write the table, the verdict and the picture; print the first two."""
     rows = rows_of(shown)
     headings = list(dict.fromkeys(name for row in rows for columns in row.columns.values() for name in columns))
-    gaps = {}  # {reason: {key: None}}
-    for entry in shown.values():
-        for key, result in entry.items():
-            if "gap" in result:
-                gaps.setdefault(result["gap"], {})[key] = None
-    lines = [f"Not measured: {', '.join(keys)}: {reason}" for reason, keys in gaps.items()]
-    if not headings:
-        fail(f"nothing could be measured: {lines[0]}")
+    gaps = gaps_of(shown)
+    if not any("top1" in result for entry in shown.values() for result in entry.values()):
+        fail(f"nothing could be measured: {gaps}")
     note = "In percent; ± is half of the 95 percent interval, of several seeds the standard deviation."
-    parts = [markdown_table(rows, headings), note, verdict(rows), "\n".join(lines)]
+    parts = [markdown_table(rows, headings), note, verdict(rows), gaps]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (out / "verdict.md").unlink(missing_ok=True)  # of an earlier command
     for name in ("robustness.md", "verdict.md") if verdict(rows) else ("robustness.md",):
@@ -1035,7 +1028,7 @@ def main() -> None:
     if args.corrupt:
         libraries()
     if args.imagenet_p:
-        import_av()
+        optional("av")
 
     evaluation = Evaluation(args, processes)
     val = list_val(args, args.data or evaluation.models[0].data)
