@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,6 +18,7 @@ from common import RAND_AUGMENT_OPS  # noise
 from common import View, eval_view, load_image  # views
 
 MAGNITUDES = (5, 15, 27)
+GAP = 16  # pixels, for the titles
 
 
 def main() -> None:
@@ -29,16 +30,16 @@ def main() -> None:
     view = eval_view(load_image(args.image), View(args.image_size, crop_fraction=1.0))
     batch = torch.from_numpy(view.copy()).permute(2, 0, 1)[None]  # uint8 (1, 3, H, W)
     sign = torch.ones(1, dtype=torch.int64)
-    num_rows, num_columns = len(RAND_AUGMENT_OPS), len(MAGNITUDES)
-    _, axes = plt.subplots(num_rows, num_columns, figsize=(num_columns * 1.2, num_rows * 1.3))
-    for row, (name, op) in zip(axes, RAND_AUGMENT_OPS.items(), strict=True):
-        for axis, magnitude in zip(row, MAGNITUDES, strict=True):
+    side = args.image_size
+    sheet = Image.new("RGB", (len(MAGNITUDES) * (side + GAP), len(RAND_AUGMENT_OPS) * (side + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, op) in enumerate(RAND_AUGMENT_OPS.items()):
+        for column, magnitude in enumerate(MAGNITUDES):
             noised = op(batch, magnitude, sign, torch.Generator().manual_seed(0))
-            axis.imshow(noised[0].permute(1, 2, 0))
-            axis.set_title(f"{name} {magnitude}", fontsize=7)
-            axis.set_axis_off()
-    plt.subplots_adjust(0.02, 0.01, 0.98, 0.98, hspace=0.3)
-    plt.savefig(args.out)
+            x, y = column * (side + GAP), row * (side + GAP)
+            draw.text((x, y + 2), f"{name} {magnitude}", "black")
+            sheet.paste(Image.fromarray(noised[0].permute(1, 2, 0).numpy()), (x, y + GAP))
+    sheet.save(args.out)
 
 
 if __name__ == "__main__":
