@@ -68,13 +68,17 @@ def test_a_model_of_timm_goes_through_every_stage(name, tiny_data, call_main, tm
     assert report[str(teacher)]["clean"]["top1"] == pytest.approx(100 * right)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet50", "resnetv2_50"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet50", "resnetv2_50", "lambda_resnet26t"])
 def test_what_is_folded_stays_the_same_function(name):
-    """The activation of a BatchNormAct2d is inside it: folding it away once moved logits by 1,400."""
+    """The activation of a BatchNormAct2d is inside it: folding it away once moved logits by 1,400.
+
+    A LambdaLayer has a convolution qkv and then two norms, of q and of v.
+    """
     torch.manual_seed(0)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 64, 64)
+    options = {"img_size": 64} if name == "lambda_resnet26t" else {}
     with torch.no_grad():
-        model = tell_images_apart(timm.create_model(name, num_classes=5))
+        model = tell_images_apart(timm.create_model(name, num_classes=5, **options), 64)
         expected = model(images)
         before = [type(module) for module in model.modules()]
         common.fuse_batch_norms(model)
