@@ -1,399 +1,467 @@
-"""Stage 03: keep the images that the teacher is sure of, the same number of every class.
+"""Stage 03: keep the images that the teacher is sure of, and the same number of each class.
 
-noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the threshold, the K most
-confident of each class; the images of a class with fewer are repeated evenly to exactly K. Most images of low
-confidence belong to none of the classes. From unequal numbers the student would learn that some classes are rare.
+noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the threshold, keep the K most
+confident of each class. The images of a smaller class are repeated evenly to exactly K. Most images of low confidence
+belong to none of the classes, and unequal numbers would teach the student that some classes are rare.
 
 top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, and each class keeps its K
-highest-scoring images, with that class as the hard label. So an image may stand under several classes.
+highest-scoring images, with that class as the hard label. An image may stand under several classes.
 
---calibration: of the images of val so many are right above each threshold. --min-precision P takes the lowest at which
-a share P is, of those that leave --min-share of val. It holds for images like val's, without outsiders and long tail.
+reads   label files of different images by one teacher, or of the same images by several teachers: their mean
+writes  balanced.h5 (a label file of the kept images), balanced.json (counts, calibration), balanced.png
 
-reads   one or more logits.h5 of one teacher; --calibration: that of DATA/val; --truth: a CSV `name,class` to measure
-        the labels with, never to choose
-writes  balanced.h5 (one row a training example), balanced.json (counts, calibration), balanced.png
-
-    python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --threshold 0.3
-    python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --calibration runs/val.h5 --min-precision 0.9
-    python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --method top-p --per-class 16000
-
-10 million images x 100 classes on 2 CPU cores, pictures included: 8.3 s, 2.3 of them Python's start (median of 5).
+    python 03_balance.py runs/logits.h5 --out runs/balanced.h5
+    python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --threshold 0.3 --per-class 130000
+    python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --method top-p --top-p 10 --per-class 16000
 """
 
 import argparse
+import contextlib
+import csv
 import json
 import os
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
-from common import RATE, argument_parser, at_least, beside, fail, is_rank0, print0, write_atomically  # the program
-from common import judged_half  # listing
-from common import DONE, NO_CLASS, UNKNOWN, classes_of_folders, draw_fraction, image_list, in_chunks  # label files
-from common import open_finished, read_classes, read_truth, slices
-from common import BestOfClasses, Examples, examples_of, ranks, write_selection  # selections
-from common import draw_selection  # pictures
-
-
-def word_or_number(text: str) -> str | int:
-    return text if text in ("auto", "all") else at_least(1, int, 2**31 - 1)(text)
-
-
-def share(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, and at most 1")
-    return float(text)
+from common import RATE, argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
+from common import DONE, TODO, LabelFile, check_label_rows, new_label_file, open_label_file  # label files
+from common import wilson  # training
+from common import pyplot, save_figure  # pictures
 
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("logits", type=Path, nargs="+", help="logits files of one teacher; their order changes nothing")
-    add("--out", type=Path, required=True, help="the selection, balanced.h5; .json and .png are written beside it")
-    add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p: the billion-scale one")
-    one_of = parser.add_mutually_exclusive_group().add_argument
-    one_of("--threshold", type=RATE, default=0.3, help="keep confidence above it; 0.3: paper, 1,000 classes")
-    one_of("--min-precision", type=share, help="the lowest threshold above which this share of --calibration is right")
-    add("--min-share", type=share, help="for --min-precision: only thresholds above which this share of val is left")
-    add("--calibration", type=Path, help="what 02 gives for DATA/val: how many are right above thresholds 0 to 0.99")
-    add("--val-half", choices=["all", "choose"], default="all", help="of --calibration: all, or the half to choose on")
-    add("--per-class", type=word_or_number, default="auto", help="K; auto: lower median, <= 130,000; all: no balance")
-    add("--max-confidence", type=share, default=1.0, help="keep confidence up to it, for studies of unsure images")
-    add("--fraction", type=share, default=1.0, help="share of the images, by the hash of path and seed: 0.1 is in 0.2")
-    add("--top-p", type=at_least(1, int), default=10, help="classes an image may count for, with --method top-p")
-    add("--truth", type=Path, help="CSV `name,class` of the unlabelled images; an empty class is none of the classes")
-    add("--seed", type=at_least(0, int), default=0, help="of the extra copies and of --fraction")
+    add("labels", type=Path, nargs="+", help="label files, in any order")
+    add("--out", type=Path, required=True, help="NAME.h5; NAME.json and NAME.png are written beside it")
+    add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p: billion-scale")
+    threshold = at_least(0, high=1, words=("auto",))
+    add("--threshold", type=threshold, default="auto", help="keep confidence above it (paper: 0.3)")
+    add("--min-precision", type=RATE, default=0.9, help="auto: share of val above it that must be right")
+    add("--min-share", type=RATE, default=0.67, help="auto: share of val that must be above it")
+    per_class = at_least(1, int, 2**31 - 1, words=("auto", "all"))
+    add("--per-class", type=per_class, default="auto", help="K; auto: lower median, <= 130,000; all: no balance")
+    add("--top-p", type=at_least(1, int), default=10, help="classes that an image counts for, in top-p")
+    add("--truth", type=Path, help="CSV `name,class`, only to measure labels; empty: none of the classes")
+    add("--seed", type=at_least(0, int), default=0, help="which images get the extra copies")
     return parser.parse_args()
 
 
-def open_inputs(args: argparse.Namespace) -> tuple[list[str], list[h5py.File]]:
-    """(paths, files): finished logits files of one teacher, sorted by path; the last file is --calibration."""
-    paths = sorted({os.path.realpath(path): os.path.abspath(path) for path in args.logits}.values())
-    more = [str(args.calibration)] if args.calibration else []
-    if not args.out.name or args.out.is_dir():
-        fail(f"--out {args.out} is a folder, expected the name of a file")
-    outs = map(os.path.realpath, (args.out, beside(args.out, ".json"), beside(args.out, ".png")))
-    if args.out.suffix in (".json", ".png") or {os.path.realpath(path) for path in paths + more} & set(outs):
-        fail(f"--out {args.out}: it, or the .json and .png beside it, would replace each other or the input")
-    if {os.path.abspath(path) for path in more} & set(paths):
-        fail(f"--calibration {args.calibration}: its images are held out, and it is to be selected from too")
-    return paths, open_finished(paths + more)
+class Table:
+    """The rows of all label files, numbered through; of several teachers of the same images, those of their mean."""
+
+    def __init__(self, files: list[LabelFile], is_mean: bool = False):
+        self.files, self.classes, self.is_mean = files, files[0].classes, is_mean
+        self.starts = np.cumsum([0, *map(len, files[:1] if is_mean else files)])  # the first row of each file
+        self.chunk_rows = max(1, (1 << 20) // len(self.classes))  # 4 MB of logits in float32 stay in the cache
+        roots = [os.path.abspath(file.attrs["root"]) for file in files]
+        self.root = os.path.commonpath(roots)
+        below = [os.path.relpath(root, self.root) for root in roots]
+        self.prefixes = [b"" if path == "." else os.fsencode(path) + b"/" for path in below]  # of a file's paths
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All rows that every teacher has labelled. A chunk is of one file."""
+        for first, last in pairwise(self.starts):
+            for begin in range(first, last, self.chunk_rows):
+                rows = np.arange(begin, min(begin + self.chunk_rows, last))
+                rows = rows[np.all(np.equal(self.columns("status", rows), DONE), axis=0)]
+                if len(rows):
+                    yield rows
+
+    def split(self, rows: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+        """Chunks of these rows, which ascend, and of columns beside them."""
+        cuts = np.union1d(np.searchsorted(rows, self.starts), np.arange(0, len(rows), self.chunk_rows))
+        chunks = zip(*(np.split(column, cuts) for column in (rows, *columns)), strict=True)
+        return (chunk for chunk in chunks if len(chunk[0]))
+
+    def columns(self, name: str, rows: np.ndarray) -> list[np.ndarray]:
+        """The values in the rows of a chunk, of each teacher. They are copies: no file stays mapped."""
+        if self.is_mean:
+            return [file.column(name)[rows] for file in self.files]
+        k = np.searchsorted(self.starts, rows[0], side="right") - 1
+        values = self.files[k].column(name)[rows - self.starts[k]]
+        return [np.strings.add(self.prefixes[k], values) if name == "path" else values]
+
+    def probs(self, logits: list[np.ndarray]) -> torch.Tensor:
+        """float32 (n, C): the softmax of the logits of each teacher, averaged. Classes are matched by name."""
+        total = 0
+        for file, of_teacher in zip(self.files, logits, strict=False):
+            probs = torch.from_numpy(of_teacher).softmax(1, dtype=torch.float32)
+            if file.classes != self.classes:
+                order = np.argsort(file.classes)
+                probs = probs[:, order[np.searchsorted(file.classes, self.classes, sorter=order)]]
+            total = total + probs
+        return total / len(logits)
+
+    def merge(self, logits: list[np.ndarray]) -> np.ndarray:
+        """float16 (n, C), the largest of a row 0: those of one teacher, or the logarithm of the mean."""
+        if not self.is_mean:
+            return logits[0]
+        logits = self.probs(logits).log()
+        return (logits - logits.amax(1, keepdim=True)).clamp(min=-65_000).half().numpy()
+
+    def answers(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(label, confidence): as stored, or of the mean."""
+        if not self.is_mean:
+            return self.columns("label", rows)[0], self.columns("confidence", rows)[0]
+        confidence, label = self.probs(self.columns("logits", rows)).max(1)
+        return label.int().numpy(), confidence.numpy()
+
+    def val(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """(val_logits of each teacher, val_label), or ([], []) if a file has none, or those of other images."""
+        if not all({"val_logits", "val_label"} <= file.places.keys() for file in self.files):
+            return [], np.zeros(0, np.int32)
+        true = [np.array(file.classes)[file.column("val_label")] for file in self.files]
+        if not all(np.array_equal(names, true[0]) for names in true):
+            return [], np.zeros(0, np.int32)
+        files = self.files if self.is_mean else self.files[:1]
+        return [np.array(file.column("val_logits")) for file in files], np.array(files[0].column("val_label"))
 
 
-def is_between(confidence: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Above `low` and up to `high`, in float32; the NaN of an unreadable image is not. 1 is no bound."""
-    return (confidence > np.float32(low)) & (confidence <= np.float32(high if high < 1 else np.inf))
+def open_table(paths: list[Path]) -> Table:
+    """Finished label files, sorted by path: of several teachers, or of one and without a common image."""
+    files = [open_label_file(path) for path in sorted(map(os.path.abspath, paths))]
+    for file in files:
+        if file.attrs.get("method") == "top-p":
+            fail(f"{file.path} is a top-p selection: select from what it was made from")
+        if (file.column("status") == TODO).any():
+            fail(f"{file.path} is unfinished: run 02 again on it")
+        check_label_rows(file)
+    first, others = files[0], files[1:]
+    is_mean = len(files) > 1 and all(same_images(first, file) for file in others)
+    for file in others:
+        if is_mean and {*file.classes} != {*first.classes}:
+            fail(f"{first.path} and {file.path}: the same images, but other classes")
+        if not is_mean and made_by(file) != made_by(first):
+            fail(f"{first.path} and {file.path}: neither the same images nor the same teacher, classes and view")
+    teachers = [file.attrs.get("teacher_sha256", file.path) for file in files]
+    for i, teacher in enumerate(teachers):
+        if is_mean and teacher in teachers[:i]:
+            fail(f"{files[teachers.index(teacher)].path} and {files[i].path}: the same images and the same teacher")
+    table = Table(files, is_mean)
+    if is_mean:
+        print0(f"mean of {len(files)} teachers")
+    elif others:
+        check_disjoint(table)
+    return table
 
 
-def count(paths: list, label: list, confidence: list, status: list, num_classes: int, limits: tuple[float, float]):
-    """({what: number of each class}, histogram of the confidences); a damaged file ends the program."""
-    candidates, above, histogram = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64), np.zeros(50, int)
-    highest_of, starts = np.zeros(num_classes, np.float32), np.cumsum([0, *map(len, label)])
-    for first, labels, scores, statuses in in_chunks(label, confidence, status, num_rows=1 << 20):
-        done = statuses == DONE
-        labels, readable = labels[done], scores[done]
-        fits = (labels >= 0) & (labels < num_classes) & (readable >= 0) & (readable <= 1.001)  # not NaN, no percents
-        if not (fits.all() and np.isnan(scores[~done]).all()):
-            path, expected = paths[np.searchsorted(starts, first, side="right") - 1], "(0 to 1) and status do not fit"
-            fail(f"{path} is damaged: labels, confidences {expected} together; run 02 again to a new file")
-        candidates += np.bincount(labels, minlength=num_classes)
-        above += np.bincount(labels[is_between(readable, *limits)], minlength=num_classes)
-        histogram += np.histogram(readable, len(histogram), (0, 1))[0]
-        np.maximum.at(highest_of, labels, readable)
-    return {"candidates": candidates, "above_threshold": above, "highest_confidence": highest_of}, histogram
+def same_images(first: LabelFile, second: LabelFile) -> bool:
+    if first.attrs["root"] != second.attrs["root"]:
+        return False
+    return all(np.array_equal(first.column(name), second.column(name)) for name in ("path", "offset"))
 
 
-def wilson(num_right: int, num: int) -> list[float]:
-    """Wilson's 95 percent interval of the share num_right / num: honest for few images, and near 0 and 1, too."""
-    z2, share = 1.959964**2, num_right / num if num else 0.5
-    middle, half = num_right + z2 / 2, (z2 * (share * (1 - share) * num + z2 / 4)) ** 0.5
-    return [max((middle - half) / (num + z2), 0.0), min((middle + half) / (num + z2), 1.0)]
+def made_by(file: LabelFile) -> list:
+    return [file.classes, *map(file.attrs.get, ("teacher_sha256", "precision", "crop_mode"))]
 
 
-def answers_above(threshold: float, confidence: np.ndarray, right: np.ndarray) -> dict:
-    """How many images of val are above a threshold, how many of those are right, the shares and their intervals."""
-    kept = is_between(confidence, threshold, 1)
-    num, num_right = int(kept.sum()), int(right[kept].sum())
-    point = {"threshold": threshold, "kept": num, "share": num / len(kept), "share_interval": wilson(num, len(kept))}
-    point |= {"right": num_right, "precision": num_right / num if num else None}
-    return point | {"precision_interval": wilson(num_right, num)}
+def check_disjoint(table: Table) -> None:
+    """No image is in two files. Paths are compared by hashes of 64 bits: 8 bytes an image."""
+    hashes = []
+    for file, prefix in zip(table.files, table.prefixes, strict=True):
+        paths = np.strings.add(prefix, file.column("path"))
+        hashes.append(np.unique(np.fromiter(map(hash, paths), np.int64)))
+    ordered = np.sort(np.concatenate(hashes))
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        owners = [str(file.path) for file, of_file in zip(table.files, hashes, strict=True) if twice[0] in of_file]
+        fail(f"{' and '.join(owners)} share some images: expected all of them, or none")
 
 
-def choose_threshold(curve: list[dict], min_precision: float, min_share: float | None = None) -> tuple[dict, bool]:
-    """The point with the lowest threshold at which so many are right, True; else with the largest share right, False.
+def calibrate(confidence: np.ndarray, right: np.ndarray, min_precision: float, min_share: float) -> dict:
+    """The lowest threshold above which enough labels are `right`, or the one with the largest share right.
 
-    The share is largest where few are left, by luck: 20 images at least must be above it, if val has so many.
+    Only thresholds that leave `min_share` of the images count: of a few, all may be right by luck.
     """
-    curve = [point for point in curve if point["share"] >= (min_share or 0)]
-    reached = [point for point in curve if point["kept"] and point["precision"] >= min_precision]
-    points = [point for point in curve if point["kept"] >= (20 if curve[0]["kept"] >= 20 else 1)]
-    return (reached[0], True) if reached else (max(points, key=lambda point: point["precision"]), False)
+    curve = []
+    for step in range(100):
+        above = confidence > np.float32(step / 100)
+        num, num_right = int(above.sum()), int(right[above].sum())
+        point = {"threshold": step / 100, "kept": num, "right": num_right}
+        point |= {"share": num / len(right), "share_interval": wilson(num, len(right))}
+        point |= {"precision": num_right / max(num, 1), "precision_interval": wilson(num_right, num)}
+        curve.append(point)
+    points = [point for point in curve if point["kept"] and point["share"] >= min_share]
+    precise = [point for point in points if point["precision"] >= min_precision]
+    at = precise[0] if precise else max(points, key=lambda point: point["precision"])
+    return {"images": len(right), "reached": bool(precise), "at": at, "curve": curve}
 
 
-def calibrate(args: argparse.Namespace, val: h5py.File, classes: list[str]) -> dict:
-    """What balanced.json says of --calibration, after printing it; `at`: the point of the threshold that is used."""
-    images, confidence = image_list(val), val["confidence"][:]
-    true = classes_of_folders(images.path, classes)
-    counts = (val["status"][:] == DONE) & (true != UNKNOWN) & is_between(confidence, 0, args.max_confidence)
-    counts &= ~judged_half(images) if args.val_half == "choose" else True
-    if not counts.any():
-        words = f"{(true != UNKNOWN).sum()} of its {len(true)} images lie in folders of classes such as {classes[0]}/"
-        fail(f"--calibration {args.calibration}: {words}, none of these counts; expected what 02 says of DATA/val")
-    confidence, right = confidence[counts], (val["label"][:] == true)[counts]
-    curve, wanted = [answers_above(step / 100, confidence, right) for step in range(100)], args.min_precision
-    at, reached = answers_above(args.threshold, confidence, right), None
-    if wanted:
-        at, reached = choose_threshold(curve, wanted, args.min_share)
-
-    def percent(point: dict, what: str) -> str:
-        low, high = point[f"{what}_interval"]
-        return f"{100 * point[what]:.1f} ({100 * low:.1f} to {100 * high:.1f})" if point["kept"] else "none"
-
-    print0(f"{len(right)} images of val (--val-half {args.val_half}), percent with 95 percent intervals:")
-    print0(f"above {'are so many':>21} {'of these right':>21}")
-    for point, before in zip((*curve[::5], curve[-1]), (None, *curve[::5]), strict=True):
-        if point["kept"] != (before and before["kept"]):  # otherwise all is as in the line before
-            print0(f"{point['threshold']:5.2f} {percent(point, 'share'):>21} {percent(point, 'precision'):>21}")
-    why = {True: f", the lowest that reaches --min-precision {wanted}", None: ""}
-    why[False] = f", at which the largest share is right: --min-precision {wanted} is not reached"
-    why[False] += f" with --min-share {args.min_share}" * bool(args.min_share)
-    found = f"{at['right']} of {at['kept']} right, {percent(at, 'precision')} percent"
-    found += ": so few images say little" if at["kept"] < 20 else ""
-    print0(f"threshold {at['threshold']:g}{why[reached]}: {found}")
-    report = {"file": os.path.abspath(args.calibration), "images": len(right), "val_half": args.val_half}
-    return report | {"min_precision": wanted, "min_share": args.min_share, "reached": reached, "at": at, "curve": curve}
+def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]:
+    """(the threshold, what balanced.json says of val), after a line that says where it comes from."""
+    logits, true = table.val()
+    if len(true) < 20:
+        threshold = 0.3 if len(table.classes) >= 100 else 0.5
+        print0(f"threshold {threshold}: nothing was measured, for there are no labels of 20 images of val")
+        return threshold, {}
+    confidence, label = (tensor.numpy() for tensor in table.probs(logits).max(1))
+    report = calibrate(confidence, label == true, args.min_precision, args.min_share)
+    at, percent = report["at"], "{:.1%} ({:.1%} to {:.1%})".format
+    share = percent(at["share"], *at["share_interval"])
+    precision = percent(at["precision"], *at["precision_interval"])
+    reason = "the lowest with" if report["reached"] else "the most precise one, below"
+    print0(f"threshold {at['threshold']}, {reason} --min-precision {args.min_precision}: of {len(true)} images of val")
+    print0(f"{share} are above it, and {precision} of these are right")
+    return at["threshold"], report
 
 
-def repeat_evenly(num: int, per_class: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of `num` images is used so that the sum is `per_class`: copies differ by at most one."""
-    copies = np.full(num, per_class // num)
-    copies[rng.permutation(num)[: per_class % num]] += 1
-    return copies
+def by_class(label: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """The positions of each class's entries, ascending."""
+    kind = np.uint16 if num_classes <= 1 << 16 else np.int32  # numpy sorts 16 bits by radix, 5 times as fast
+    ends = np.bincount(label, minlength=num_classes).cumsum()
+    return np.split(np.argsort(label.astype(kind), kind="stable"), ends[:-1])
 
 
-def auto_per_class(sizes: np.ndarray) -> int:
-    """The lower median of the sizes of the classes that are not empty, at most the paper's 130,000."""
-    present = np.sort(sizes[sizes > 0])
-    return int(min(present[(len(present) - 1) // 2], 130_000)) if len(present) else 0
+def ranked(score: np.ndarray) -> np.ndarray:
+    """Numbers in the order of the scores (..., n), none below 0; of equal scores the first has the highest."""
+    last_to_first = np.arange(score.shape[-1], dtype=np.uint64)[::-1]
+    return score.view(np.uint32).astype(np.uint64) << 32 | last_to_first
 
 
-def cutoffs(label: list, confidence: list, num_classes: int, limits: tuple[float, float], per_class: int):
-    """Of each class: (the number of its confidences between the limits, the `per_class`-th highest, how many equal it).
+class BestOfClasses:
+    """The `per_class` highest scores of each class, of entries that come in chunks: memory O(classes x per_class).
 
-    The last is the number that is kept of those that equal the cutoff. A class with fewer images has the cutoff 0.
-    A float32 up to 1 is ordered as its 30 bits are. They are found ten at a time, the first ones first, by counting
-    those whose earlier bits are the cutoff's. So the memory is a thousand counts a class, of any number of images.
+    Of equal scores the first to come are kept.
     """
-    bits, left, sizes = np.zeros(num_classes, np.uint32), np.full(num_classes, per_class), None
-    for shift in (20, 10, 0):
-        counts = np.zeros((num_classes, 1 << 10), np.int64)
-        for _, labels, scores in in_chunks(label, confidence, num_rows=1 << 20):
-            rows = np.flatnonzero(is_between(scores, *limits))
-            labels, numbers = labels[rows], scores[rows].view(np.uint32) >> shift
-            fits = numbers >> 10 == bits[labels]
-            np.add.at(counts, (labels[fits], numbers[fits] & 1023), 1)
-        so_high = counts[:, ::-1].cumsum(1)  # so many are in the last 1, 2, ... 1024 of the intervals
-        if sizes is None:
-            sizes = so_high[:, -1]
-            is_full = sizes > per_class
-        if not is_full.any():
-            break
-        higher = (so_high < left[:, None]).sum(1).clip(max=1023)  # so many intervals lie above the cutoff's
-        left -= np.where(higher > 0, so_high[np.arange(num_classes), higher - 1], 0)
-        bits = np.where(is_full, bits << 10 | (1023 - higher).astype(np.uint32), 0).astype(np.uint32)
-    return sizes, bits.view(np.float32), left
+
+    def __init__(self, num_classes: int, per_class: int):
+        self.per_class = per_class
+        self.cutoff = np.full(num_classes, -np.inf, np.float32)  # of a full class: only higher scores get in
+        self.chunks = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))]
+        self.num_new = 0  # entries behind the first chunk, which is the best so far
+
+    def add(self, row: np.ndarray, label: np.ndarray, score: np.ndarray) -> None:
+        fits = score > self.cutoff[label]
+        self.chunks.append((row[fits], label[fits], score[fits]))
+        self.num_new += np.count_nonzero(fits)
+        if self.num_new > max(1 << 18, len(self.chunks[0][0])):
+            self.best()
+
+    def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, label, score) of what is kept, in the order in which it came."""
+        row, label, score = (np.concatenate(column) for column in zip(*self.chunks, strict=True))
+        kept = np.ones(len(label), bool)
+        for c, of_class in enumerate(by_class(label, len(self.cutoff))):
+            surplus = len(of_class) - self.per_class
+            if surplus >= 0:
+                rank = ranked(score[of_class])
+                kept[of_class] = rank >= np.partition(rank, surplus)[surplus]
+                self.cutoff[c] = score[of_class[kept[of_class]]].min()
+        self.chunks = [(row[kept], label[kept], score[kept])]
+        self.num_new = 0
+        return self.chunks[0]
 
 
-def select_noisy_student(
-    label: list, confidence: list, num_classes: int, threshold: float, per_class: int, seed: int, max_confidence=1.0
-):
-    """The paper's rule: (index, label, confidence) of each example, from the files' columns of these names.
-
-    The columns are read five times, a chunk at a time, and the examples come in the order of the index. `per_class` 0:
-    no balance, each image above the threshold once.
-    """
-    limits, columns = (threshold, max_confidence), (label, confidence)
-    sizes, cutoff, num_equal = cutoffs(*columns, num_classes, limits, per_class or sum(map(len, label)))
-    kept = np.minimum(sizes, per_class) if per_class else sizes
-    begins, copies = np.cumsum(kept) - kept, np.ones(kept.sum() if per_class else 0, np.int32)
-    for c in np.flatnonzero(kept) if per_class else ():
-        rng = np.random.default_rng([seed, c])
-        copies[begins[c] : begins[c] + kept[c]] = repeat_evenly(kept[c], per_class, rng)
-    num = copies.sum() if per_class else kept.sum()
-    examples = np.empty(num, np.int64), np.empty(num, np.int32), np.empty(num, np.float32)
-    end, seen, seen_equal = 0, np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
-    for first, labels, scores in in_chunks(*columns, num_rows=1 << 20):
-        rows = np.flatnonzero(is_between(scores, *limits))
-        rows = rows[scores[rows] >= cutoff[labels[rows]]]
-        equal = np.flatnonzero(scores[rows] == cutoff[labels[rows]])  # of these the first ones count
-        of_equal = labels[rows[equal]]
-        rows = np.delete(rows, equal[ranks(of_equal, seen_equal) >= num_equal[of_equal]])
-        labels, scores = labels[rows], scores[rows]
-        times = copies[begins[labels] + ranks(labels, seen)] if per_class else np.ones(len(rows), np.int32)
-        begin, end = end, end + times.sum()
-        for column, values in zip(examples, (first + rows, labels, scores), strict=True):
-            column[begin:end] = np.repeat(values, times)
-    return examples
+def above_threshold(table: Table, threshold: float) -> Iterator[tuple[np.ndarray, ...]]:
+    """(row, label, confidence) of the images above the threshold, in chunks. Compared in float32."""
+    for rows in table.chunks():
+        label, confidence = table.answers(rows)
+        above = confidence > np.float32(threshold)
+        yield rows[above], label[above], confidence[above]
 
 
-def select_top_p(logits: list, status: list, num_classes: int, top_p: int, per_class: int):
-    """Yalniz et al.'s rule: (index, label, probability) of each example in this order, from the files' logits."""
-    best, top_p = BestOfClasses(num_classes, per_class), min(top_p, num_classes)
-    num_rows = max(1, (1 << 19) // num_classes)  # 2 MB in float32: a cache's size
-    for first, chunk, statuses in in_chunks(logits, status, num_rows=num_rows):
-        probs = torch.from_numpy(chunk).softmax(1, dtype=torch.float32)
-        # Soon few rows still reach the cutoff of a class.
-        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0
-        rows = (reaches & torch.from_numpy(statuses == DONE)).nonzero()[:, 0]
-        probs = probs[rows]
-        if num_classes < 64 * top_p:  # above that, torch is faster
-            least = np.partition(probs.numpy(), num_classes - top_p, 1)[:, num_classes - top_p]
-        else:
-            least = probs.topk(top_p, sorted=False).values.amin(1).numpy()
-        probs = probs.numpy()
-        row, label = np.divmod(np.flatnonzero((probs >= least[:, None]) & (probs > best.cutoff)), num_classes)
-        score = probs[row, label]
-        edge = np.flatnonzero(score == least[row])  # the P-th most probable: of several with this score the first count
-        tied, place = np.unique(row[edge], return_inverse=True)
-        more, equal = (probs[tied] > least[tied, None]), (probs[tied] == least[tied, None])
-        is_top = equal.cumsum(1) <= top_p - more.sum(1, keepdims=True)
-        counts = np.ones(len(row), dtype=bool)
-        counts[edge] = is_top[place, label[edge]]
-        best.add(label[counts].astype(np.int32), score[counts], first + rows.numpy()[row[counts]])
-    label, score, index = best.best()
-    order = np.lexsort((label, index))
-    return index[order], label[order], score[order]
+def select_noisy_student(table: Table, threshold: float, per_class: int, seed: int) -> tuple[np.ndarray, ...]:
+    """The paper's rule: (row, label, confidence, copies), sorted by row. Copies in a class differ by at most one."""
+    best = BestOfClasses(len(table.classes), per_class)
+    for chunk in above_threshold(table, threshold):
+        best.add(*chunk)
+    row, label, confidence = best.best()
+    copies = np.zeros(len(row), np.uint32)
+    for c, of_class in enumerate(by_class(label, len(table.classes))):
+        if len(of_class):
+            copies[of_class] = per_class // len(of_class)
+            shuffled = np.random.default_rng([seed, c]).permutation(of_class)
+            copies[shuffled[: per_class % len(of_class)]] += 1
+    return row, label, confidence, copies
 
 
-def describe(args, threshold: float, per_class: int, classes: list[str], sizes: dict, examples: Examples) -> dict:
-    """What balanced.json says. `sizes`: those before the selection, {what: (C,)}."""
-    label, num_classes = examples.label, len(classes)
-    kept, used, lowest = *np.zeros((2, num_classes), np.int64), np.ones(num_classes, np.float32)
-    for part in slices(len(label)):
-        kept += np.bincount(label[part][examples.is_first[part]], minlength=num_classes)
-        used += np.bincount(label[part], minlength=num_classes)
-        np.minimum.at(lowest, label[part], examples.confidence[part])
-    columns = sizes | {"kept": kept, "copies": used - kept, "examples": used}
-    columns = {what: nums.tolist() for what, nums in columns.items()}
-    columns["lowest_confidence"] = [float(low) if num else None for low, num in zip(lowest, kept, strict=True)]
-    report = {"method": args.method, "threshold": threshold, "per_class": per_class or "all"}
-    report |= {"max_confidence": args.max_confidence, "fraction": args.fraction}
-    report |= {"images": int(sizes["candidates"].sum()), "above_threshold": int(sizes["above_threshold"].sum())}
-    report |= {"examples": len(label), "unique_images": 1 + int((examples.index[1:] != examples.index[:-1]).sum())}
-    report["empty_classes"] = [name for name, num in zip(classes, kept, strict=True) if not num]
-    report["classes"] = {name: {what: values[c] for what, values in columns.items()} for c, name in enumerate(classes)}
-    return report
+def select_top_p(table: Table, top_p: int, per_class: int) -> tuple[np.ndarray, ...]:
+    """Yalniz et al.'s rule: (row, label, probability, copies), sorted by row and label."""
+    best = BestOfClasses(len(table.classes), per_class)
+    place = max(0, len(table.classes) - top_p)  # of the P-th highest, in ascending order
+    for rows in table.chunks():
+        probs = table.probs(table.columns("logits", rows))
+        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon few images reach any cutoff
+        rows, probs = rows[reaches.numpy()], probs[reaches].numpy()
+        rank = ranked(probs)
+        image, label = np.nonzero(rank >= np.partition(rank, place, axis=1)[:, place, None])
+        best.add(rows[image], label.astype(np.int32), probs[image, label])
+    row, label, score = best.best()
+    return row, label, score, np.ones(len(row), np.uint32)
 
 
-def accuracy_report(true: np.ndarray, label: np.ndarray, done: np.ndarray, examples: Examples, classes: list) -> dict:
-    """Accuracy of the labels in percent, of all labelled images and of the selection, and what passed it.
-
-    An image of no class is counted apart: the teacher knows no such class. In `accuracy_of_examples` it is wrong.
-    """
-    known = done & (true != UNKNOWN)
-    before, no_class = np.flatnonzero(known & (true >= 0)), np.flatnonzero(known & (true == NO_CLASS))
-    true_after = true[examples.index]
-    after = examples.is_first & (true_after >= 0)
-    label_before, label_after = label[before], examples.label[after]
-    right_before, right_after = label_before == true[before], label_after == true_after[after]
-
-    def percent(good: np.ndarray):
-        return round(100 * float(np.mean(good)), 2) if len(good) else None
-
-    def accuracies(of_before, of_after) -> dict:
-        return {"accuracy_before": percent(right_before[of_before]), "accuracy_after": percent(right_after[of_after])}
-
-    report = accuracies(slice(None), slice(None))
-    report["accuracy_of_examples"] = percent((examples.label == true_after)[true_after != UNKNOWN])
-    report["passed_in_class"] = percent(np.isin(before, examples.index))
-    report["classes"] = {name: accuracies(label_before == c, label_after == c) for c, name in enumerate(classes)}
-    if len(no_class):
-        passed = np.isin(no_class, examples.index)
-        report |= {"passed_no_class": percent(passed), "num_no_class_passed": int(passed.sum())}
-    return report
+def write_selection(path: Path, table: Table, num: int, chosen: Iterable[tuple], header: dict) -> None:
+    """Write a label file of `num` rows, which come in chunks of (row, label, confidence, copies)."""
+    names = ["label", "confidence", "copies", "status", "path", "offset", "size"]
+    if header["method"] != "top-p":
+        names.append("logits")
+    width = max(map(len, table.prefixes)) + max(file.places["path"][0].itemsize for file in table.files)
+    end = 0
+    with new_label_file(path, num, width, table.classes, names, **header) as file:
+        for rows, *values in chosen:
+            begin, end = end, end + len(rows)
+            values += [DONE, *(table.columns(name, rows)[0] for name in ("path", "offset", "size"))]
+            values[4] = values[4].astype(file["path"].dtype)
+            if "logits" in names:
+                values.append(table.merge(table.columns("logits", rows)))
+            for name, column in zip(names, values, strict=True):
+                file[name][begin:end] = column
 
 
-def print_report(args: argparse.Namespace, report: dict, above: np.ndarray) -> None:
-    """What was kept, where K comes from and what it costs, and what can be done for a class without any image."""
-    classes, per_class = report["classes"], report["per_class"]
-    used = [of_class["examples"] for of_class in classes.values() if of_class["kept"]]
-    words = f"{args.out}: {report['images']} images, {report['above_threshold']} above {report['threshold']:g}, "
-    words += f"{report['unique_images']} kept as {report['examples']} examples, {min(used)} to {max(used)} a class"
-    print0(words)
-    if args.method == "noisy-student" and per_class != "all":
-        beyond, copies = np.maximum(above - per_class, 0).sum(), report["examples"] - report["unique_images"]
-        why, order = "--per-class", np.argsort(above, kind="stable")[(above == 0).sum() :]  # without the empty classes
-        if args.per_class == "auto":
-            middle = order[(len(order) - 1) // 2]
-            most = ", at most the paper's" if above[middle] > per_class else ""
-            why = f"class {[*classes][middle]!r} is the lower median of {len(order)} with {above[order[0]]} to "
-            why += f"{above[order[-1]]} images above the threshold{most}"
-        words = f"{beyond} images beyond the K of their class are left out, {copies} copies fill smaller classes, "
-        words += f"at most {-(-per_class // above[order[0]]) - 1} of one image"
-        print0(f"K = {per_class}: {why}; {words} (--per-class says otherwise)")
-    if empty := report["empty_classes"]:
-        found = ((c, classes[c]["candidates"], classes[c]["highest_confidence"]) for c in empty)
-        words = [f"{c} ({num} labelled so, the surest {best:.3f})" if num else f"{c} (0)" for c, num, best in found]
-        below = "a threshold below the surest lets them in; " * (args.method != "top-p")
-        print0(f"left out, without any image: {', '.join(words)}; {below}more labelled images make a surer teacher")
-    if truth := report.get("truth"):
-        no_class = f", {truth['passed_no_class']} of those of no class" if "passed_no_class" in truth else ""
-        before, after, passed = (truth[name] for name in ("accuracy_before", "accuracy_after", "passed_in_class"))
-        words = f"{passed} percent of the images of a class passed{no_class}"
-        print0(f"pseudo-label accuracy {before} percent before the filter, {after} after; {words}")
+NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
+
+
+def read_truth(path: Path, classes: list[str]) -> dict[bytes, int]:
+    """{path: number of the true class, or NO_CLASS}."""
+    number = {name: c for c, name in enumerate(classes)}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel's "CSV UTF-8" begins with a mark
+            lines = csv.DictReader(file)
+            return {os.fsencode(line["name"]): number.get(line["class"], NO_CLASS) for line in lines}
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
+
+
+def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict[str, np.ndarray]:
+    """{what: how many images of each class}, and a histogram of the confidences."""
+    names = ("images", "above", "of_a_class", "right", "of_no_class")
+    counts = {name: np.zeros(len(table.classes), int) for name in names} | {"histogram": np.zeros(50, int)}
+    for rows in table.chunks():
+        label, confidence = table.answers(rows)
+        masks = {"images": slice(None), "above": confidence > np.float32(threshold)}
+        if truth:
+            paths = table.columns("path", rows)[0].tolist()
+            true = np.array([truth.get(path, UNKNOWN) for path in paths])
+            masks |= {"of_a_class": true >= 0, "right": true == label, "of_no_class": true == NO_CLASS}
+        for name, mask in masks.items():
+            counts[name] += np.bincount(label[mask], minlength=len(table.classes))
+        counts["histogram"] += np.histogram(confidence, 50, (0, 1))[0]
+    return counts
+
+
+def accuracy(counts: dict[str, np.ndarray]) -> float:
+    return round(100 * counts["right"].sum() / max(counts["of_a_class"].sum(), 1), 2)
+
+
+def draw(path: Path, selection: LabelFile, sizes: dict, histograms: dict) -> None:
+    """The sizes of the classes, the confidences, and images of a few classes."""
+    plt = pyplot()
+    if plt is None:
+        return
+    _, axes = plt.subplot_mosaic("AB;CC", figsize=(10, 8), layout="constrained", height_ratios=(1, 2))
+    names = np.array(selection.classes)
+    order = np.argsort(-sizes["candidates"], kind="stable")
+    for what, values in sizes.items():
+        axes["A"].stairs(values[order], label=what, fill=what == "candidates")
+    if len(order) <= 20:
+        axes["A"].set_xticks(np.arange(len(order)) + 0.5, names[order], rotation=90)
+    axes["A"].set(xlabel="class", ylabel="images")
+    for what, histogram in histograms.items():
+        axes["B"].stairs(histogram, np.linspace(0, 1, len(histogram) + 1), label=what, fill=True)
+    axes["B"].set(xlabel="confidence")
+    axes["A"].legend()
+    axes["B"].legend()
+
+    order = order[sizes["examples"][order] > 0]
+    shown = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
+    sheet = Image.new("RGB", (12 * 66, 66 * len(shown)), "white")
+    for line, c in enumerate(shown):
+        rows = np.flatnonzero(selection.column("label") == c)
+        rows = rows[np.argsort(-selection.column("confidence")[rows], kind="stable")]
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))]
+        for i, row in enumerate(rows.tolist()):
+            with contextlib.suppress(Exception):  # moved or unreadable: its place stays empty
+                image = selection.images.load(row, enough=64)
+                sheet.paste(ImageOps.fit(image, (64, 64)), (66 * i, 66 * line))
+    axes["C"].imshow(sheet)
+    axes["C"].set(xticks=[], xlabel="from the most to the least confident")
+    axes["C"].set_yticks(66 * np.arange(len(shown)) + 33, names[shown])
+    save_figure(plt, path)
+
+
+def header_of(table: Table, last: Path) -> dict:
+    """What the selection keeps of its input; of several teachers, of the file that was named last."""
+    file = open_label_file(last) if table.is_mean else table.files[-1]
+    header = {name: value for name, value in file.attrs.items() if name != "format"}
+    if table.is_mean:
+        for name in ("teacher", "teacher_sha256"):
+            header[name] = json.dumps([file.attrs.get(name) for file in table.files])
+    logits, true = table.val()
+    if len(true):
+        header |= {"val_logits": table.merge(logits), "val_label": true}
+    if "class_counts" in table.files[0].places:
+        header["class_counts"] = table.files[0].column("class_counts")
+    return header | {"root": table.root, "files": json.dumps([str(file.path) for file in table.files])}
 
 
 def main() -> None:
     args = parse_args()
     if not is_rank0():  # under torchrun one process does it
         return
-    if args.method == "top-p" and args.per_class in ("auto", "all"):
+    is_top_p = args.method == "top-p"
+    if args.out.suffix != ".h5" or args.out.resolve() in [path.resolve() for path in args.labels]:
+        fail(f"--out {args.out}: expected the name of a new file, NAME.h5")
+    if is_top_p and args.per_class in ("auto", "all"):
         fail("--method top-p needs a number --per-class (the paper's is 16,000 of 100 million images)")
-    if args.method == "top-p" and (args.max_confidence < 1 or args.calibration):
-        fail("--max-confidence and --calibration are for --method noisy-student: top-p does not look at the confidence")
-    if args.min_share and not args.min_precision:
-        fail("--min-share is for the threshold of --min-precision, which is not given")
-    if not args.calibration and (args.min_precision or args.val_half != "all"):
-        fail("--min-precision and --val-half need --calibration, what 02 gives for DATA/val with the same teacher")
-    paths, files = open_inputs(args)
-    classes, (files, val) = read_classes(files[0]), (files[: len(paths)], files[len(paths) :])
-    if args.method == "top-p" and args.top_p >= len(classes):
-        print0(f"--top-p {args.top_p}: each image counts for all {len(classes)} classes; below 100 take 1 or 2")
-    calibration = {"calibration": calibrate(args, val[0], classes)} if val else {}
-    threshold = calibration["calibration"]["at"]["threshold"] if val else args.threshold
-    label, confidence, status = ([file[name] for file in files] for name in ("label", "confidence", "status"))
-    if args.fraction < 1:
-        confidence, status = draw_fraction(files, args.fraction, args.seed)
-    sizes, histogram = count(paths, label, confidence, status, len(classes), (threshold, args.max_confidence))
-    true = read_truth(args.truth, files, classes) if args.truth else None
+    table = open_table(args.labels)
+    truth = read_truth(args.truth, table.classes) if args.truth else {}
+    threshold, calibration = args.threshold, {}
+    if is_top_p:
+        threshold = 0.0  # top-p does not look at the confidence
+    elif threshold == "auto":
+        threshold, calibration = auto_threshold(table, args)
 
-    per_class = {"auto": auto_per_class(sizes["above_threshold"]), "all": 0}.get(args.per_class, args.per_class)
-    if args.method == "noisy-student":
-        if not sizes["above_threshold"].sum():
-            name, best = "--min-precision: " if args.min_precision else "--", sizes["highest_confidence"].max()
-            fail(f"{name}threshold {threshold:g} leaves no image: the highest confidence is {best:.3f}; lower it")
-        columns = label, confidence, len(classes)
-        chosen = select_noisy_student(*columns, threshold, per_class, args.seed, args.max_confidence)
+    before, per_class = count(table, threshold, truth), args.per_class
+    sizes = np.sort(before["above"][before["above"] > 0])
+    if not len(sizes):
+        fail(f"--threshold {threshold:g} leaves no image of {args.labels[0]}: lower it")
+    if truth and not before["of_a_class"].any():
+        fail(f"--truth {args.truth}: none of its names and classes are those of the label files")
+    if per_class == "auto":  # the lower median of the classes that are not empty, at most the paper's
+        per_class = int(min(sizes[(len(sizes) - 1) // 2], 130_000))
+    if per_class == "all":
+        num, chosen = sizes.sum(), ((*chunk, 1) for chunk in above_threshold(table, threshold) if len(chunk[0]))
     else:
-        chosen = select_top_p([file["logits"] for file in files], status, len(classes), args.top_p, per_class)
-    if not len(chosen[0]):
-        fail(f"no image of {', '.join(paths)} is readable: there is nothing to select")
-    examples = examples_of(*chosen, [len(part) for part in label])
-    flags = {"method": args.method, "threshold": threshold, "per_class": per_class or "all"}
-    flags |= {name: getattr(args, name) for name in ("top_p", "seed", "max_confidence", "fraction")}
-    write_selection(args.out, examples, classes, files=json.dumps(paths), **flags)
+        if is_top_p:
+            columns = select_top_p(table, args.top_p, per_class)
+        else:
+            columns = select_noisy_student(table, threshold, per_class, args.seed)
+        num, chosen = len(columns[0]), table.split(*columns)
+    flags = {"method": args.method, "threshold": threshold, "per_class": per_class}
+    flags |= {"top_p": args.top_p, "seed": args.seed}
+    write_selection(args.out, table, num, chosen, header_of(table, args.labels[-1]) | flags)
 
-    report = describe(args, threshold, per_class, classes, sizes, examples) | calibration
-    if args.truth:
-        labels, statuses = (np.concatenate([part[:] for part in column]) for column in (label, status))
-        report["truth"] = accuracy_report(true, labels, statuses == DONE, examples, classes)
-    with write_atomically(beside(args.out, ".json")) as temporary:
+    selection = open_label_file(args.out)
+    after = count(Table([selection]), threshold, truth)
+    examples = np.bincount(selection.column("label"), selection.column("copies"), len(table.classes)).astype(int)
+    sizes = {"candidates": before["images"], "above_threshold": before["above"]}
+    sizes |= {"kept": after["images"], "examples": examples}
+    report = flags | {what: int(values.sum()) for what, values in sizes.items()} | {"calibration": calibration}
+    if truth:
+        report["truth"] = {"accuracy_before": accuracy(before), "accuracy_after": accuracy(after)}
+        for when, counts in (("before", before), ("after", after)):
+            report["truth"][f"of_no_class_{when}"] = int(counts["of_no_class"].sum())
+    report["classes"] = {}
+    for c, name in enumerate(table.classes):
+        report["classes"][name] = {what: int(values[c]) for what, values in sizes.items()}
+    with write_atomically(args.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    draw_selection(beside(args.out, ".png"), [*map(image_list, files)], classes, examples, report, histogram)
-    print_report(args, report, sizes["above_threshold"])
+    draw(args.out.with_suffix(".png"), selection, sizes, {"all": before["histogram"], "kept": after["histogram"]})
+    print0(
+        f"{args.out}: {report['candidates']} images, {report['above_threshold']} above {threshold:g}, "
+        f"{report['kept']} kept as {report['examples']} examples, K = {per_class}"
+    )
+    empty = [name for name, num in zip(table.classes, examples, strict=True) if not num]
+    if empty:
+        print0(f"no image is left of {', '.join(empty)}: lower --threshold, or label more images of it")
+    if truth:
+        print0("right: {accuracy_before}% of all labels, {accuracy_after}% of those kept".format(**report["truth"]))
 
 
 if __name__ == "__main__":

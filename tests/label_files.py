@@ -1,91 +1,85 @@
 """Label files made by hand, for the tests of 02, 03, 04 and of the files themselves."""
 
 import csv
-import json
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-import common
-from common import create_logits
+from common import DONE, LABEL_COLUMNS, TODO, UNREADABLE, new_label_file, open_label_file
 
 CLASSES = ["ant", "bee", "cat"]  # of these files
-COLUMNS = ("logits", "label", "confidence", "status", "path", "offset", "size")
+COLUMNS = ("path", "offset", "size", "status", "label", "confidence", "logits")
 
 
-def write_logits(path, logits, root="/data/unlabeled", names=None, classes=CLASSES, teacher="a" * 64, unreadable=()):
-    """A finished logits file of these fp32 logits (N, C), as stage 02 fills it."""
-    logits = np.asarray(logits, dtype=np.float32)
-    names = names or [f"{path.stem}/{i:03}.png" for i in range(len(logits))]
-    nothing = np.zeros(len(names), np.int64)
-    rows = common.ImageList(str(root), np.array([name.encode() for name in names], dtype="S"), nothing, nothing)
-    create_logits(
-        path,
-        rows,
-        classes,
-        len(rows),
-        arch="efficientnet_b0",
-        image_size=32,
-        teacher="/t/model.pt",
-        teacher_sha256=teacher,
-    )
-    shifted = logits - logits.max(1, keepdims=True)
-    good = ~np.isin(np.arange(len(logits)), unreadable)
-    with h5py.File(path, "r+") as file:
-        file["logits"][:] = np.where(good[:, None], shifted, np.nan).astype(np.float16)
-        file["label"][:] = np.where(good, logits.argmax(1), -1)
-        file["confidence"][:] = np.where(good, 1 / np.exp(shifted).sum(1), np.nan)
-        file["status"][:] = np.where(good, 1, 2)
-    return path
-
-
-def new_file(path: Path, num: int = 4) -> Path:
-    """A logits file none of whose rows is done."""
-    rows = common.ImageList("/r", np.array([f"{i:03}.png" for i in range(num)], "S"), *np.zeros((2, num), np.int64))
-    create_logits(path, rows, CLASSES, num, arch="a", image_size=32, teacher="t", teacher_sha256="s")
-    return path
-
-
-def logits_of(*rows):
+def logits_of(*rows) -> np.ndarray:
     """Logits of (label, confidence) rows of three classes, the rest shared evenly."""
     probs = [[confidence if c == label else (1 - confidence) / 2 for c in range(3)] for label, confidence in rows]
     return np.log(probs)
 
 
-def read_logits(path: Path) -> dict[str, np.ndarray]:
-    with h5py.File(path, locking=False) as file:
-        return {name: file[name][:] for name in COLUMNS}
+def write_labels(path, logits, root="/data/unlabeled", names=None, classes=CLASSES, unreadable=(), val=None, **attrs):
+    """A finished label file of these fp32 logits (N, C), as stage 02 fills it. `val`: (logits, labels).
+
+    The teacher of a file is "a" * 64 unless `teacher_sha256` says otherwise.
+    """
+    logits = np.asarray(logits, np.float32)
+    names = names or [f"{path.stem}/{i:03}.png" for i in range(len(logits))]
+    names = np.array([str(name).encode() for name in names], "S")
+    attrs = {"arch": "efficientnet_b0", "image_size": 32, "teacher": "/t.pt", "teacher_sha256": "a" * 64} | attrs
+    if val:
+        val_logits = np.asarray(val[0], np.float32)
+        attrs["val_logits"] = (val_logits - val_logits.max(1, keepdims=True)).astype(np.float16)
+        attrs["val_label"] = np.asarray(val[1], np.int32)
+    good = ~np.isin(np.arange(len(logits)), unreadable)
+    shifted = logits - logits.max(1, keepdims=True)
+    with new_label_file(path, len(names), names.itemsize, classes, COLUMNS, root=str(root), **attrs) as file:
+        file["path"][:] = names.astype(file["path"].dtype)
+        file["offset"][:], file["size"][:] = 0, 0
+        file["status"][:] = np.where(good, DONE, UNREADABLE)
+        file["label"][:] = np.where(good, logits.argmax(1), -1)
+        file["confidence"][:] = np.where(good, 1 / np.exp(shifted).sum(1), np.nan)
+        file["logits"][:] = np.where(good[:, None], shifted, np.nan)
+    return path
 
 
-def undo(path: Path, rows=slice(None)) -> None:
+def read_labels(path) -> dict[str, np.ndarray]:
+    """The columns of a label file, and class_counts, val_logits and val_label where it has them."""
+    file = open_label_file(path)
+    return {name: np.array(file.column(name)) for name in LABEL_COLUMNS if name in file.places}
+
+
+def change(path: Path, **columns) -> Path:
+    """Put other values of some rows into a file: name={row: value}."""
     with h5py.File(path, "r+") as file:
-        file["status"][rows] = common.TODO
+        for name, values in columns.items():
+            for row, value in values.items():
+                file[name][row] = value
+    return path
 
 
-def select(out: Path, files: dict[Path, list[int]]) -> Path:
-    """A selection of these rows, each once, as stage 03 writes it."""
-    label, confidence = (
-        [read_logits(path)[name][rows] for path, rows in files.items()] for name in ("label", "confidence")
-    )
-    with h5py.File(out, "w") as file:
-        file["file"] = np.repeat(np.arange(len(files)), [len(rows) for rows in files.values()]).astype(np.uint16)
-        file["row"] = np.concatenate([*files.values()]).astype(np.int64)
-        file["label"], file["confidence"] = np.concatenate(label), np.concatenate(confidence)
-        file.create_dataset("classes", data=CLASSES, dtype=h5py.string_dtype())
-        names = json.dumps([str(path) for path in files])
-        file.attrs.update(format=common.SELECTION_FORMAT, files=names, method="noisy-student", threshold=0.3)
+def undo(path: Path, rows) -> Path:
+    return change(path, status=dict.fromkeys(rows, TODO))
+
+
+def select(out: Path, source: Path, copies: dict[int, int], labels=None, **attrs) -> Path:
+    """A selection of some rows of a label file, {row: copies}, as stage 03 writes it. `labels`: those of top-p."""
+    file, rows = open_label_file(source), np.array(list(copies))
+    method = "noisy-student" if labels is None else "top-p"
+    names = [name for name in COLUMNS if labels is None or name != "logits"]
+    attrs = file.attrs | {"method": method, "threshold": 0.3, "files": "[]"} | attrs
+    attrs.pop("format")
+    width = file.places["path"][0].itemsize
+    with new_label_file(out, len(rows), width, file.classes, [*names, "copies"], **attrs) as selection:
+        for name in names:
+            selection[name][:] = np.array(file.column(name))[rows].astype(selection[name].dtype)
+        selection["copies"][:] = list(copies.values())
+        if labels is not None:
+            selection["label"][:] = labels
     return out
 
 
-def read_selection(path):
-    """The columns, the attributes and the classes of a balanced.h5."""
-    with common.open_label_file(path, common.SELECTION_FORMAT) as file:
-        columns = {name: file[name][:] for name in ("file", "row", "label", "confidence")}
-        return columns, dict(file.attrs), common.read_classes(file)
-
-
-def write_truth(path, lines, header=("name", "class")):
+def write_truth(path: Path, lines, header=("name", "class")) -> Path:
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([header, *lines])
     return path
