@@ -886,9 +886,10 @@ def rows_of(shown: dict[str, dict]) -> list[Row]:
 
 def t_95(freedom: float) -> float:
     """Student's t at 97.5 percent. With x = sqrt(freedom) * tan(angle) its density is cos(angle)^(freedom - 1)."""
-    angles = (np.arange(500_000) + 0.5) * np.pi / 1_000_000
-    mass = np.cumsum(np.cos(angles) ** (freedom - 1))
-    return float(freedom**0.5 * np.tan(np.interp(0.95 * mass[-1], mass, angles)))
+    step = min(np.pi / 2, 40 / freedom**0.5) / 20_000
+    edges = step * np.arange(1, 20_001)
+    mass = np.cumsum(np.cos(edges - step / 2) ** (freedom - 1))
+    return float(freedom**0.5 * np.tan(np.interp(0.95 * mass[-1], mass, edges)))
 
 
 def half_interval(d: np.ndarray) -> float:
@@ -960,11 +961,13 @@ def verdict(rows: list[Row]) -> str:
         gained = difference(students[-1], controls[0], heading)
         if gained:
             points, half, seeds = gained
-            interval = f"95 percent interval {points - half:+.2f} to {points + half:+.2f}" if half else "no interval"
-            num = next(iter(students[-1].columns.values()))[heading].num
-            images = f"{num:,} images" if num else "these images"
-            gain = f"{students[-1].model} - control is {points:+.2f} points on {heading} images"
-            sentences.append(f"{gain} ({interval}; {seeds} seeds, {images}).")
+            interval = "no interval"
+            if half is not None:
+                interval = f"95 percent interval {points - half:+.2f} to {points + half:+.2f}"
+            cell = next(iter(students[-1].columns.values()))[heading]
+            images = f"images: {cell.num:,}" if cell.right else "for these images alone"
+            gain = f"{students[-1].model} gains {points:+.2f} points over control on {heading} images"
+            sentences.append(f"{gain} ({interval}; seeds: {seeds}, {images}).")
     return " ".join(sentences)
 
 

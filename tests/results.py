@@ -3,10 +3,11 @@ measured of a seed as docs/results/NAME/SEED.json, small enough for the reposito
 docs/results.md, its pictures and the README's first table are then made of these files.
 
     docs/results/NAME/about.txt   what stands above its table
-    docs/results/NAME/seedN.json  {"commit", "machine", "torch", "models": {model: {"clean", "corrupted", "num"}},
-                                   "selection": of the last student, "is_rising": it was still getting better}
+    docs/results/NAME/seedN.json  {"commit", "machine", "torch", "models": {model: {"clean", "corrupted", "num",
+                                   "right"}}}, the last one as in robustness.json, missing in older ones
 """
 
+import importlib
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+
+stage = importlib.import_module("06_eval_robustness")
 
 # {arm of `claims`: (the claim, what the paper found, the arm that should be worse, the one that should be better)}
 CLAIMS = {
@@ -63,33 +66,23 @@ CLAIMS = {
 
 def collect(name: str, seed: str, source: Path) -> None:
     """Keep the top-1 of each model of a seed, with what made them."""
-    results, threads = json.loads(source.read_text()), torch.get_num_threads()
-    models = {
-        Path(path).parent.name: {
-            "clean": entry["clean"]["top1"],
-            "corrupted": entry.get("corrupt", {}).get("top1"),
-            "num": entry["clean"]["num"],
-        }
-        for path, entry in results.items()
-    }
+    models = {}
+    for path, entry in json.loads(source.read_text()).items():
+        kept = {"clean": entry["clean"]["top1"], "corrupted": entry.get("summary", {}).get("corrupted")}
+        models[Path(path).parent.name] = kept | {key: entry["clean"].get(key) for key in ("num", "right")}
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {threads} of {os.cpu_count()} cores"
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
-    rows = [common.Row(model, [path], [{}], [seed], {}, {}) for path, model in zip(results, models, strict=True)]
-    selection, is_rising = common.history_of(rows)
-    named = ("unique_images", "images", "threshold", "method", "truth")
-    selection = {key: selection[key] for key in named if key in selection}
-    kept = {"commit": os.environ.get("COMMIT", head.strip()), "machine": machine, "torch": torch.__version__}
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores}"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    made = {"commit": os.environ.get("COMMIT", head.strip()), "machine": machine, "torch": torch.__version__}
     out = ROOT / "docs" / "results" / name / f"{seed}.json"
     before = json.loads(out.read_text()) if out.exists() else {"models": {}}
     if before["models"].keys() - models.keys():  # these arms are others than those of an earlier run
         models = before["models"] | models
-        kept = {key: "; ".join(dict.fromkeys([*before[key].split("; "), of])) for key, of in kept.items()}
-        selection, is_rising = (selection, is_rising) if selection else (before["selection"], before["is_rising"])
-    out.parent.mkdir(parents=True, exist_ok=True)
+        made = {key: "; ".join(dict.fromkeys([*before[key].split("; "), by])) for key, by in made.items()}
     with common.write_atomically(out) as temporary:
-        kept |= {"models": models, "selection": selection, "is_rising": is_rising}
-        temporary.write_text(json.dumps(kept, indent=1) + "\n")
+        temporary.write_text(json.dumps(made | {"models": models}, indent=1) + "\n")
 
 
 def runs_of(name: str) -> dict[str, dict]:
@@ -98,101 +91,87 @@ def runs_of(name: str) -> dict[str, dict]:
     return {file.stem: json.loads(file.read_text()) for file in files}
 
 
-def models_of(runs: dict[str, dict]) -> dict[str, dict]:
-    """{model: {seed: {"clean", "corrupted", "num", "gap": corrupted - clean}}}, the common three first."""
-    models = {
-        name: {} for name in ("teacher", "control", "student1") if any(name in of["models"] for of in runs.values())
-    }
+def rows_of(runs: dict[str, dict]) -> dict[str, "stage.Row"]:
+    """{model: the row that stage 06 would make of it, with `gap`, corrupted - clean}, the common three first."""
+    entries = {}
     for seed, run in runs.items():
-        for name, of in run["models"].items():
-            gap = None if of["corrupted"] is None else of["corrupted"] - of["clean"]
-            models.setdefault(name, {})[seed] = of | {"gap": gap}
-    return models
+        for model, kept in run["models"].items():
+            means = {}
+            if kept["corrupted"] is not None:
+                means = {"corrupted": kept["corrupted"], "gap": kept["corrupted"] - kept["clean"]}
+            clean = {"top1": float(kept["clean"]), "num": kept["num"], "right": kept.get("right") or ""}
+            entries[f"{seed}/{model}/model.pt"] = {"clean": clean, "summary": means}
+    rows = {row.model: row for row in stage.rows_of(entries)}
+    return {name: rows[name] for name in dict.fromkeys(("teacher", "control", "student1", *rows)) if name in rows}
 
 
-def verdict_of(runs: dict[str, dict]) -> str:
+def values_of(row, heading: str) -> dict[str, float]:
+    """{seed: value}"""
+    return {seed: columns[heading].value for seed, columns in row.columns.items() if heading in columns}
+
+
+def verdict_of(rows: dict) -> str:
     """The last paragraph of run.sh on these runs; "" of one seed, which is no evidence."""
-    if len(runs) < 2:
-        return ""
-    rows = []
-    for model, seeds in models_of(runs).items():
-        paths, values = [f"{seed}/{model}/model.pt" for seed in seeds], {}
-        for heading, what in (("clean top-1", "clean"), ("corrupted top-1", "corrupted")):
-            found = [of[what] for of in seeds.values()]
-            values |= {} if None in found else {heading: found}
-        rows.append(common.Row(model, paths, [{}] * len(seeds), list(seeds), values, {}))
-    last = list(runs.values())[-1]
-    return common.verdict(rows, last["selection"], last["is_rising"])
+    return stage.verdict(list(rows.values())) if max(len(row.columns) for row in rows.values()) > 1 else ""
 
 
-def draw(models: dict, file: Path) -> None:
+def draw(rows: dict, file: Path) -> None:
     """Every model a column, every seed a dot; a line joins the models of a seed. Without those that are far below: the
     student that has not been tuned for the larger size, and the teacher of the recipe before."""
-    models = {model: seeds for model, seeds in models.items() if model not in ("untuned", "before")}
-    if (plt := common.pyplot()) is None:
+    plt = common.pyplot()
+    if plt is None:
         return
-    kinds = [
-        what for what in ("clean", "corrupted") if all(of[what] for seeds in models.values() for of in seeds.values())
-    ]
-    _, axes = plt.subplots(
-        1, len(kinds), figsize=(1 + 4 * len(kinds), 3.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, what in zip(axes[0], kinds, strict=True):
-        for number, seed in enumerate(dict.fromkeys(seed for seeds in models.values() for seed in seeds)):
-            points = [(place, seeds[seed][what]) for place, seeds in enumerate(models.values()) if seed in seeds]
-            axis.plot(
-                *zip(*points, strict=True), "o-", color=f"C{number % 10}", linewidth=0.5, markersize=5, label=seed
-            )
-        for place, seeds in enumerate(models.values()):
-            mean = np.mean([of[what] for of in seeds.values()])
+    rows = {model: row for model, row in rows.items() if model not in ("untuned", "before")}
+    kinds = [kind for kind in ("clean", "corrupted") if all(values_of(row, kind) for row in rows.values())]
+    size = (1 + 4 * len(kinds), 3.2)
+    _, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        values = [values_of(row, kind) for row in rows.values()]
+        for number, seed in enumerate(dict.fromkeys(seed for of_model in values for seed in of_model)):
+            places = [place for place, of_model in enumerate(values) if seed in of_model]
+            dots = [values[place][seed] for place in places]
+            axis.plot(places, dots, "o-", color=f"C{number % 10}", linewidth=0.5, markersize=5, label=seed)
+        for place, of_model in enumerate(values):
+            mean = np.mean(list(of_model.values()))
             axis.plot([place - 0.3, place + 0.3], [mean, mean], color="black", linewidth=2)
-            top = max(of[what] for of in seeds.values())
-            axis.annotate(f"{mean:.1f}", (place, top), (0, 6), textcoords="offset points", ha="center")
-        axis.set_xticks(range(len(models)), models)
+            top = (place, max(of_model.values()))
+            axis.annotate(f"{mean:.1f}", top, (0, 6), textcoords="offset points", ha="center")
+        axis.set_xticks(range(len(rows)), rows)
         axis.margins(0.1)
-        axis.set(title=what)
+        axis.set(title=kind)
     axes[0, 0].set_ylabel("top-1 in percent")
     axes[0, 0].legend(frameon=False)
     common.save_figure(plt, file)
 
 
-def difference(models: dict, better: str, worse: str, what: str) -> tuple[float, float, int] | None:
-    """(mean of better - worse over the seeds that both have, half the 95 percent interval, seeds)."""
-    both = [
-        (models[better][s][what], models[worse][s][what]) for s in models.get(better, {}) if s in models.get(worse, {})
-    ]
-    both = [pair for pair in both if None not in pair]
-    if len(both) < 2:
+def gained(rows: dict, better: str, worse: str, heading: str) -> tuple[float, float] | None:
+    """(mean of better - worse over the seeds that both have, half the 95 percent interval) of two seeds or more."""
+    if better not in rows or worse not in rows:
         return None
-    return *common.interval_over_seeds(np.array([one - other for one, other in both])), len(both)
+    points, half, seeds = stage.difference(rows[better], rows[worse], heading) or (0, None, 0)
+    return (points, half) if seeds > 1 else None
 
 
-def cell(found: tuple[float, float, int] | None) -> str:
-    return f"{found[0]:+.2f} ± {found[1]:.2f}" if found else "-"
-
-
-def shown(found: tuple[float, float, int]) -> str:
-    """Whether the interval of the difference says what the paper says."""
-    mean, half, _ = found
-    return "not shown" if abs(mean) <= half else "yes" if mean > 0 else "the other way"
+def cell(interval: tuple[float, float] | None) -> str:
+    return f"{interval[0]:+.2f} ± {interval[1]:.2f}" if interval else "-"
 
 
 HEADINGS = ("model", "clean, seed by seed", "clean", "corrupted", "clean - control", "corrupted - control")
 
 
-def cells_of(model: str, models: dict) -> list[str]:
+def cells_of(model: str, rows: dict) -> list[str]:
     """A model's row under HEADINGS."""
-    seeds, every = models[model], sorted({int(seed[4:]) for of in models.values() for seed in of})
-    each = (seeds.get(f"seed{seed}") for seed in every)
-    cells = [model, ", ".join(f"{of['clean']:.2f}" if of else "-" for of in each)]
-    for what in ("clean", "corrupted"):
-        values = [of[what] for of in seeds.values() if of[what] is not None]
+    seeds = sorted({int(seed[4:]) for row in rows.values() for seed in row.columns})
+    clean = values_of(rows[model], "clean")
+    each = [f"{clean[f'seed{seed}']:.2f}" if f"seed{seed}" in clean else "-" for seed in seeds]
+    cells = [model, ", ".join(each)]
+    for heading in ("clean", "corrupted"):
+        values = list(values_of(rows[model], heading).values())
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         cells.append(f"{np.mean(values):.2f}{spread}" if values else "-")
-    both = [
-        difference(models, model, "control", what) if model != "control" else None for what in ("clean", "corrupted")
-    ]
-    return cells + [cell(found) for found in both]
+    for heading in ("clean", "corrupted"):
+        cells.append(cell(gained(rows, model, "control", heading) if model != "control" else None))
+    return cells
 
 
 def table(headings, rows: list) -> list[str]:
@@ -209,45 +188,54 @@ def filled(headings, rows: list) -> tuple[list, list]:
     return [headings[number] for number in kept], [[row[number] for number in kept] for row in rows]
 
 
-def made(runs: dict[str, dict]) -> str:
+def made_by(runs: dict[str, dict]) -> str:
     """How many images and how many runs, and by what."""
-    nums = max(of["num"] for run in runs.values() for of in run["models"].values())
-    by = {}
+    num = max(kept["num"] for run in runs.values() for kept in run["models"].values())
+    seeds = {}
     for seed, run in runs.items():
-        by.setdefault(f"commit {run['commit']}, {run['machine']}, torch {run['torch']}", []).append(seed[4:])
-    by = "; ".join(f"{'seed ' + ' '.join(seeds) + ': ' if len(by) > 1 else ''}{what}" for what, seeds in by.items())
-    what = ", mean ± standard deviation over the seeds, differences ± their 95 percent t interval" * (len(runs) > 1)
-    return f"Top-1 in percent of {nums:,} images of val{what}; {by}."
+        seeds.setdefault(f"commit {run['commit']}, {run['machine']}, torch {run['torch']}", []).append(seed[4:])
+    by = "; ".join(f"seed {' '.join(of)}: {made}" if len(seeds) > 1 else made for made, of in seeds.items())
+    what = ""
+    if len(runs) > 1:
+        what = ", mean ± standard deviation over the seeds, differences ± their 95 percent interval"
+    return f"Top-1 in percent of {num:,} images of val{what}; {by}."
+
+
+def claims_table(rows: dict) -> list[str]:
+    lines = []
+    for key, (claim, paper, worse, better) in CLAIMS.items():
+        arms = rows if better in rows else rows_of(runs_of("demo"))  # student2
+        interval = gained(arms, better, worse, "gap" if key == "robustness" else "clean")
+        if interval:
+            both = [cell(gained(arms, better, worse, heading)) for heading in ("clean", "corrupted")]
+            num_seeds = len(arms[better].columns.keys() & arms[worse].columns.keys())
+            points, half = interval
+            says = "yes" if points > half else "the other way" if points < -half else "not shown"
+            lines.append([f"{claim} (`{better}` - `{worse}`)", paper, *both, str(num_seeds), says])
+    headings = ("claim", "the paper, ImageNet", "ours: better arm - worse arm", "corrupted", "seeds", "shown")
+    return ["", *table(headings, lines)]
 
 
 def tables() -> str:
-    words = ["# Results", ""]
-    words.append(
+    lines = ["# Results", ""]
+    lines.append(
         "Made by `python tests/results.py` of docs/results/*/seed*.json, which `tests/evidence.sh` wrote (those of"
     )
-    words.append("`choices` were written by hand).")
+    lines.append("`choices` were written by hand).")
     folders = (ROOT / "docs" / "results").glob("*/")
     for folder in sorted(folders, key=lambda folder: (folder.name.startswith("choices"), folder.name)):
         runs, name = runs_of(folder.name), folder.name
         if not runs:
             continue
-        models = models_of(runs)
-        words += ["", f"## {name}", "", *folded(about.read_text() if (about := folder / "about.txt").exists() else "")]
-        words += [*folded(made(runs)), *table(*filled(HEADINGS, [cells_of(model, models) for model in models]))]
-        words += ["", *folded(verdict_of(runs))]
+        rows, about = rows_of(runs), folder / "about.txt"
+        lines += ["", f"## {name}", "", *folded(about.read_text() if about.exists() else "")]
+        lines += [*folded(made_by(runs)), *table(*filled(HEADINGS, [cells_of(model, rows) for model in rows]))]
+        lines += ["", *folded(verdict_of(rows))]
         if (folder / "dots.png").exists():
-            words += [f"![every model a column, every seed a dot](results/{name}/dots.png)"]
+            lines += [f"![every model a column, every seed a dot](results/{name}/dots.png)"]
         if name == "claims":
-            rows = []
-            for key, (claim, paper, worse, better) in CLAIMS.items():
-                of = models if better in models else models_of(runs_of("demo"))  # student2
-                if found := difference(of, better, worse, "gap" if key == "robustness" else "clean"):
-                    cells = [f"{claim} (`{better}` - `{worse}`)", paper]
-                    cells += [cell(difference(of, better, worse, what)) for what in ("clean", "corrupted")]
-                    rows.append([*cells, str(found[2]), shown(found)])
-            headings = ("claim", "the paper, ImageNet", "ours: better arm - worse arm", "corrupted", "seeds", "shown")
-            words += ["", *table(headings, rows)]
-    return "\n".join(words) + "\n"
+            lines += claims_table(rows)
+    return "\n".join(lines) + "\n"
 
 
 def folded(text: str) -> list[str]:
@@ -257,27 +245,26 @@ def folded(text: str) -> list[str]:
 
 def readme(text: str) -> str:
     """The README with its first table made of the demo's runs, if there are any."""
-    if not (runs := runs_of("demo")):
+    runs = runs_of("demo")
+    if not runs:
         return text
-    models, seeds = models_of(runs), " ".join(seed[4:] for seed in runs)
-    rows = [[cell for number, cell in enumerate(cells_of(model, models)) if number != 1] for model in models]
-    words = [f'`SEEDS="{seeds}" ./run.sh` ends so ([by what](docs/results.md)):', ""]
-    words += [*table([HEADINGS[0], *HEADINGS[2:]], rows), ""]
-    words += folded(f"{made(runs).partition(';')[0]}. {verdict_of(runs)}")
+    rows, seeds = rows_of(runs), " ".join(seed[4:] for seed in runs)
+    cells = [[cell for number, cell in enumerate(cells_of(model, rows)) if number != 1] for model in rows]
+    lines = [f'`SEEDS="{seeds}" ./run.sh` ends so ([by what](docs/results.md)):', ""]
+    lines += [*table([HEADINGS[0], *HEADINGS[2:]], cells), ""]
+    lines += folded(f"{made_by(runs).partition(';')[0]}. {verdict_of(rows)}")
     if (ROOT / "docs" / "results" / "demo" / "dots.png").exists():
-        words.append("![every model a column, every seed a dot](docs/results/demo/dots.png)")
-    return re.sub("(?<=<!-- demo table -->\n).*?(?=<!-- end -->)", lambda _: "\n".join(words) + "\n", text, flags=re.S)
+        lines.append("![every model a column, every seed a dot](docs/results/demo/dots.png)")
+    return re.sub("(?<=<!-- demo table -->\n).*?(?=<!-- end -->)", lambda _: "\n".join(lines) + "\n", text, flags=re.S)
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4:
         collect(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     for name in ("demo", "cifar10"):
-        if runs := runs_of(name):
-            draw(models_of(runs), ROOT / "docs" / "results" / name / "dots.png")
-    for file, text in (
-        (ROOT / "docs" / "results.md", tables()),
-        (ROOT / "README.md", readme((ROOT / "README.md").read_text())),
-    ):
+        if runs_of(name):
+            draw(rows_of(runs_of(name)), ROOT / "docs" / "results" / name / "dots.png")
+    readme_file = ROOT / "README.md"
+    for file, text in ((ROOT / "docs" / "results.md", tables()), (readme_file, readme(readme_file.read_text()))):
         with common.write_atomically(file) as temporary:
             temporary.write_text(text)
