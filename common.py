@@ -543,17 +543,13 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
 
 
 def fuse_batch_norms(model: nn.Module) -> None:
-    """Fold batch norms into the convolutions before them, in place: the same in eval mode, faster.
-
-    In timm's models a norm may not belong to the layer before it, unless names say so (conv1, bn1).
-    """
+    """Fold batch norms into the convolutions before them, in place: the same in eval mode, faster."""
     model.eval()
-    of_timm = is_of_timm(model)
     for module in list(model.modules()):
         for (name, conv), (next_name, norm) in pairwise(list(module.named_children())):
-            same_name = next_name == name.replace("conv", "bn")
-            is_own = same_name or isinstance(module, nn.Sequential) or not of_timm
-            if is_own and isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
+            # type: timm's BatchNormAct2d has an activation inside. Features: qkv and norm_q of a LambdaLayer.
+            is_pair = isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d
+            if is_pair and conv.out_channels == norm.num_features:
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, next_name, nn.Identity())
 
