@@ -1,28 +1,63 @@
-"""Stage 03's rules against brute-force transcriptions of the contract, its command line on hand-made logits files, and
-its picture."""
+"""Stage 03: both rules against a brute force, the mean of several teachers, the threshold, what it writes and says."""
 
-import csv
-import hashlib
 import json
 import math
-import sys
+import os
+import resource
 from collections import Counter
-from contextlib import contextmanager
-from pathlib import Path
 from statistics import NormalDist
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_mistake, load_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_files import CLASSES, logits_of, read_logits, read_selection, write_logits, write_truth
+from label_files import CLASSES, change, logits_of, read_labels, select, undo, write_labels, write_truth
+from PIL import Image
 
-import common
+from common import DONE, UNREADABLE, LabelFile, open_label_file
 
 balance = load_stage("03_balance")
+
+
+# the rules
+
+
+class InMemory(LabelFile):
+    """A label file of these columns, without a file."""
+
+    def __init__(self, classes, **columns):
+        num = len(columns["status"])
+        super_columns = {"path": np.array([b"%05d" % i for i in range(num)])} | columns
+        places = {name: (values.dtype, 0, values.shape) for name, values in super_columns.items()}
+        for name, value in {"path": "m.h5", "attrs": {"root": "/r"}, "classes": classes, "places": places}.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "values", super_columns)
+
+    def column(self, name):
+        return self.values[name]
+
+
+def table_of(files, chunk_rows, is_mean=False):
+    """Read in chunks of so many rows."""
+    table = balance.Table(files, is_mean)
+    table.chunk_rows = chunk_rows
+    return table
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranked_after_each_chunk():
+    """The best of the classes are found anew after each chunk, as they are every 262,144 entries."""
+    add = balance.BestOfClasses.add
+
+    def add_and_rank(self, *entries):
+        add(self, *entries)
+        self.best()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balance.BestOfClasses, "add", add_and_rank)
+        yield
 
 
 ABOVE = float(np.nextafter(np.float32(0.3), np.float32(1)))  # the next float32 above 0.3
@@ -30,798 +65,408 @@ ABOVE = float(np.nextafter(np.float32(0.3), np.float32(1)))  # the next float32 
 CONFIDENCES = st.sampled_from([float(np.float32(v)) for v in (0.1, 0.29, 0.3, ABOVE, 0.5, 0.7, 0.7000001, 0.9, 1.0)])
 
 
-@st.composite
-def labelled_rows(draw):
-    num_classes = draw(st.integers(1, 5))
-    rows = draw(st.lists(st.tuples(st.integers(0, num_classes - 1), CONFIDENCES), max_size=40))
-    label = np.array([row[0] for row in rows], dtype=np.int32)
-    return label, np.array([row[1] for row in rows], dtype=np.float32), num_classes
-
-
-def kept_by_the_rule(label, confidence, c, threshold, per_class):
-    """The indices of a class's images that may be used: above the threshold, the most confident, ties by index."""
-    above = [i for i in range(len(label)) if label[i] == c and confidence[i] > np.float32(threshold)]
-    return sorted(above, key=lambda i: (-confidence[i], i))[:per_class]
-
-
-@contextmanager
-def pieces(num_rows: int):
-    """Everything in chunks of so many rows, and the best of the classes found anew after each."""
-    whole, add = balance.in_chunks, balance.BestOfClasses.add
-
-    def add_and_rank(self, *entries):
-        add(self, *entries)
-        self.best()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(balance, "in_chunks", lambda *columns, **_: whole(*columns, num_rows=num_rows))
-        patch.setattr(balance.BestOfClasses, "add", add_and_rank)
-        yield
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    labelled_rows(),
-    st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]),
-    st.sampled_from([None, 1, 2, 3, 7, 100]),
-    st.integers(0, 3),
-    st.lists(st.integers(0, 40), max_size=3),
-    st.integers(1, 9),
-)
-def test_noisy_student_is_the_contracts_rule(rows, threshold, per_class, seed, cuts, chunk):
-    label, confidence, num_classes = rows
-    above = np.bincount(label[confidence > np.float32(threshold)], minlength=num_classes)
-    used = per_class or balance.auto_per_class(above)
-    cut = sorted(cuts)  # in one to four files
-    parts = [list(np.split(column, [c for c in cut if c <= len(label)])) for column in (label, confidence)]
-    with pieces(chunk):
-        index, chosen, score = balance.select_noisy_student(*parts, num_classes, threshold, used or 1, seed)
-    assert (chosen == label[index]).all() and (score == confidence[index]).all()
-    sizes = [len(kept_by_the_rule(label, confidence, c, threshold, None)) for c in range(num_classes)]
-    full = sorted(size for size in sizes if size)
-    if per_class is None:
-        per_class = full[(len(full) - 1) // 2] if full else 0  # the lower median of the classes that are not empty
-    assert used == per_class
-    copies = Counter(index.tolist())
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(1, 5), st.sampled_from([0.0, 0.3, 0.7, 1.0]), st.sampled_from([1, 2, 3, 7, 100]))
+def test_noisy_student_is_the_contracts_rule(data, num_classes, threshold, per_class):
+    row = st.tuples(st.integers(0, num_classes - 1), CONFIDENCES, st.sampled_from([DONE, DONE, DONE, UNREADABLE]))
+    rows = data.draw(st.lists(st.lists(row, max_size=15), min_size=1, max_size=4))  # of one to four files
+    files = []
+    for of_file in rows:
+        columns = [np.array(c, t) for c, t in zip(zip(*of_file), ("i4", "f4", "u1"))] or [np.zeros(0, "i4")] * 3  # noqa: B905
+        files.append(
+            InMemory(
+                [str(c) for c in range(num_classes)],
+                **dict(zip(("label", "confidence", "status"), columns, strict=True)),
+            )
+        )
+    table = table_of(files, data.draw(st.integers(1, 9)))
+    index, label, confidence, copies = balance.select_noisy_student(table, threshold, per_class, 0)
+    everything = [row for of_file in rows for row in of_file]
+    assert index.tolist() == sorted(index.tolist())
+    assert [*zip(label.tolist(), confidence.tolist(), strict=True)] == [everything[i][:2] for i in index]
     for c in range(num_classes):
-        expected = kept_by_the_rule(label, confidence, c, threshold, per_class)
-        mine = {i: copies[i] for i in copies if label[i] == c}
-        assert sorted(mine) == sorted(expected)
+        above = [
+            i for i, row in enumerate(everything) if row[0] == c and row[1] > np.float32(threshold) and row[2] == DONE
+        ]
+        expected = sorted(above, key=lambda i: (-everything[i][1], i))[:per_class]
+        of_class = {i: n for i, k, n in zip(index.tolist(), label.tolist(), copies.tolist(), strict=True) if k == c}
+        assert sorted(of_class) == sorted(expected)
         if expected:
-            assert sum(mine.values()) == per_class, "not balanced"
-            assert max(mine.values()) - min(mine.values()) <= 1
-    assert set(copies) <= {i for i in range(len(label)) if confidence[i] > np.float32(threshold)}
+            assert sum(of_class.values()) == per_class and max(of_class.values()) - min(of_class.values()) <= 1
+    streamed = [row for chunk in balance.above_threshold(table, threshold) for row in chunk[0].tolist()]
+    wanted = [i for i, row in enumerate(everything) if row[1] > np.float32(threshold) and row[2] == DONE]
+    assert streamed == wanted
 
 
-def test_threshold_is_exclusive_and_in_float32():
-    label, confidence = np.zeros(3, np.int32), np.array([0.3, ABOVE, 0.29], dtype=np.float32)
-    assert balance.select_noisy_student([label], [confidence], 1, 0.3, 1, 0)[0].tolist() == [1]
-    assert balance.select_noisy_student([label[:1]], [confidence[:1]], 1, 0.3, 1, 0)[0].tolist() == []
+LEVELS = st.sampled_from([0.0, -0.5, -1.0, -3.0, -20.0])
 
 
-def test_auto_is_the_lower_median_of_what_is_not_empty():
-    assert balance.auto_per_class(np.array([0, 5, 0, 2, 9, 3])) == 3  # 2 3 5 9: the lower of the two in the middle
-    assert balance.auto_per_class(np.array([0, 5, 0, 2, 9])) == 5
+def draw_teachers(data, num_classes, num_rows, num_teachers):
+    """(files, each with its own order of the classes; fp32 probabilities (n, C), NaN where a label is missing)."""
+    classes, files, total = [f"c{c}" for c in range(num_classes)], [], 0
+    for k in range(num_teachers):
+        rows = st.lists(LEVELS, min_size=num_classes, max_size=num_classes)
+        logits = np.array(data.draw(st.lists(rows, min_size=num_rows, max_size=num_rows)), np.float16)
+        logits = logits.reshape(num_rows, num_classes)
+        logits -= logits.max(1, keepdims=True, initial=-99)
+        order = data.draw(st.permutations(range(num_classes))) if k else range(num_classes)
+        status = np.array(
+            data.draw(st.lists(st.sampled_from([DONE, DONE, UNREADABLE]), min_size=num_rows, max_size=num_rows)),
+            np.uint8,
+        )
+        probs = torch.from_numpy(logits).softmax(1, dtype=torch.float32).numpy()
+        columns = {"label": probs.argmax(1).astype(np.int32), "confidence": probs.max(1, initial=0), "status": status}
+        files.append(InMemory([classes[c] for c in order], logits=logits[:, list(order)], **columns))
+        total = total + np.where(status[:, None] == DONE, probs, np.nan)
+    return files, total / np.float32(num_teachers)
 
 
-def test_auto_is_at_most_the_papers_130000():
-    assert balance.auto_per_class(np.array([130_500])) == 130_000
-    num = 130_500
-    label, confidence = np.zeros(num, np.int32), np.linspace(0.5, 1, num).astype(np.float32)
-    index, _, _ = balance.select_noisy_student([label], [confidence], 1, 0.3, 130_000, 0)
-    assert len(index) == 130_000 and index.min() == 500
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(1, 5), st.sampled_from([1, 2, 3, 10]), st.sampled_from([1, 2, 5, 100]), st.integers(1, 3))
+def test_top_p_is_yalniz_rule_for_one_teacher_and_for_several(data, num_classes, top_p, per_class, num_teachers):
+    """The sum of a row in another order of the classes may round otherwise: there the order is the same."""
+    files, probs = draw_teachers(data, num_classes, data.draw(st.integers(0, 20)), num_teachers)
+    table = table_of(files, data.draw(st.integers(1, 9)), is_mean=num_teachers > 1)
+    if num_teachers > 1 and len(probs):
+        done = np.flatnonzero(~np.isnan(probs[:, 0]))
+        if len(done):
+            ours = table.probs(table.columns("logits", done)).numpy()
+            np.testing.assert_allclose(ours, probs[done], rtol=1e-6)
+            probs[done] = ours  # ties are those of these bits
+    index, label, score, copies = balance.select_top_p(table, top_p, per_class)
+    candidates = {c: [] for c in range(num_classes)}
+    for i, row in enumerate(probs):
+        if not np.isnan(row[0]):
+            for c in sorted(range(num_classes), key=lambda c: (-row[c], c))[:top_p]:
+                candidates[c].append(i)
+    expected = [
+        (i, c) for c, rows in candidates.items() for i in sorted(rows, key=lambda i: (-probs[i, c], i))[:per_class]
+    ]
+    assert [*zip(index.tolist(), label.tolist(), strict=True)] == sorted(expected)
+    assert score.tolist() == [probs[i, c] for i, c in sorted(expected)] and (copies == 1).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(2, 5), st.integers(2, 3))
+def test_a_mean_of_teachers_is_that_of_their_probabilities(data, num_classes, num_teachers):
+    files, probs = draw_teachers(data, num_classes, 8, num_teachers)
+    table = table_of(files, 3, is_mean=True)
+    chunks = [*table.chunks()]
+    rows = np.concatenate(chunks) if chunks else np.zeros(0, int)
+    assert rows.tolist() == np.flatnonzero(~np.isnan(probs[:, 0])).tolist(), "a row is done only if it is in all"
+    for chunk in chunks:
+        label, confidence = table.answers(chunk)
+        np.testing.assert_allclose(confidence, probs[chunk].max(1), rtol=1e-6)
+        np.testing.assert_allclose(probs[chunk][np.arange(len(chunk)), label], confidence, rtol=1e-6)
+        logits = table.merge(table.columns("logits", chunk))
+        assert (
+            logits.dtype == np.float16
+            and (logits.max(1) == 0).all()
+            and (logits[np.arange(len(chunk)), label] == 0).all()
+        )
+        expected = np.log(probs[chunk] / probs[chunk].max(1, keepdims=True)).clip(-65_000)
+        np.testing.assert_allclose(logits, expected, atol=1e-2, rtol=1e-3)
+
+
+def test_logits_of_a_mean_are_not_below_minus_65000():
+    files = [InMemory(CLASSES, logits=np.array([[0, -300, -300]], np.float16), status=np.ones(1, np.uint8))] * 2
+    table = table_of(files, 1, is_mean=True)
+    assert table.merge(table.columns("logits", np.arange(1))).tolist() == [[0, -64992, -64992]]  # -65000 in float16
 
 
 def test_the_seed_alone_decides_which_images_get_the_extra_copy():
-    label, confidence = np.repeat([0, 1], 20).astype(np.int32), np.full(40, 0.9, np.float32)
+    label = np.repeat([0, 1], 20).astype(np.int32)
 
     def twice(label, seed):
-        index, _, _ = balance.select_noisy_student([label], [confidence[: len(label)]], 2, 0.3, 30, seed)
-        return {i for i, copies in Counter(index.tolist()).items() if copies == 2}
+        columns = {"confidence": np.full(len(label), 0.9, np.float32), "status": np.ones(len(label), np.uint8)}
+        table = table_of([InMemory(["a", "b"], label=label, **columns)], 7)
+        index, _, _, copies = balance.select_noisy_student(table, 0.3, 30, seed)
+        return {*index[copies == 2].tolist()}
 
     assert twice(label, 0) == twice(label, 0)
     assert len({frozenset(twice(label, seed)) for seed in range(5)}) == 5
-    # what another class has changes nothing for this one
-    assert {i for i in twice(label, 0) if i < 20} == {i for i in twice(label[:30], 0) if i < 20}
+    assert {i for i in twice(label, 0) if i < 20} == {i for i in twice(label[:30], 0) if i < 20}, "classes are apart"
     drawn = Counter(i for seed in range(200) for i in twice(label, seed))
     assert all(60 < drawn[i] < 140 for i in range(40)), "some images are favoured"
 
 
-@pytest.mark.parametrize("per_class", [1, 7, 5000])
-def test_a_thousand_classes_in_four_files(per_class):
-    """Many ties, several rankings on the way, classes without any image; both methods."""
-    rng = np.random.default_rng(per_class)
-    label = (rng.zipf(1.3, 400_000) % 1100).astype(np.int32)
-    label = label[label < 990]
-    confidence = rng.choice(np.linspace(0, 1, 200, dtype=np.float32), len(label))
-    parts = [np.array_split(column, 4) for column in (label, confidence)]
-    index, chosen, score = balance.select_noisy_student(*parts, 1000, 0.3, per_class, 0)
-    assert (chosen == label[index]).all() and (score == confidence[index]).all()
-    order = np.lexsort((-confidence, label))  # stable, so ties go by row
-    order = order[confidence[order] > np.float32(0.3)]
-    rank = np.arange(len(order)) - np.searchsorted(label[order], label[order])
-    assert np.unique(index).tolist() == sorted(order[rank < per_class].tolist())
-    sizes = np.bincount(chosen, minlength=1000)
-    assert set(sizes.tolist()) == {0, per_class} and (sizes[990:] == 0).all()
+# the threshold
 
 
-@pytest.mark.parametrize("per_class", [0, 1000])
-def test_a_selection_takes_little_more_memory_than_its_examples(per_class):
-    """The index, the label and the confidence of an example are 16 bytes: 2.1 GB for 130 million."""
-    import tracemalloc
-
-    rng = np.random.default_rng(0)
-    label = (1000 * rng.random(2_000_000) ** 2).astype(np.int32)
-    confidence = rng.random(len(label), dtype=np.float32)
-    tracemalloc.start()
-    index, *_ = balance.select_noisy_student([label], [confidence], 1000, 0.3, per_class, 0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(index) == (1000 * per_class or (confidence > np.float32(0.3)).sum())
-    assert peak < 16 * len(index) + 4 * len(label) + 50e6, f"{peak / 1e6:.0f} MB"
-
-
-@st.composite
-def logit_files(draw):
-    num_classes = draw(st.integers(1, 5))
-    level = st.sampled_from([0.0, -0.5, -1.0, -3.0, -20.0])
-    row = st.lists(level, min_size=num_classes, max_size=num_classes)
-    return num_classes, [np.array(rows, np.float16).reshape(-1, num_classes) for rows in draw(
-        st.lists(st.lists(row, max_size=12), min_size=1, max_size=4))]  # fmt: skip
-
-
-@settings(max_examples=300, deadline=None)
-@given(logit_files(), st.sampled_from([1, 2, 3, 10]), st.sampled_from([1, 2, 5, 100]), st.integers(1, 9))
-def test_top_p_is_yalniz_rule(files, top_p, per_class, chunk):
-    num_classes, parts = files
-    logits = np.concatenate(parts).astype(np.float32)
-    if len(logits) > 2:
-        parts = [part.copy() for part in parts]
-        unreadable = 1
-        position = 0
-        for part in parts:
-            if position <= unreadable < position + len(part):
-                part[unreadable - position] = np.nan
-            position += len(part)
-        logits[unreadable] = np.nan
-    with pieces(chunk):
-        done = [np.full(len(part), common.DONE) for part in parts]
-        index, label, score = balance.select_top_p(parts, done, num_classes, top_p, per_class)
-    got = {(int(i), int(c)) for i, c in zip(index, label, strict=True)}
-    assert len(got) == len(index), "an example is repeated"
-    probs = np.exp(logits - logits.max(1, keepdims=True)) if len(logits) else logits
-    probs = probs / probs.sum(1, keepdims=True)
-    np.testing.assert_allclose(score, [probs[i, c] for i, c in zip(index, label, strict=True)], rtol=1e-6)
-    # What is a tie is up to the rounding: the sum of a row in another order may end in another digit.
-    probs = torch.from_numpy(logits).softmax(1, dtype=torch.float32).numpy()
-
-    candidates = {c: [] for c in range(num_classes)}
-    for i, row in enumerate(probs):
-        if np.isfinite(row).all():
-            for c in sorted(range(num_classes), key=lambda c: (-row[c], c))[:top_p]:
-                candidates[c].append(i)
-    expected = {
-        (i, c) for c, mine in candidates.items() for i in sorted(mine, key=lambda i: (-probs[i, c], i))[:per_class]
-    }
-    assert got == expected
-
-
-def test_a_uniform_teacher_takes_no_more_memory_than_another(tmp_path):
-    """Every class ties with every other: the first ones of a row count, the first rows of a class."""
-    import tracemalloc
-
-    logits = np.zeros((600, 1000), np.float16)
-    tracemalloc.start()
-    index, label, _ = balance.select_top_p([logits], [np.full(600, common.DONE)], 1000, 10, 50)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert sorted(zip(label.tolist(), index.tolist(), strict=True)) == [(c, i) for c in range(10) for i in range(50)]
-    assert peak < 60e6, f"{peak / 1e6:.0f} MB"
-
-
-# the command line
-
-
-@pytest.fixture
-def two_files(tmp_path):
-    """Above .4: ant .95 .9 .8 .8 .45, bee .9 .6, no cat; one row is unreadable, and a tie spans the files."""
-    one = logits_of((0, 0.95), (1, 0.9), (0, 0.8), (2, 0.38), (0, 0.5))
-    two = logits_of((0, 0.9), (1, 0.6), (0, 0.8), (2, 0.36), (0, 0.45))
-    return [write_logits(tmp_path / "b.h5", one, unreadable=[4]), write_logits(tmp_path / "a.h5", two)]
+@settings(max_examples=200, deadline=None)
+@given(st.integers(20, 90), st.integers(0, 2**32), st.sampled_from([0.5, 0.8, 0.9, 1.0]), st.sampled_from([0, 0.67, 1]))
+def test_the_threshold_is_the_contracts(num, seed, min_precision, min_share):
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.1, 1, num).astype(np.float32)
+    right = rng.random(num) < confidence ** rng.choice([0.2, 1, 3])
+    report = balance.calibrate(confidence, right, min_precision, min_share)
+    precisions = {}
+    for step, point in enumerate(report["curve"]):
+        above = right[confidence > np.float32(step / 100)]
+        assert (point["threshold"], point["kept"], point["right"]) == (step / 100, len(above), above.sum())
+        if len(above) and len(above) / num >= min_share:
+            precisions[step / 100] = above.mean()
+    precise = [threshold for threshold, precision in precisions.items() if precision >= min_precision]
+    best = max(precisions.values())
+    expected = precise or [threshold for threshold, precision in precisions.items() if precision == best]
+    assert report["reached"] == bool(precise) and report["at"]["threshold"] == expected[0]
+    z, kept, hits = NormalDist().inv_cdf(0.975), report["at"]["kept"], report["at"]["right"]
+    share = hits / kept  # Wilson's interval in the textbook's form
+    middle, half = share + z * z / (2 * kept), z * math.sqrt(share * (1 - share) / kept + z * z / (4 * kept * kept))
+    interval = [(middle - half) / (1 + z * z / kept), (middle + half) / (1 + z * z / kept)]
+    assert report["at"]["precision_interval"] == pytest.approx(interval, abs=1e-6)
 
 
 @pytest.fixture
 def run(call_main, monkeypatch):
     """run(*flags) -> Done: stage 03 in this process, without its picture, which takes a second."""
-    monkeypatch.setattr(balance, "draw_selection", lambda *args: None)
+    monkeypatch.setattr(balance, "draw", lambda *args: None)
     return lambda *flags: call_main("03_balance", *flags)
 
 
-def test_selection_by_hand(two_files, tmp_path, run):
-    out = tmp_path / "out" / "balanced.h5"
-    done = run(*two_files, "--out", out, "--threshold", 0.4, "--per-class", 3)
-    assert done.returncode == 0
-    columns, attrs, classes = read_selection(out)
-    # a.h5 is file 0. ant: b0 .95, a0 .9, then .8 in a2 and b2: a tie, that goes to the earlier file. bee: 2 become 3.
-    rows = list(zip(columns["file"].tolist(), columns["row"].tolist(), columns["label"].tolist(), strict=True))
-    ants, bees = [r for r in rows if r[2] == 0], [r for r in rows if r[2] == 1]
-    assert ants == [(0, 0, 0), (0, 2, 0), (1, 0, 0)]
-    assert len(bees) == 3 and set(bees) == {(0, 1, 1), (1, 1, 1)}
-    assert rows == sorted(rows), "not sorted by (file, row, label)"
-    confidence = {row: c for row, c in zip(rows, columns["confidence"].tolist(), strict=True)}
-    assert confidence[(0, 2, 0)] == pytest.approx(0.8) and confidence[(1, 1, 1)] == pytest.approx(0.9)
-    dtypes = {"file": np.uint16, "row": np.int64, "label": np.int32, "confidence": np.float32}
-    assert {name: column.dtype for name, column in columns.items()} == dtypes
-    assert classes == CLASSES
-    assert json.loads(attrs["files"]) == [str(tmp_path / "a.h5"), str(tmp_path / "b.h5")]
-    expected = {
-        "format": "noisy-student-selection-1",
-        "method": "noisy-student",
-        "threshold": 0.4,
-        "per_class": 3,
-        "seed": 0,
-    }
+def report_of(out):
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+ROWS = [(0, 0.95), (1, 0.9), (0, 0.8), (2, 0.58), (1, 0.52)]
+VAL = [(0, 0.545)] * 12 + [(1, 0.75)] * 28  # the first 12 are wrong: above 0.55 all are right, and 70 percent are left
+VAL_LABEL = [2] * 12 + [1] * 28
+
+
+def test_auto_is_measured_on_val_and_kept(tmp_path, run):
+    val = logits_of(*VAL), VAL_LABEL
+    labels, out = write_labels(tmp_path / "l.h5", logits_of(*ROWS), val=val), tmp_path / "o.h5"
+    done = run(labels, "--out", out, "--per-class", "all")
+    assert done.returncode == 0 and "threshold 0.55" in done.stdout, done
+    report = report_of(out)["calibration"]
+    assert report["at"]["threshold"] == 0.55 and report["reached"] and len(report["curve"]) == 100
+    assert open_label_file(out).attrs["threshold"] == 0.55
+    columns, source = read_labels(out), read_labels(labels)
+    assert columns["path"].tolist() == source["path"][:4].tolist()
+    assert all((columns[name] == source[name]).all() for name in ("val_logits", "val_label"))
+    # With --min-share 0.71 no threshold of 0.55 counts, and 0.00 has as large a share right as the others.
+    assert "threshold 0.0" in run(labels, "--out", out, "--min-share", 0.71).stdout
+    assert "threshold 0.0" in run(labels, "--out", out, "--min-precision", 0.6).stdout
+    assert "threshold 0.4" not in run(labels, "--out", out, "--threshold", 0.4).stdout
+
+
+@pytest.mark.parametrize(("num_classes", "expected"), [(3, 0.5), (99, 0.5), (100, 0.3)])
+def test_without_20_images_of_val_nothing_is_measured(num_classes, expected, tmp_path, run):
+    logits = 9 * np.eye(num_classes)[:3]
+    for val in (None, (logits[[0] * 19], [0] * 19)):
+        labels = write_labels(tmp_path / "l.h5", logits, classes=[f"{c:03}" for c in range(num_classes)], val=val)
+        done = run(labels, "--out", tmp_path / "o.h5")
+        assert "nothing was measured" in done.stdout and report_of(tmp_path / "o.h5")["threshold"] == expected
+
+
+# several files
+
+
+def test_files_of_different_folders_are_put_together(tmp_path, run):
+    """Above 0.4: ant b0 .95, a0 .9, then .8 in a2 and b2, a tie that goes to the first path; bee: two become three."""
+    one = write_labels(
+        tmp_path / "b.h5", logits_of((0, 0.95), (1, 0.9), (0, 0.8), (2, 0.38), (0, 0.5)), root="/d/x/b", unreadable=[4]
+    )
+    two = write_labels(tmp_path / "a.h5", logits_of((0, 0.9), (1, 0.6), (0, 0.8), (2, 0.36), (0, 0.45)), root="/d/x")
+    outs = [tmp_path / "out" / "0.h5", tmp_path / "out" / "1.h5"]
+    flags = ["--threshold", 0.4, "--per-class", 3]
+    for out, files in zip(outs, ([one, two], [two, one]), strict=True):
+        assert run(*files, "--out", out, *flags).returncode == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes(), "the order of the arguments changes nothing"
+    columns, attrs = read_labels(outs[0]), open_label_file(outs[0]).attrs
+    assert columns["path"].tolist() == [b"a/000.png", b"a/001.png", b"a/002.png", b"b/b/000.png", b"b/b/001.png"]
+    assert columns["label"].tolist() == [0, 1, 0, 0, 1] and columns["status"].tolist() == [DONE] * 5
+    copies = columns["copies"].tolist()
+    assert copies[0] == copies[2] == copies[3] == 1 and sorted([copies[1], copies[4]]) == [1, 2]
+    sources = read_labels(two), read_labels(one)
+    for name in ("logits", "confidence"):
+        np.testing.assert_array_equal(columns[name], np.concatenate([sources[0][name][:3], sources[1][name][:2]]))
+    assert attrs["root"] == "/d/x" and json.loads(attrs["files"]) == [str(two), str(one)]
+    expected = {"method": "noisy-student", "threshold": 0.4, "per_class": 3, "top_p": 10, "seed": 0}
+    expected |= {"format": "noisy-student-labels-2", "arch": "efficientnet_b0", "teacher_sha256": "a" * 64}
     assert {name: attrs[name] for name in expected} == expected
-    assert "cat" in done.stdout, "a class without any image must be reported"
+    report = report_of(outs[0])
+    assert [report[name] for name in ("candidates", "above_threshold", "kept", "examples")] == [9, 7, 5, 6]
+    of_class = {"candidates": 2, "above_threshold": 2, "kept": 2, "examples": 3}
+    assert report["classes"]["bee"] == of_class and report["classes"]["cat"]["kept"] == 0
+    chosen = run(one, "--out", outs[1], *flags).stdout
+    assert "cat" in chosen, "a class without any image is named"
+    again = outs[1].read_bytes()
+    assert run(outs[1], "--out", tmp_path / "again.h5", *flags).returncode == 0, "a selection is a label file"
+    assert run(one, "--out", outs[1], *flags).returncode == 0 and outs[1].read_bytes() == again
 
-    report = json.loads(out.with_suffix(".json").read_text())
-    assert report["empty_classes"] == ["cat"]
-    assert [report[k] for k in ("images", "above_threshold", "examples", "unique_images", "per_class")] == [
-        9,
-        7,
-        6,
-        5,
-        3,
+
+def test_many_files_with_few_descriptors(tmp_path, run):
+    files = [
+        write_labels(tmp_path / f"{i:03}.h5", logits_of((i % 3, 0.9)), val=(logits_of(*VAL), VAL_LABEL))
+        for i in range(60)
     ]
-    ant, bee, cat = (report["classes"][name] for name in CLASSES)
-    counts = ("candidates", "above_threshold", "kept", "examples", "copies")
-    assert [ant[k] for k in counts] == [5, 5, 3, 3, 0]
-    assert [bee[k] for k in counts] == [2, 2, 2, 3, 1] and cat["lowest_confidence"] is None
-    assert [cat[k] for k in counts] == [2, 0, 0, 0, 0]
-    assert ant["lowest_confidence"] == pytest.approx(0.8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
+    try:
+        assert run(*files, "--out", tmp_path / "o.h5").returncode == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read_labels(tmp_path / "o.h5")["path"].tolist() == [b"%03d/000.png" % i for i in range(60)]
 
 
-def test_top_p_by_hand(two_files, tmp_path, run):
-    out = tmp_path / "balanced.h5"
-    flags = [*two_files, "--out", out, "--method", "top-p", "--per-class", 2, "--top-p", 1, "--threshold", 0.99]
-    assert run(*flags).returncode == 0, "--threshold is not used by top-p"
-    columns, attrs, _ = read_selection(out)
-    rows = list(zip(columns["file"].tolist(), columns["row"].tolist(), columns["label"].tolist(), strict=True))
-    assert rows == [(0, 0, 0), (0, 1, 1), (0, 3, 2), (1, 0, 0), (1, 1, 1), (1, 3, 2)]
-    assert attrs["method"] == "top-p" and attrs["top_p"] == 1
-    assert columns["confidence"] == pytest.approx([0.9, 0.6, 0.36, 0.95, 0.9, 0.38], rel=2e-3)  # of float16 logits
-    done = run(*flags[:-4], "--top-p", 3)
-    assert done.returncode == 0 and "all 3 classes" in done.stdout, done
-    columns, _, _ = read_selection(out)
-    rows = list(zip(columns["file"].tolist(), columns["row"].tolist(), columns["label"].tolist(), strict=True))
-    assert Counter(columns["label"].tolist()) == {0: 2, 1: 2, 2: 2} and rows == sorted(rows)
+def two_teachers(folder):
+    """Two teachers of the same images, with other orders of the classes; of a3 only one has a label."""
+    names = [f"{i}.png" for i in range(5)]
+    val = logits_of(*VAL), np.array(VAL_LABEL)
+    one = write_labels(folder / "b.h5", logits_of(*ROWS), names=names, val=val, unreadable=[3], arch="one")
+    turned = logits_of(*[((c + 1) % 3, p) for c, p in ROWS])
+    val = logits_of(*[((c + 1) % 3, p) for c, p in VAL]), (val[1] + 1) % 3
+    more = {"teacher_sha256": "b" * 64, "teacher": "/u.pt", "arch": "two"}
+    return one, write_labels(folder / "a.h5", turned, names=names, val=val, classes=["cat", "ant", "bee"], **more)
 
 
-def test_an_output_over_the_input_is_refused(two_files, tmp_path, run):
-    before = two_files[0].read_bytes()
-    over = two_files[0], tmp_path / "x" / ".." / two_files[0].name
-    for out in (*over, tmp_path / "o.json", tmp_path / "o.png", tmp_path, Path(".")):
-        assert_mistake(run(*two_files, "--out", out, "--threshold", 0.4), str(out))
-    assert two_files[0].read_bytes() == before and not list(tmp_path.glob("o.*"))
+def test_the_mean_of_two_teachers(tmp_path, run):
+    one, two = two_teachers(tmp_path)
+    done = run(two, one, "--out", tmp_path / "o.h5", "--per-class", "all")
+    assert done.returncode == 0 and "mean of 2 teachers" in done.stdout and "threshold 0.55" in done.stdout, done
+    file, columns = open_label_file(tmp_path / "o.h5"), read_labels(tmp_path / "o.h5")
+    assert columns["path"].tolist() == [b"0.png", b"1.png", b"2.png"], "above 0.55 in both"
+    assert [file.classes[c] for c in columns["label"]] == ["ant", "bee", "ant"]
+    np.testing.assert_allclose(columns["confidence"], [0.95, 0.9, 0.8], atol=1e-3)
+    assert file.attrs["arch"] == "one", "of the file that was named last"
+    assert json.loads(file.attrs["teacher_sha256"]) == ["b" * 64, "a" * 64]
+    assert json.loads(file.attrs["teacher"]) == ["/u.pt", "/t.pt"]
+    assert [file.classes[c] for c in columns["val_label"]] == [CLASSES[c] for c in VAL_LABEL]
+    np.testing.assert_allclose(np.exp(columns["val_logits"]).sum(1), [1 / p for _, p in VAL], rtol=1e-2)
 
 
-def test_images_that_two_files_have_are_said_and_a_file_counts_once(two_files, tmp_path, run):
-    one, two = two_files
-    (tmp_path / "link.h5").symlink_to(one)
-    flags = ["--out", tmp_path / "o.h5", "--threshold", 0.4]
-    assert "4 images, " in run(one, one, tmp_path / "link.h5", *flags).stdout
-    for root, others, words in (("x", "x", True), ("x", "x/y", True), ("x/y", "x", True), ("x", "xy", False)):
-        for file, folder in ((one, root), (two, others)):
-            with h5py.File(file, "r+") as opened:
-                opened.attrs["root"] = str(tmp_path / folder)
-        said = run(*two_files, *flags).stdout
-        assert ("that both have count twice" in said) == words and said.count("count twice") == words
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--threshold", 1e300], "--threshold"),
-        (["--seed", 2**63], "--seed"),
-        (["--per-class", 10**14], "--per-class"),
-        (["--fraction", 1e-9], "--fraction 1e-09 leaves none"),
-    ],
-)
-def test_numbers_out_of_their_range_are_named(flags, words, two_files, tmp_path, run):
-    assert_mistake(run(*two_files, "--out", tmp_path / "o.h5", *flags), words)
-
-
-def test_a_point_in_the_name_of_the_output(two_files, tmp_path, run):
-    for threshold in (0.4, 0.5):
-        assert run(*two_files, "--out", tmp_path / f"o-{threshold}", "--threshold", threshold).returncode == 0
-    for threshold in (0.4, 0.5):
-        assert json.loads((tmp_path / f"o-{threshold}.json").read_text())["threshold"] == threshold
-
-
-def test_top_p_needs_per_class(two_files, tmp_path, run):
-    assert_mistake(run(*two_files, "--out", tmp_path / "o.h5", "--method", "top-p"), "--per-class")
-
-
-def test_without_balance_each_image_above_the_threshold_counts_once(two_files, tmp_path, run):
-    out = tmp_path / "balanced.h5"
-    done = run(*two_files, "--out", out, "--threshold", 0.4, "--per-class", "all")
-    columns, attrs, _ = read_selection(out)
-    rows = list(zip(columns["file"].tolist(), columns["row"].tolist(), columns["label"].tolist(), strict=True))
-    assert rows == [(0, 0, 0), (0, 1, 1), (0, 2, 0), (0, 4, 0), (1, 0, 0), (1, 1, 1), (1, 2, 0)]
-    assert attrs["per_class"] == "all" == json.loads(out.with_suffix(".json").read_text())["per_class"]
-    assert "2 to 5 a class" in done.stdout
-    words = [*two_files, "--out", out, "--method", "top-p", "--per-class", "all"]
-    assert_mistake(run(*words), "--per-class")
-
-
-def test_max_confidence_is_inclusive(two_files, tmp_path, run):
-    out = tmp_path / "balanced.h5"
-    flags = [*two_files, "--out", out, "--threshold", 0.4, "--per-class", "all", "--max-confidence"]
-    assert run(*flags, 0.8).returncode == 0
-    columns, attrs, _ = read_selection(out)
-    above = read_logits(two_files[0])["confidence"], read_logits(two_files[1])["confidence"]
-    confidence = np.concatenate(above)
-    assert len(columns["row"]) == ((confidence > np.float32(0.4)) & (confidence <= np.float32(0.8))).sum() == 4
-    assert attrs["max_confidence"] == 0.8
-    report = json.loads(out.with_suffix(".json").read_text())
-    assert report["above_threshold"] == 4 and report["classes"]["ant"]["above_threshold"] == 3
-    assert_mistake(run(*flags, 1.5), "--max-confidence")
-    top_p = ["--out", out, "--method", "top-p", "--per-class", 2, "--max-confidence", 0.8]
-    assert_mistake(run(*two_files, *top_p), "--max-confidence")
-
-
-@pytest.mark.parametrize("method", [(), ("--method", "top-p", "--top-p", 1)])
-def test_a_fraction_of_the_images_is_drawn_by_their_paths(method, tmp_path, run):
-    logits = logits_of(*[(i % 3, 0.9) for i in range(300)])
-    files = [write_logits(tmp_path / "a.h5", logits), write_logits(tmp_path / "b.h5", logits)]
-    flags = ["--threshold", 0.4, "--per-class", 1000 if method else "all", *method]
-
-    def drawn(fraction, seed=0, files=files):
-        out = tmp_path / "o.h5"
-        assert run(*files, "--out", out, *flags, "--fraction", fraction, "--seed", seed).returncode == 0
-        columns, attrs, _ = read_selection(out)
-        assert attrs["fraction"] == fraction
-        return set(zip(columns["file"].tolist(), columns["row"].tolist(), strict=True))
-
-    assert len(drawn(1.0)) == 600
-    half, quarter = drawn(0.5), drawn(0.25)
-    assert quarter < half and abs(len(half) - 300) < 60 and abs(len(quarter) - 150) < 50
-    assert drawn(0.5) == half
-    draws = [drawn(0.5, seed) for seed in range(5)]
-    shared = [len(one & other) for i, one in enumerate(draws) for other in draws[:i]]
-    assert all(100 < num < 200 for num in shared), "seeds are independent: of two a quarter of 600 is in both"
-    first = {row for number, row in half if number == 0}
-    assert first == {row for _, row in drawn(0.5, files=files[:1])}
-    report = json.loads((tmp_path / "o.json").read_text())
-    assert report["images"] == len(first), "the images that are not drawn are not counted"
-
-
-# --calibration
-
-
-def interval_of(num_right, num):
-    """The textbook's form of Wilson's interval."""
-    if not num:
-        return [0, 1]
-    z, p = NormalDist().inv_cdf(0.975), num_right / num
-    middle, half = p + z * z / (2 * num), z * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
-    return [(middle - half) / (1 + z * z / num), (middle + half) / (1 + z * z / num)]
-
-
-def write_val(path, answers, **how):
-    """A logits file of val: (class, label, confidence) an image, the class by its folder; None is a folder of none."""
-    names = [f"{'other' if c is None else CLASSES[c]}/{i:04}.png" for i, (c, _, _) in enumerate(answers)]
-    return write_logits(path, logits_of(*[answer[1:] for answer in answers]), root="/data/val", names=names, **how)
-
-
-def drawn_answers(num, seed=0, no_class=0):
-    """The teacher is right as often as it believes."""
-    rng = np.random.default_rng(seed)
-    label, confidence = rng.integers(0, 3, num), rng.uniform(0.34, 0.999, num)
-    true = np.where(rng.random(num) < confidence, label, (label + 1) % 3).tolist()
-    return [(c if i >= no_class else None, k, p) for i, (c, k, p) in
-            enumerate(zip(true, label.tolist(), confidence.tolist(), strict=True))]  # fmt: skip
-
-
-@pytest.mark.parametrize("half", ["all", "choose"])
-@pytest.mark.parametrize("most", [1.0, 0.9])
-def test_calibration_is_a_count(two_files, tmp_path, run, half, most):
-    answers = drawn_answers(400, no_class=30)
-    val, out = write_val(tmp_path / "val.h5", answers, unreadable=range(50, 70)), tmp_path / "o.h5"
-    flags = ["--calibration", val, "--val-half", half, "--max-confidence", most, "--threshold", 0.4]
-    done = run(*two_files, "--out", out, *flags)
-    assert done.returncode == 0, done
-    report = json.loads(out.with_suffix(".json").read_text())["calibration"]
-    columns = read_logits(val)
-    judged = [hashlib.blake2b(path, digest_size=16).digest()[0] % 2 == 1 for path in columns["path"].tolist()]
-    counts = [i for i in range(400) if answers[i][0] is not None and not 50 <= i < 70]
-    counts = [
-        i for i in counts if columns["confidence"][i] <= np.float32(most) and not (half == "choose" and judged[i])
-    ]
-    assert report["images"] == len(counts) and (half == "all" or 120 < len(counts) < 230)
-    assert [point["threshold"] for point in report["curve"]] == [i / 100 for i in range(100)]
-    for point in [*report["curve"], report["at"]]:
-        kept = [i for i in counts if columns["confidence"][i] > np.float32(point["threshold"])]
-        right = sum(columns["label"][i] == answers[i][0] for i in kept)
-        assert (point["kept"], point["right"]) == (len(kept), right)
-        assert point["share"] == len(kept) / len(counts)
-        assert point["precision"] == (right / len(kept) if kept else None)
-        assert point["share_interval"] == pytest.approx(interval_of(len(kept), len(counts)), abs=1e-6)
-        assert point["precision_interval"] == pytest.approx(interval_of(right, len(kept)), abs=1e-6)
-    assert report["at"]["threshold"] == 0.4 and report["min_precision"] is None
-    at = report["curve"][40]
-    assert f"threshold 0.4: {at['right']} of {at['kept']} right, {100 * at['precision']:.1f} (" in done.stdout
-    without = tmp_path / "without.h5"
-    assert run(*two_files, "--out", without, "--max-confidence", most, "--threshold", 0.4).returncode == 0
-    assert data_of(out) == data_of(without), "the curve alone chooses nothing"
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 90), st.integers(0, 2**32), st.sampled_from([0.5, 0.8, 0.9, 0.95, 1.0]))
-def test_the_threshold_is_the_lowest_at_which_so_many_are_right(num, seed, wanted):
-    rng = np.random.default_rng(seed)
-    confidence = rng.uniform(0.1, 1, num).astype(np.float32)
-    right = rng.random(num) < confidence ** rng.choice([0.2, 1, 3])
-    curve = [balance.answers_above(step / 100, confidence, right) for step in range(100)]
-    at, reached = balance.choose_threshold(curve, wanted)
-    shares = {}  # {threshold: (images above it, share that is right)}
-    for step in range(100):
-        above = right[confidence > np.float32(step / 100)]
-        if len(above):
-            shares[step / 100] = len(above), above.mean()
-    good = [threshold for threshold, (_, share) in shares.items() if share >= wanted]
-    many = {t: share for t, (kept, share) in shares.items() if kept >= (20 if num >= 20 else 1)}
-    assert reached == bool(good)
-    assert at["threshold"] == (min(good) if good else min(t for t in many if many[t] == max(many.values())))
-
-    # With a share that must be left the same of the thresholds that leave it.
-    enough = {t: share for t, (kept, share) in shares.items() if kept >= 2 / 3 * num}
-    at, reached = balance.choose_threshold(curve, wanted, 2 / 3)
-    good, many = [t for t in enough if enough[t] >= wanted], {t: of for t, of in many.items() if t in enough} or enough
-    assert reached == bool(good)
-    assert at["threshold"] == (min(good) if good else min(t for t in many if many[t] == max(many.values())))
-
-
-def test_what_is_printed_holds_on_fresh_images():
-    """Of the intervals at a given threshold 95 percent hold; that it is chosen on the same images costs little."""
-    num_inside = 0
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        confidence = rng.uniform(0.1, 1, 300).astype(np.float32)
-        right = rng.random(300) < 0.2 + 0.75 * confidence
-        curve = [balance.answers_above(step / 100, confidence, right) for step in range(100)]
-        at, _ = balance.choose_threshold(curve, 0.85)
-        low, high = at["precision_interval"]
-        of_fresh = 0.2 + 0.75 * (1 + max(at["threshold"], 0.1)) / 2  # of any number: the mean of a uniform confidence
-        num_inside += low <= of_fresh <= high
-    assert 180 <= num_inside < 200
-
-
-def test_min_precision_sets_the_threshold_of_the_selection(two_files, tmp_path, run):
-    """Above 0.5, 40 of 50 are right, above 0.6 38 of 40, and above 0.7 4 of 5."""
-    answers = [(0, 0, 0.55)] * 2 + [(1, 0, 0.55)] * 8 + [(0, 0, 0.65)] * 34 + [(1, 0, 0.65)] + [(0, 0, 0.75)] * 4
-    answers += [(1, 0, 0.75)]
-    val, out = write_val(tmp_path / "val.h5", answers), tmp_path / "o.h5"
-
-    def chosen(wanted, *more):
-        done = run(*two_files, "--out", out, "--calibration", val, "--min-precision", wanted, *more)
-        assert done.returncode == 0, done
-        _, attrs, _ = read_selection(out)
-        report = json.loads(out.with_suffix(".json").read_text())
-        assert attrs["threshold"] == report["threshold"] == report["calibration"]["at"]["threshold"]
-        assert report["above_threshold"] == {0.0: 9, 0.55: 6}[attrs["threshold"]]
-        return attrs["threshold"], report["calibration"]["reached"], done.stdout
-
-    assert chosen(0.8)[:2] == (0.0, True)
-    assert chosen(0.95)[:2] == (0.55, True)
-    threshold, reached, printed = chosen(0.96)
-    assert (threshold, reached) == (0.55, False)
-    assert "--min-precision 0.96 is not reached" in printed and "38 of 40 right, 95.0 (83.5 to 98.6) percent" in printed
-    assert chosen(0.95, "--min-share", 0.8)[:2] == (0.55, True)
-    threshold, reached, printed = chosen(0.95, "--min-share", 0.81)  # above 0.55 are 40 of 50
-    assert json.loads(out.with_suffix(".json").read_text())["calibration"]["min_share"] == 0.81
-    assert (threshold, reached) == (0.0, False) and "is not reached with --min-share 0.81: 40 of 50 right" in printed
-
-
-def test_what_cannot_calibrate_is_a_mistake(two_files, tmp_path, run):
-    answers, out = drawn_answers(40), tmp_path / "o.h5"
-    val = write_val(tmp_path / "val.h5", answers)
-    base = [*two_files, "--out", out, "--calibration"]
-    assert_mistake(run(*base, val, "--min-precision", 0.9, "--threshold", 0.3), "--min-precision", "--threshold")
-    assert_mistake(run(*two_files, "--out", out, "--min-precision", 0.9), "--min-precision", "--calibration")
-    assert_mistake(run(*two_files, "--out", out, "--val-half", "choose"), "--val-half", "--calibration")
-    assert_mistake(run(*base, val, "--min-precision", 1.5), "--min-precision", "1.5")
-    assert_mistake(run(*base, val, "--min-share", 0.5), "--min-share", "--min-precision")
-    top_p = ["--method", "top-p", "--per-class", 2]
-    assert_mistake(run(*base, val, *top_p), "--calibration", "top-p")
-    assert_mistake(run(*two_files, "--out", val, "--calibration", val), "--out", "val.h5")
-    assert_mistake(run(*two_files, val, "--out", out, "--calibration", val), "--calibration", "held out")
-    assert_mistake(run(*base, tmp_path / "none.h5"), "none.h5")
+def test_what_neither_fits_nor_differs_is_a_mistake(tmp_path, run):
+    names, logits = ["0.png", "1.png"], logits_of((0, 0.9), (1, 0.8))
+    first = write_labels(tmp_path / "first.h5", logits, names=names)
     wrong = {
-        "teacher": write_val(tmp_path / "a-teacher.h5", answers, teacher="b" * 64),
-        "classes": write_val(tmp_path / "b-classes.h5", answers, classes=["ant", "bee", "dog"]),
-        "0 of its 40": write_val(tmp_path / "c-no-class.h5", drawn_answers(40, no_class=40)),
-        "none of these": write_val(tmp_path / "d-unreadable.h5", answers, unreadable=range(40)),
-        "unfinished": write_val(tmp_path / "e-unfinished.h5", answers),
+        "same-teacher": write_labels(tmp_path / "same-teacher.h5", logits, names=names),
+        "overlap": write_labels(tmp_path / "overlap.h5", logits, names=["1.png", "2.png"]),
+        "nested": write_labels(tmp_path / "nested.h5", logits, root="/data", names=["a.png", "unlabeled/1.png"]),
+        "teacher": write_labels(tmp_path / "teacher.h5", logits, teacher_sha256="b" * 64),
+        "precision": write_labels(tmp_path / "precision.h5", logits, precision="bf16"),
+        "crop": write_labels(tmp_path / "crop.h5", logits, crop_mode="squash"),
+        "order": write_labels(tmp_path / "order.h5", logits, classes=["bee", "ant", "cat"]),
+        "classes": write_labels(
+            tmp_path / "classes.h5", logits, names=names, classes=["ant", "bee", "dog"], teacher_sha256="b" * 64
+        ),
     }
-    with h5py.File(wrong["unfinished"], "r+") as file:
-        file["status"][3] = common.TODO
-    for word, path in wrong.items():
-        assert_mistake(run(*base, path, "--min-precision", 0.9), path.name, word)
-    assert not out.exists()
-    sure = write_val(tmp_path / "sure.h5", [(0, 0, 0.99)] * 30 + [(1, 0, 0.97)] * 30)
-    assert_mistake(run(*base, sure, "--min-precision", 0.9), "--min-precision", "0.97", "0.95")
-
-
-# what it says of itself
-
-
-def test_k_and_what_it_costs_are_explained(tmp_path, run):
-    sizes = {0: 7, 1: 2, 2: 4}
-    rows = [(c, 0.9) for c, num in sizes.items() for _ in range(num)]
-    one, out = write_logits(tmp_path / "a.h5", logits_of(*rows)), tmp_path / "o.h5"
-    said = run(one, "--out", out, "--threshold", 0.4).stdout
-    assert "K = 4: class 'cat' is the lower median of 3 with 2 to 7 images above the threshold; 3 images beyond" in said
-    assert "2 copies" in said
-    said = run(one, "--out", out, "--threshold", 0.4, "--per-class", 5).stdout
-    assert "K = 5: --per-class; 2 images beyond" in said and "4 copies" in said and "at most 2 of one image" in said
-    assert "K = " not in run(one, "--out", out, "--threshold", 0.4, "--per-class", "all").stdout
-
-
-def test_an_empty_class_is_named_with_what_to_do(two_files, tmp_path, run):
-    done = run(*two_files, "--out", tmp_path / "o.h5", "--threshold", 0.4)
-    assert done.returncode == 0
-    (line,) = [line for line in done.stdout.splitlines() if "without any image" in line]
-    assert "cat (2 labelled so, the surest 0.380)" in line and "below the surest" in line and "bee" not in line
-    assert "K = 2: class 'bee' is the lower median of 2 with 2 to 5" in done.stdout, "the empty class counts not"
-    many = write_logits(tmp_path / "many.h5", np.eye(13)[[4]] * 9, classes=[f"class{i:02}" for i in range(13)])
-    for words, of_threshold in (
-        (("--threshold", 0.4), True),
-        (("--method", "top-p", "--top-p", 1, "--per-class", 2), False),
-    ):
-        said = run(many, "--out", tmp_path / "o.h5", *words).stdout
-        assert all(f"class{i:02} (0)" in said for i in range(13) if i != 4)
-        assert ("below the surest" in said) == of_threshold
-
-
-def data_of(path):
-    """The bytes of every dataset, and the attributes."""
-    with h5py.File(path) as file:
-        return {name: file[name][:].tobytes() for name in file if name != "classes"}, dict(file.attrs)
-
-
-def test_order_of_the_arguments_changes_nothing(two_files, tmp_path, run):
-    outs = [tmp_path / f"{i}.h5" for i in range(3)]
-    orders = (two_files, two_files[::-1], [*two_files, two_files[0]])
-    for out, order in zip(outs, orders, strict=True):
-        assert run(*order, "--out", out, "--threshold", 0.4, "--per-class", 5).returncode == 0
-    assert data_of(outs[0]) == data_of(outs[1]) == data_of(outs[2])
-    seeds = []
-    for seed in range(5):
-        assert run(*two_files, "--out", outs[1], "--threshold", 0.4, "--per-class", 5, "--seed", seed).returncode == 0
-        columns, _ = data_of(outs[1])
-        seeds.append((columns["file"], columns["row"]))
-    assert len(set(seeds)) > 1, "--seed changes nothing"
-
-
-def test_one_file_under_two_spellings_counts_once(two_files, tmp_path, run, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run("a.h5", tmp_path / "a.h5", "--out", "o.h5", "--threshold", 0.4, "--per-class", 5).returncode == 0
-    columns, attrs, _ = read_selection(tmp_path / "o.h5")
-    assert json.loads(attrs["files"]) == [str(tmp_path / "a.h5")]
-    assert set(columns["file"].tolist()) == {0}
-
-
-def test_nothing_is_lost_when_nothing_is_left(two_files, tmp_path, run):
-    out = tmp_path / "balanced.h5"
-    assert run(*two_files, "--out", out).returncode == 0
-    before = out.read_bytes(), out.with_suffix(".json").read_bytes(), sorted(tmp_path.iterdir())
-    assert_mistake(run(*two_files, "--out", out, "--threshold", 0.99), "0.95", "0.99")
-    assert (out.read_bytes(), out.with_suffix(".json").read_bytes(), sorted(tmp_path.iterdir())) == before
-
-
-def test_unfinished_file_is_refused(two_files, tmp_path, run):
-    with h5py.File(two_files[1], "r+") as file:
-        file["status"][3] = 0
-    assert_mistake(run(*two_files, "--out", tmp_path / "o.h5"), "a.h5", "1 of 5", "02")
+    for path in wrong.values():
+        assert_mistake(run(first, path, "--out", tmp_path / "o.h5"), "first.h5", path.name)
+    assert_mistake(run(first, first, "--out", tmp_path / "o.h5"), "first.h5")
     assert not (tmp_path / "o.h5").exists()
 
 
-def test_two_teachers_are_refused(tmp_path, run):
-    one = write_logits(tmp_path / "a.h5", logits_of((0, 0.9)))
-    two = write_logits(tmp_path / "b.h5", logits_of((0, 0.9)), teacher="b" * 64)
-    assert_mistake(run(one, two, "--out", tmp_path / "o.h5"), "b.h5", "teacher")
+# the command line
 
 
-@pytest.mark.parametrize("classes", [["ant", "bee", "dog"], ["bee", "ant", "cat"]])
-def test_other_classes_are_refused(tmp_path, run, classes):
-    one = write_logits(tmp_path / "a.h5", logits_of((0, 0.9)))
-    two = write_logits(tmp_path / "b.h5", logits_of((0, 0.9)), classes=classes)
-    assert_mistake(run(one, two, "--out", tmp_path / "o.h5"), "b.h5", "classes")
+def test_top_p_by_hand(tmp_path, run):
+    labels, out = write_labels(tmp_path / "l.h5", logits_of(*ROWS)), tmp_path / "o.h5"
+    flags = [labels, "--out", out, "--method", "top-p", "--top-p", 1, "--threshold", 0.99]
+    assert run(*flags, "--per-class", 1).returncode == 0, "--threshold is not used by top-p"
+    columns, file = read_labels(out), open_label_file(out)
+    assert columns["path"].tolist() == [b"l/000.png", b"l/001.png", b"l/003.png"] and "logits" not in columns
+    assert columns["label"].tolist() == [0, 1, 2] and columns["copies"].tolist() == [1] * 3
+    assert columns["confidence"] == pytest.approx([0.95, 0.9, 0.58], rel=2e-3)  # of float16 logits
+    assert file.attrs["method"] == "top-p" and file.attrs["top_p"] == 1
+    assert_mistake(run(out, "--out", tmp_path / "again.h5"), "o.h5", "top-p")
+    for per_class in ([], ["--per-class", "all"]):
+        assert_mistake(run(*flags, *per_class), "--per-class")
+    assert run(*flags, "--per-class", 1, "--top-p", 9).returncode == 0
+    pairs = [*zip(read_labels(out)["path"].tolist(), read_labels(out)["label"].tolist(), strict=True)]
+    assert pairs == sorted(pairs)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--per-class", "0"], ["--per-class", "0"]),
-        (["--per-class", "many"], ["--per-class", "many"]),
-        (["--threshold", "nan"], ["--threshold", "nan"]),
-        (["--threshold", "-1"], ["--threshold"]),
-        (["--top-p", "0"], ["--top-p"]),
-        (["--per", "3"], ["--per"]),
-    ],
-)
-def test_wrong_flags_are_refused(two_files, tmp_path, run, flags, words):
-    assert_mistake(run(*two_files, "--out", tmp_path / "o.h5", *flags), *words)
-
-
-@pytest.mark.parametrize("how", ["text", "empty", "missing", "selection", "no dataset"])
-def test_what_is_no_logits_file_is_refused(two_files, tmp_path, run, how):
-    path = tmp_path / "x.h5"
-    if how == "text":
-        path.write_text("name,label\n")
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "selection":
-        assert run(*two_files, "--out", path).returncode == 0
-    elif how == "no dataset":
-        write_logits(path, logits_of((0, 0.9)))
-        with h5py.File(path, "r+") as file:
-            del file["confidence"]
-    assert_mistake(run(path, "--out", tmp_path / "o.h5"), "x.h5")
-
-
-def test_logits_that_are_not_contiguous_are_refused_by_top_p(tmp_path, run):
-    path = write_logits(tmp_path / "x.h5", logits_of((0, 0.9), (1, 0.8)))
-    with h5py.File(path, "r+") as file:
-        logits = file["logits"][:]
-        del file["logits"]
-        file.create_dataset("logits", data=logits, chunks=(1, 3), compression="gzip")
-    assert_mistake(run(path, "--out", tmp_path / "o.h5", "--method", "top-p", "--per-class", 1), "x.h5", "logits")
-
-
-def test_truth_by_hand(two_files, tmp_path, run):
-    """Labels: b ant bee ant cat -, a ant bee ant cat ant; above 0.4 all but the cats."""
-    truth = write_truth(
-        tmp_path / "truth.csv",
-        [
-            ("b/000.png", "ant"), ("b/001.png", "bee"), ("b/002.png", "cat"), ("b/003.png", "cat"),
-            ("a/000.png", "ant"), ("a/001.png", "bee"), ("a/002.png", ""), ("a/003.png", ""), ("a/004.png", "bee"),
-            ("b/004.png", "ant"), ("elsewhere.png", "ant"),
-        ],
-    )  # fmt: skip
-    out = tmp_path / "balanced.h5"
-    flags = ["--out", out, "--threshold", 0.4, "--per-class", 3, "--truth", truth]
-    done = run(*two_files, *flags)
-    assert done.returncode == 0
-    got = json.loads(out.with_suffix(".json").read_text())["truth"]
-    # Of a class and readable: b0 b1 b2 b3 a0 a1 a4, of which b2 and a4 are wrong. Kept: a0 a2 b0 (ant), a1 b1 (bee).
-    assert got["accuracy_before"] == pytest.approx(100 * 5 / 7, abs=0.01)
-    assert got["accuracy_after"] == 100
-    assert got["accuracy_of_examples"] == pytest.approx(100 * 5 / 6, abs=0.01)  # a2 is of no class
-    assert got["passed_in_class"] == pytest.approx(100 * 4 / 7, abs=0.01)
-    assert got["passed_no_class"] == 50 and got["num_no_class_passed"] == 1
-    assert got["classes"]["ant"] == {"accuracy_before": pytest.approx(50, abs=0.01), "accuracy_after": 100}
-    assert got["classes"]["bee"] == {"accuracy_before": 100, "accuracy_after": 100}
-    assert got["classes"]["cat"] == {"accuracy_before": 100, "accuracy_after": None}
-    assert "71.43" in done.stdout and "50.0" in done.stdout
-    # the truth measures and never chooses
-    other = tmp_path / "other.h5"
-    assert run(*two_files, "--out", other, *flags[2:-2]).returncode == 0
-    assert data_of(out) == data_of(other)
+def test_auto_per_class_is_the_lower_median_of_what_is_not_empty(tmp_path, run):
+    rows = [(0, 0.9)] * 7 + [(1, 0.9)] * 2
+    labels, out = write_labels(tmp_path / "l.h5", logits_of(*rows)), tmp_path / "o.h5"
+    done = run(labels, "--out", out)
+    assert open_label_file(out).attrs["per_class"] == 2 and done.returncode == 0 and "cat" in done.stdout
+    assert run(labels, "--out", out, "--per-class", "all").returncode == 0
+    assert open_label_file(out).attrs["per_class"] == "all" and read_labels(out)["copies"].tolist() == [1] * 9
+    assert run(select(tmp_path / "s.h5", labels, {0: 5, 1: 2}), "--out", out, "--per-class", "all").returncode == 0
+    assert read_labels(out)["copies"].tolist() == [1, 1], "copies of an input are not used"
 
 
 @pytest.mark.parametrize(
-    ("header", "lines"),
-    [
-        (None, None),
-        (("file", "label"), [("a/000.png", "ant")]),
-        (("name", "class"), [("x.png", "ant")]),
-        (("name", "class"), [("a/000.png", "class_0"), ("a/001.png", "")]),  # the classes of another list
-        (("name", "class"), [("a/000.png", "a" * 200_000)]),
-    ],
+    "flag", ["--per-class 0", "--per-class many", "--threshold nan", "--threshold -1", "--top-p 0"]
 )
-def test_wrong_truth_is_refused_and_nothing_is_lost(two_files, tmp_path, run, header, lines):
-    out, truth = tmp_path / "balanced.h5", tmp_path / "truth.csv"
-    assert run(*two_files, "--out", out).returncode == 0
-    before = out.read_bytes()
-    if lines:
-        write_truth(truth, lines, header)
-    assert_mistake(run(*two_files, "--out", out, "--threshold", 0.4, "--truth", truth), "truth.csv")
-    assert out.read_bytes() == before, "a run that fails replaced the selection"
+def test_wrong_flags_are_refused(flag, tmp_path, run):
+    labels = write_labels(tmp_path / "l.h5", logits_of(*ROWS))
+    assert_mistake(run(labels, "--out", tmp_path / "o.h5", *flag.split()), flag.split()[0])
 
 
-def test_a_truth_that_excel_wrote_is_read(two_files, tmp_path, run):
-    truth = write_truth(tmp_path / "truth.csv", [("a/000.png", "ant")], ("name", "class"))
-    truth.write_bytes(b"\xef\xbb\xbf" + truth.read_bytes())
-    done = run(*two_files, "--out", tmp_path / "o.h5", "--truth", truth)
-    assert done.returncode == 0 and "pseudo-label accuracy" in done.stdout, done
+def test_a_mistake_replaces_nothing(tmp_path, run):
+    labels, out = write_labels(tmp_path / "l.h5", logits_of(*ROWS)), tmp_path / "o.h5"
+    assert run(labels, "--out", out).returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert_mistake(run(labels, "--out", out, "--threshold", 0.99), "--threshold")
+    for name in (labels, tmp_path / "x" / ".." / "l.h5", tmp_path / "o.json", tmp_path):
+        assert_mistake(run(labels, "--out", name), "--out", name)
+    assert_mistake(run(labels, "--out", out, "--truth", tmp_path / "none.csv"), "none.csv")
+    truth = tmp_path / "t.csv"
+    for header, lines in ((("file", "label"), [("l/000.png", "ant")]), (("name", "class"), [("x.png", "ant")]),
+                          (("name", "class"), [("l/000.png", "class_0")])):  # fmt: skip
+        assert_mistake(run(labels, "--out", out, "--truth", write_truth(truth, lines, header)), "t.csv")
+    truth.unlink()
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert_mistake(run(undo(labels, [3]), "--out", out), "l.h5", "02")
 
 
-def test_confidences_are_probabilities(tmp_path, run):
-    """Of a model of one's own: a mean of softmaxes may be a little above 1, percent are a mistake."""
-    file = write_logits(tmp_path / "mine.h5", logits_of((0, 0.9), (1, 0.8)))
-    with h5py.File(file, "r+") as columns:
-        columns["confidence"][:] = np.float32([1.0000001, 0.8])
-    assert "2 images, 2 above" in run(file, "--out", tmp_path / "o.h5", "--per-class", "all").stdout
-    with h5py.File(file, "r+") as columns:
-        columns["confidence"][:] = [97.2, 80]
-    assert_mistake(run(file, "--out", tmp_path / "o.h5"), "mine.h5", "(0 to 1)")
+def test_truth_measures_and_never_chooses(tmp_path, run):
+    """Labels: ant bee ant cat bee; above 0.55 all but the last."""
+    labels = write_labels(tmp_path / "l.h5", logits_of(*ROWS))
+    lines = [
+        ("l/000.png", "ant"),
+        ("l/001.png", "cat"),
+        ("l/002.png", ""),
+        ("l/004.png", "bee"),
+        ("elsewhere.png", "ant"),
+    ]
+    truth = write_truth(tmp_path / "t.csv", lines)
+    truth.write_bytes(b"\xef\xbb\xbf" + truth.read_bytes())  # as Excel writes it
+    flags = [labels, "--out", tmp_path / "o.h5", "--threshold", 0.55, "--per-class", "all"]
+    assert run(*flags).returncode == 0
+    before = (tmp_path / "o.h5").read_bytes()
+    assert "66.67" in run(*flags, "--truth", truth).stdout and (tmp_path / "o.h5").read_bytes() == before
+    expected = {"accuracy_before": 66.67, "accuracy_after": 50, "of_no_class_before": 1, "of_no_class_after": 1}
+    assert report_of(tmp_path / "o.h5")["truth"] == expected
 
 
-def test_with_its_picture_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
+def test_what_is_damaged_is_named(tmp_path, run):
+    for columns in ({"confidence": {0: 97.2}}, {"label": {0: 7}}, {"logits": {0: [0.9, 0.1, 0]}}):
+        labels = change(write_labels(tmp_path / "l.h5", logits_of(*ROWS)), **columns)
+        assert_mistake(run(labels, "--out", tmp_path / "o.h5"), "l.h5")
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 81, 1000])
+def test_the_picture_shows_images_of_a_few_classes(num_classes, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        Image.new("RGB", (40, 30), (255, 12 * i, 0)).save(tmp_path / f"{i}.png")
+    logits = 9 * np.eye(num_classes)[rng.integers(0, num_classes, 20)]
+    names = [f"{i}.png" for i in range(19)] + ["gone.png"]
+    labels = write_labels(tmp_path / "l.h5", logits, tmp_path, names, [f"class {c}" for c in range(num_classes)])
+    figures = []
+    monkeypatch.setattr(balance, "save_figure", lambda plt, path: figures.append(plt.gcf()))
+    monkeypatch.setattr("sys.argv", ["03", str(labels), "--out", str(tmp_path / "o.h5"), "--per-class", "all"])
+    balance.main()
+    images = figures[0].axes[2]
+    sheet = images.images[0].get_array()
+    reds = [
+        sheet[top + 32, left + 32].tolist() for top in range(0, len(sheet), 66) for left in range(0, sheet.shape[1], 66)
+    ]
+    shown = sum(red[0] > 250 and red[2] < 5 for red in reds)
+    assert 7 <= shown <= 19 and len(images.get_yticks()) <= 8
+
+
+def test_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
     names = sorted(p.relative_to(tiny_data / "unlabeled").as_posix() for p in (tiny_data / "unlabeled").rglob("*.png"))
-    classes = ["disc", "square", "triangle"]
-    with open(tiny_data / "unlabeled_truth.csv") as file:
-        truth = {line["name"]: classes.index(line["class"]) for line in csv.DictReader(file)}
-    logits = logits_of(*[(truth[name], 0.4 + 0.02 * i) for i, name in enumerate(names)])
-    write_logits(tmp_path / "logits.h5", logits, root=tiny_data / "unlabeled", names=names, classes=classes)
+    labels = write_labels(
+        tmp_path / "l.h5", logits_of(*[(i % 3, 0.9) for i in range(20)]), tiny_data / "unlabeled", names
+    )
     out = tmp_path / "out" / "balanced.h5"
-    flags = [tmp_path / "logits.h5", "--out", out, "--truth", tiny_data / "unlabeled_truth.csv"]
-    done = run_stage(ROOT / "03_balance.py", *flags, launcher="python")
-    assert "7 to 7 a class" in done.stdout and "100.0 percent before" in done.stdout
+    run_stage(ROOT / "03_balance.py", labels, "--out", out, launcher="python")
     assert sorted(path.name for path in out.parent.iterdir()) == ["balanced.h5", "balanced.json", "balanced.png"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-# the picture
-
-
-def test_the_sheet_has_the_most_the_middle_and_the_least_confident():
-    assert common.of_sheet(3).tolist() == [0, 1, 2]
-    assert common.of_sheet(16).tolist() == list(range(16))
-    assert common.of_sheet(17).tolist() == [*range(6), *range(6, 11), *range(12, 17)]
-    assert common.of_sheet(1001).tolist() == [*range(6), *range(498, 503), *range(996, 1001)]
-
-
-def test_of_many_classes_the_fattest_and_the_thinnest_are_drawn(tmp_path, monkeypatch, tiny_data):
-    """60 classes, c + 1 images of class c; all images but one are gone, and their cells stay empty."""
-    num_classes, sizes = 60, np.arange(1, 61)
-    label = np.repeat(np.arange(num_classes), sizes)
-    logits = np.where(label[:, None] == np.arange(num_classes), 5.0, 0.0)
-    names = [f"part0/{i:03}.png" for i in range(len(label))]
-    classes = [f"c{c:02}" for c in range(num_classes)]
-    path = write_logits(tmp_path / "l.h5", logits, root=tiny_data / "unlabeled", names=names, classes=classes)
-    figures = []
-    monkeypatch.setattr(common, "save_figure", lambda plt, path: figures.append(plt.gcf()))
-    monkeypatch.setattr(sys, "argv", ["03", str(path), "--out", str(tmp_path / "b.h5"), "--per-class", "30"])
-    balance.main()
-    axes = figures[0].axes
-    rows = [label.get_text() for label in axes[2].get_yticklabels()]
-    assert rows == classes[:39:-1] + classes[19::-1]
-    sheet = axes[2].images[0].get_array()
-    cells = [
-        sheet[top : top + common.SIDE, left : left + common.SIDE]
-        for top in range(0, len(sheet), common.SIDE + common.CAPTION)
-        for left in common.SHEET_LEFT
-    ]
-    there = {name for name in names if (tiny_data / "unlabeled" / name).exists()}
-    num_drawn = sum(bool((cell < 255).any()) for cell in cells)
-    assert num_drawn == len(there & {names[i] for i in range(len(names))} & drawn(label)) > 0
-    heights = {c.get_label(): [bar.get_height() for bar in c] for c in axes[0].containers}
-    assert heights["candidates"] == [*range(60, 40, -1), *range(20, 0, -1)] and set(heights["examples"]) == {30}
-
-
-def test_the_picture_shows_the_calibration(two_files, tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(common, "save_figure", lambda plt, path: figures.append(plt.gcf()))
-    val = write_val(tmp_path / "val.h5", drawn_answers(100))
-    flags = ["--out", tmp_path / "o.h5", "--calibration", val, "--min-precision", "0.8"]
-    monkeypatch.setattr(sys, "argv", ["03", *map(str, two_files), *map(str, flags)])
-    balance.main()
-    report = json.loads((tmp_path / "o.json").read_text())
-    axis, curve = figures[0].axes[3], [point for point in report["calibration"]["curve"] if point["kept"]]
-    precision, share, chosen = axis.get_lines()
-    for line, what in ((precision, "precision"), (share, "share")):
-        assert line.get_xdata().tolist() == [point["threshold"] for point in curve]
-        assert line.get_ydata().tolist() == [point[what] for point in curve]
-    assert chosen.get_xdata() == [report["threshold"]] * 2 and len(axis.collections) == 2, "the intervals"
-    boxes = [axis.get_position() for axis in figures[0].axes]
-    assert boxes[3].y0 > max(box.y1 for box in boxes[:3]), "it lies over another"
-
-
-def drawn(label: np.ndarray) -> set[str]:
-    """Names of the images in the sheet of the test above: of equal confidence, so the first, middle and last rows."""
-    shown = [c for c in range(60) if c < 20 or c >= 40]
-    rows = [np.flatnonzero(label == c)[:30] for c in shown]
-    return {f"part0/{i:03}.png" for mine in rows for i in mine[common.of_sheet(len(mine))]}

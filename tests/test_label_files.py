@@ -1,230 +1,128 @@
-"""logits.h5 and balanced.h5: how they are laid out, and files made to read others or to fill the memory."""
-
-import os
-import shutil
-import tempfile
-from types import SimpleNamespace
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+"""Label files: how they are laid out, what is read of those made elsewhere, and how damaged ones are refused."""
 
 import h5py
 import numpy as np
 import pytest
-from conftest import assert_mistake, encoded, load_stage, noise_image, write_files
-from label_files import create_logits, CLASSES, logits_of, new_file, write_logits
+from conftest import assert_mistake, load_stage
+from label_files import CLASSES, COLUMNS, change, logits_of, read_labels, select, undo, write_labels
 
-import common
-from common import LOGITS_FORMAT, SELECTION_FORMAT, ImageList, list_images, open_label_file, read_classes
+from common import LABELS_FORMAT, check_label_rows, new_label_file, open_label_file
 
-
-def read_all(path):
-    """What stage 04 makes of a selection."""
-    flags = SimpleNamespace(pseudo_labels=path, unlabeled=None, logits=[], teacher=None, temperature=None)
-    flags.label_smoothing = 0.1
-    return load_stage("04_train_student").StoredLabels(flags)
+LOGITS = logits_of((0, 0.9), (1, 0.8), (2, 0.7))
 
 
-def test_a_fresh_logits_file_is_contiguous_and_all_undone(tmp_path):
-    nothing = np.zeros(3, np.int64)
-    paths = np.array([name.encode() for name in ("a.png", "c.tar/d.png", "ü/b.png")])
-    rows = ImageList("/root", paths, nothing + 7, nothing + 9)
-    create_logits(tmp_path / "x.h5", rows, CLASSES, 3, arch="a", image_size=32, teacher="t", teacher_sha256="s")
-    with open_label_file(tmp_path / "x.h5", LOGITS_FORMAT) as file:
-        assert file["status"][:].tolist() == [0, 0, 0]
-        assert file["path"][:].tolist() == rows.path.tolist()
-        assert file["offset"][:].tolist() == [7] * 3 and file["size"][:].tolist() == [9] * 3
-        dtypes = {"logits": "f2", "label": "i4", "confidence": "f4", "status": "u1", "offset": "i8", "size": "i8"}
-        assert {name: file[name].dtype for name in dtypes} == {name: np.dtype(dtype) for name, dtype in dtypes.items()}
-        assert file["logits"].shape == (3, 3)
-        for name in (*dtypes, "path"):
-            assert file[name].chunks is None and file[name].id.get_offset() is not None, f"{name} is not in place"
-        assert h5py.check_string_dtype(file["path"].dtype).length == 11
-        assert read_classes(file) == CLASSES
-        assert file.attrs["root"] == "/root" and file.attrs["format"] == LOGITS_FORMAT
+def test_a_new_file_is_contiguous_aligned_and_complete_from_the_start(tmp_path):
+    path = tmp_path / "x.h5"
+    val = {"val_logits": np.zeros((2, 3), np.float16), "val_label": np.zeros(2, np.int32)}
+    arrays = val | {"class_counts": np.arange(3)}
+    with new_label_file(path, 4, 11, CLASSES, [*COLUMNS, "copies"], root="/root", arch="a", **arrays) as file:
+        assert not path.exists(), "it gets its name when it is whole"
+    labels = open_label_file(path)
+    dtypes = {
+        "logits": "f2",
+        "label": "i4",
+        "confidence": "f4",
+        "status": "u1",
+        "path": "S11",
+        "offset": "i8",
+        "size": "i8",
+    }
+    dtypes |= {"copies": "u4", "class_counts": "i8", "val_logits": "f2", "val_label": "i4"}
+    assert {name: place[0] for name, place in labels.places.items()} == {
+        name: np.dtype(t) for name, t in dtypes.items()
+    }
+    assert all(offset % 4096 == 0 for _, offset, _ in labels.places.values())
+    assert len(labels) == 4 and labels.classes == CLASSES and labels.column("logits").shape == (4, 3)
+    assert labels.attrs == {"format": LABELS_FORMAT, "root": "/root", "arch": "a"}
+    with h5py.File(path) as file:
+        assert h5py.check_string_dtype(file["path"].dtype).encoding == "utf-8"
+        assert all(file[name].chunks is None for name in dtypes)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError), new_label_file(path, 4, 11, CLASSES, COLUMNS, root="/other"):
+        raise RuntimeError
+    assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1, "what was there before is lost"
 
 
-@contextmanager
-def as_nobody():
-    """Permissions do not hold for root."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    yield
-    os.seteuid(user)
-
-
-def test_columns_are_handled_in_parts(tmp_path, monkeypatch):
-    """Parts of three rows, and the whole in one: the same files, comparisons, digests and draws."""
-
-    def answers(path):
-        names = [f"{i:02}.png" for i in range(11)]
-        with open_label_file(write_logits(path, np.eye(11, 3), names=names), LOGITS_FORMAT) as file:
-            images, rows = common.image_list(file), np.array([0, 1, 1, 1, 4, 8, 8, 10])
-            last = replace(images, path=np.append(images.path[:10], b"x"))
-            yield [file[name][:].tolist() for name in ("path", "offset", "size")]
-            yield [common.same_paths(images, other) for other in (images, replace(images), last, images[:10])]
-            yield [common.same_paths(images, last, found) for found in (rows[:-1], range(10), rows)]
-            yield [common.digest_of((file, found)) for found in (rows, rows[::-1], np.unique(rows))]
-            yield [column.tolist() for (column,) in common.draw_fraction([file], 0.5, 3)]
-
-    whole = [*answers(tmp_path / "whole.h5")]
-    assert whole[1:3] == [[True, True, False, False], [True, True, False]] and len({*whole[3]}) == 1
-    assert 0 < np.isnan(whole[4][0]).sum() < 11
-    in_threes = lambda num: (slice(begin, min(begin + 3, num)) for begin in range(0, num, 3))  # noqa: E731
-    monkeypatch.setattr(common, "slices", in_threes)
-    np.testing.assert_equal([*answers(tmp_path / "whole.h5")], whole)
-
-
-def test_a_folder_or_a_file_without_permission_is_one_line(capsys, mistake):
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        out, closed = new_file(Path(folder) / "l.h5"), Path(folder) / "closed"
-        write_files(closed / "in", {"0.png": encoded(noise_image(8, 8), "PNG")})
-        os.chmod(out, 0o444)
-        os.chmod(folder, 0o555)
-        os.chmod(closed, 0)
-        writer = load_stage("02_pseudo_label").RowWriter
-        for call in (lambda: writer(out), lambda: new_file(out.with_name("other.h5"))):
-            with as_nobody():
-                mistake(call, "Permission denied")
-            assert sorted(os.listdir(folder)) == ["closed", "l.h5"]
-        with as_nobody():
-            assert len(list_images(folder)) == 0
-        assert "closed cannot be listed (Permission denied)" in capsys.readouterr().out
-        os.chmod(closed, 0o755)
-        os.chmod(folder, 0o755)
-
-
-# files made to read others, or to fill the memory
-
-
-def low_level(file: h5py.File, name: str, dtype, shape: tuple, *, external=None) -> None:
-    """A dataset whose data need not be in the file."""
-    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    if external:
-        creation.set_external(*external)
-    h5py.h5d.create(
-        file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape), creation
-    )
-
-
-def make_evil(path: Path, name: str, how: str, folder: Path) -> None:
-    """Replace a dataset or an attribute by something that a careless reader would follow or fill the memory with."""
-    secret = folder / "secret.h5"
-    with h5py.File(path, "r+") as file:
-        dtype, shape = file[name].dtype, file[name].shape
-        with h5py.File(secret, "w") as other:
-            other["x"] = np.zeros(shape, "S3" if dtype.kind in "OS" else dtype)
-        (folder / "secret.txt").write_bytes(b"password" * 100)
-        if "attribute" not in how:
+def make_elsewhere(path, **more):
+    """The fewest columns and attributes of a file of one's own."""
+    with h5py.File(path, "w") as file:
+        file.attrs.update(format=LABELS_FORMAT, root="/data")
+        file["classes"], file["path"] = CLASSES, np.array([b"0.png", b"1.png", b"2.png"])
+        file["status"], file["label"] = np.array([1, 2, 1], "u1"), np.array([0, -1, 2], "i4")
+        file["confidence"] = np.array([0.9, np.nan, 0.7], "f4")
+        shifted = LOGITS - LOGITS.max(1, keepdims=True)
+        file["logits"] = np.where([[True], [False], [True]], shifted, np.nan).astype("f2")
+        for name, values in more.items():
             del file[name]
-        huge = (2**40, *shape[1:])
-        if how == "external link":
-            file[name] = h5py.ExternalLink(str(secret), "x")
-        elif how == "soft link":
-            file[name] = h5py.SoftLink("/classes" if name != "classes" else "/label")
-        elif how == "external storage":
-            low_level(
-                file,
-                name,
-                "S3" if dtype.kind in "OS" else dtype,
-                shape,
-                external=(str(folder / "secret.txt").encode(), 0, 800),
-            )
-        elif how == "virtual dataset":
-            layout = h5py.VirtualLayout(shape, other_dtype := "S3" if dtype.kind in "OS" else dtype)
-            layout[...] = h5py.VirtualSource(str(secret), "x", shape, other_dtype)
-            file.create_virtual_dataset(name, layout)
-        elif how == "group":
-            file.create_group(name)
-        elif how == "2 TB":
-            low_level(file, name, "S3" if dtype.kind in "OS" else dtype, huge)
-        elif how == "2 TB in all":  # every column, so that the lengths agree
-            for other in [key for key in file if key != "classes" and key != name]:
-                kind = file[other].dtype
-                more = file[other].shape[1:]
-                del file[other]
-                low_level(file, other, kind, (2**40, *more))
-            low_level(file, name, dtype, huge)
-        elif how == "2 TB in chunks":
-            file.create_dataset(name, huge, "S3" if dtype.kind in "OS" else dtype, chunks=True, compression="gzip")
-        elif how == "strings of any length":
-            kind = h5py.string_dtype()
-            file.create_dataset(name, shape, kind)[...] = "x" * 10_000
-        elif how == "one long string many times":
-            kind = h5py.string_dtype()
-            dataset = file.create_dataset(name, (3000,), kind)
-            dataset[0] = "x" * 10**6
-            file.flush()
-            where, end = dataset.id.get_offset(), dataset.id.get_storage_size() // 3000
-        elif how == "another type":
-            file.create_dataset(name, data=np.zeros(shape, "f8" if dtype != "f8" else "i4"))
-        elif how == "another shape":
-            file.create_dataset(name, data=np.zeros((shape[0] + 1, *shape[1:]), "S3" if dtype.kind in "OS" else dtype))
-        elif how == "an attribute of another kind":
-            file.attrs["root" if "logits" in file else "files"] = 3
-        elif how == "names that are no text":
-            file.create_dataset(name, data=[b"\xff\xfe"] * shape[0], dtype=h5py.string_dtype())
-        elif how == "an attribute of many values":
-            file.attrs["format"] = [file.attrs["format"]] * 100
-    if how == "one long string many times":
-        data = bytearray(path.read_bytes())
-        data[where : where + 3000 * end] = data[where : where + end] * 3000
-        path.write_bytes(data)
-
-
-EVIL = ["external link", "soft link", "external storage", "virtual dataset", "group", "2 TB", "2 TB in chunks"]
-EVIL += ["another type", "another shape"]
-
-
-CASES = [("logits.h5", name, how) for name in ("logits", "confidence", "status", "path") for how in EVIL]
-CASES += [("balanced.h5", name, how) for name in ("file", "row", "label", "confidence") for how in EVIL]
-CASES += [(name, "classes", how) for name in ("logits.h5", "balanced.h5") for how in EVIL[:7]]
-CASES += [(name, "classes", "one long string many times") for name in ("logits.h5", "balanced.h5")]
-CASES += [("logits.h5", name, "strings of any length") for name in ("path", "label")]
-CASES += [("logits.h5", "label", "2 TB in all"), ("balanced.h5", "row", "2 TB in all")]
-CASES += [(name, "label", "an attribute of many values") for name in ("logits.h5", "balanced.h5")]
-CASES += [(name, "label", "an attribute of another kind") for name in ("logits.h5", "balanced.h5")]
-
-
-@pytest.fixture(scope="module")
-def whole_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    write_logits(folder / "logits.h5", logits_of((0, 0.9), (1, 0.8)))
-    rows = {"file": np.zeros(2, np.uint16), "row": np.arange(2), "label": np.array([0, 1], np.int32)}
-    with h5py.File(folder / "balanced.h5", "w") as file:
-        for name, values in (rows | {"confidence": np.array([0.9, 0.8], np.float32)}).items():
             file[name] = values
-        file.create_dataset("classes", data=CLASSES, dtype=h5py.string_dtype())
-        file.attrs.update(format=SELECTION_FORMAT, files='["logits.h5"]', method="noisy-student")
-    return folder
+    return path
 
 
-@pytest.mark.parametrize("name", ["logits.h5", "balanced.h5"])
-def test_class_names_that_are_no_text_are_refused(name, whole_files, tmp_path, mistake):
-    for whole in whole_files.iterdir():
-        shutil.copy(whole, tmp_path)
-    make_evil(tmp_path / name, "classes", "names that are no text", tmp_path)
-    mistake(lambda: read_all(tmp_path / "balanced.h5"), name)
+def test_a_file_made_elsewhere_needs_few_columns(tmp_path):
+    labels = open_label_file(make_elsewhere(tmp_path / "x.h5"))
+    check_label_rows(labels)
+    assert labels.column("offset").tolist() == labels.column("size").tolist() == [0] * 3
+    assert labels.column("copies").tolist() == [1, 0, 1] and "copies" not in labels.places
+    assert labels.images.name(2) == "/data/2.png"
 
 
-@pytest.mark.parametrize(("file", "name", "how"), CASES)
-def test_evil_files_are_refused_by_03_and_04(file, name, how, whole_files, tmp_path, call_main, mistake):
-    for whole in whole_files.iterdir():
-        shutil.copy(whole, tmp_path)
-    make_evil(tmp_path / file, name, how, tmp_path)
-    if file == "logits.h5":
-        assert_mistake(call_main("03_balance", tmp_path / file, "--out", tmp_path / "o.h5"), "logits.h5")
-    line = mistake(lambda: read_all(tmp_path / "balanced.h5"), file)
-    words = {"strings of any length": "type", "another type": "type", "another shape": "shape", "group": "plain"}
-    words |= {"one long string many times": "longer than the file", "2 TB in all": "inside the file"}
-    assert words.get(how, "") in line, line
-    assert "not a readable HDF5 file" not in line, line  # it is readable, and the line says what is wrong with it
+def replace(name, make):
+    """Another dataset in the place of one."""
+
+    def damage(path):
+        with h5py.File(path, "r+") as file:
+            values = file[name][:]
+            del file[name]
+            make(file, name, values)
+
+    return damage
 
 
-def test_whole_files_are_read(whole_files, tmp_path, call_main, monkeypatch):
-    assert read_all(whole_files / "balanced.h5").label.tolist() == [0, 1]
-    monkeypatch.setattr(load_stage("03_balance"), "draw_selection", lambda *args: None)
-    assert call_main("03_balance", whole_files / "logits.h5", "--out", tmp_path / "o.h5").returncode == 0
+def set_format(path):
+    with h5py.File(path, "r+") as file:
+        file.attrs["format"] = "noisy-student-logits-1"
+
+
+DAMAGES = {
+    "another format": set_format,
+    "a missing column": replace("confidence", lambda file, name, values: None),
+    "another type": replace("label", lambda file, name, values: file.create_dataset(name, data=values.astype("i8"))),
+    "another shape": replace("label", lambda file, name, values: file.create_dataset(name, data=values[:2])),
+    "fewer classes": replace("classes", lambda file, name, values: file.create_dataset(name, data=values[:2])),
+    "in chunks": replace("logits", lambda file, name, values: file.create_dataset(name, data=values, chunks=(1, 3))),
+    "strings of any length": replace("path", lambda file, name, values: file.create_dataset(name, data=["x"] * 3)),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:5000]),
+    "no HDF5": lambda path: path.write_text("name,label\n"),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+    "a row of status 0": lambda path: undo(path, [1]),
+    "probabilities": lambda path: change(path, logits={1: [0.1, 0.8, 0.1]}),
+    "another label": lambda path: change(path, label={1: 2}),
+    "another confidence": lambda path: change(path, confidence={1: 0.5}),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_files_are_refused_by_03_and_04(how, tmp_path, tiny_data, call_main):
+    path = write_labels(
+        tmp_path / "labels.h5", LOGITS, root=tiny_data / "unlabeled", classes=["disc", "square", "triangle"]
+    )
+    DAMAGES[how](path)
+    assert_mistake(call_main("03_balance", path, "--out", tmp_path / "o.h5"), "labels.h5")
+    flags = ["--data", tiny_data, "--out", tmp_path / "out", "--steps", 1]
+    assert_mistake(call_main("04_train_student", "--pseudo-labels", path, *flags), "labels.h5")
+    assert not (tmp_path / "o.h5").exists() and not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_copies_of_0_are_refused_by_04(tmp_path, tiny_data, call_main):
+    labels = write_labels(tmp_path / "labels.h5", LOGITS, root=tiny_data, classes=["disc", "square", "triangle"])
+    selection = select(tmp_path / "balanced.h5", labels, {0: 1, 1: 0, 2: 1})
+    flags = ["--data", tiny_data, "--out", tmp_path / "out", "--steps", 1]
+    assert_mistake(call_main("04_train_student", "--pseudo-labels", selection, *flags), "balanced.h5")
+
+
+def test_whole_files_are_read(tmp_path, call_main, monkeypatch):
+    monkeypatch.setattr(load_stage("03_balance"), "draw", lambda *args: None)
+    path = make_elsewhere(tmp_path / "x.h5")
+    assert call_main("03_balance", path, "--out", tmp_path / "o.h5", "--per-class", "all").returncode == 0
+    assert read_labels(tmp_path / "o.h5")["path"].tolist() == [b"0.png", b"2.png"]
