@@ -7,13 +7,15 @@
 
 The generators' own functions run here, from their own files: `TODAY` has the names that their libraries use today, and
 takes their random draws from a numpy generator, so that ours can have the same. The photographs are scikit-image's
-astronaut (NASA, public domain), chelsea and coffee (both CC0). --compare needs torch, h5py and matplotlib beside it.
+astronaut (NASA, public domain), chelsea and coffee (both CC0). --compare needs torch and h5py beside it.
 """
 
 import argparse
 import ast
+import importlib
 import importlib.metadata
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -47,9 +49,9 @@ class Draws:
 def generator(folder: Path, size: int) -> types.SimpleNamespace:
     """The functions of one file; `draws` and `parameters`, {function: what stands in its `c = [...][severity - 1]`}."""
     source = (folder / "ImageNet-C" / "create_c" / GENERATORS[size]).read_text()
-    for then, now in TODAY.items():
-        assert then in source, then
-        source = source.replace(then, now)
+    for old, today in TODAY.items():
+        assert old in source, old
+        source = source.replace(old, today)
     tree, names = ast.parse(source), {"draws": Draws()}
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
     unused = ("torch", "DistortImageFolder", "trange")  # reading folders, and the model of an unused attack
@@ -101,8 +103,8 @@ def make(folder: Path) -> None:
         name: np.stack([original(functions[32], name, images[i % 3], i + 1, i % 3) for i in range(5)]) for name in names
     }
     parameters = {
-        size: {name: [np.array(value).tolist() for value in found.parameters[name]] for name in names}
-        for size, found in functions.items()
+        size: {name: [np.array(value).tolist() for value in of_size.parameters[name]] for name in names}
+        for size, of_size in functions.items()
     }
     texts = {"versions": json.dumps(versions()), "parameters": json.dumps(parameters)}
     np.savez_compressed(ROOT / "tests" / "corruptions.npz", images=images, **texts, **arrays)
@@ -110,9 +112,8 @@ def make(folder: Path) -> None:
 
 def compare(folder: Path) -> None:
     """A row a corruption: grey levels of difference over the photographs, mean and largest, at the worst severity."""
-    from conftest import load_stage
-
-    stage = load_stage("06_eval_robustness")
+    sys.path.insert(0, str(ROOT))
+    stage = importlib.import_module("06_eval_robustness")
     print(", ".join(" ".join(item) for item in versions().items()), "\n")
     print("| corruption |" + "".join(f" {size} px: mean, largest |" for size in GENERATORS))
     functions = {size: generator(folder, size) for size in GENERATORS}
