@@ -5,8 +5,8 @@ The teacher minimizes, over the labelled images x_i and the parameters of f,
     (1/n) sum_i CE(y_i, f_noised(x_i))
 
 RandAugment noises the input, dropout and stochastic depth noise the model (Xie et al., 1911.04252, algorithm 1, step
-1). What is kept is the running average of the weights. `diff 01_train_teacher.py 04_train_student.py` shows what the
-paper adds. With --ratio the same command trains the student's control: the labels alone, in equal steps.
+1). What is kept is the running average of the weights. What the paper adds is the difference to 04's loop, from
+`# Train.` on. With --ratio the same command trains the student's control: the labels alone, in equal steps.
 
 reads   DATA/train, DATA/val; --init: weights to start from, of this toolkit, torchvision or timm
 writes  OUT/model.pt (hand-off), OUT/last.pt (resume), OUT/metrics.jsonl, OUT/curves.png
@@ -88,7 +88,7 @@ def default_size(images: ImageList, initial: dict, usual: int) -> int:
         return usual
     sides = []
     for row in np.linspace(0, len(images) - 1, 300).astype(int):
-        with contextlib.suppress(Exception), images.open(row) as file:  # the training counts the unreadable ones
+        with contextlib.suppress(Exception), images.open(row) as file:  # the training reports what is unreadable
             sides.append(min(Image.open(file).size))
     most = usual if initial or torch.cuda.is_available() else min(usual, 64)  # a CPU has not the time for more
     size = min(most, max(32, int(np.median(sides or [usual])) // 32 * 32))
@@ -116,7 +116,8 @@ def main() -> None:
     num_labeled = args.batch_size + round(args.ratio * args.batch_size)
     check_parts(num_labeled, f"--batch-size {args.batch_size} --ratio {args.ratio:g}", args, processes)
 
-    # The model, and the books of its training. An epoch takes n images a step, as the student's.
+    # The model, and the books of its training. An epoch is counted in --batch-size images, without those of --ratio: so
+    # a student with the same flags takes as many steps.
     model, header, origin = model_of("teacher", setup, labels, classes, args)
     header["inputs"] = inputs
     if args.data:
@@ -132,7 +133,7 @@ def main() -> None:
 
     # Train.
     labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=setup.crop)
-    for batch in run.steps(labeled_batches):
+    for batch in run.steps(labeled_batches):  # sets the rate, seeds the noise
         # The noise is drawn on the whole batch, as uint8 (n, 3, H, W), on the device.
         images = batch.views[-1].to(processes.device, non_blocking=True)
         images = setup.noise(images, run.generator)

@@ -87,10 +87,11 @@ def soft_cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
 def noisy_student_loss(
     logits, targets, pseudo_logits, pseudo_targets, num_labeled, num_pseudo, weight, label_smoothing, temperature=1.0
 ):
-    """(labelled mean + weight * unlabelled mean, the two means) of one process's share of the batch.
+    """(labelled mean + weight * unlabelled mean, the two means) of one part of a process's share of the batch.
 
     logits (n, C), targets int64 (n,); pseudo_logits (m, C), pseudo_targets: probabilities (m, C); n or m may be 0.
-    num_labeled, num_pseudo: n and m in the mean over the processes, so that the mean of their losses is the global one.
+    num_labeled, num_pseudo: n and m in the mean over parts and processes, so that the mean of the losses is that of the
+    step.
     Only labels that people gave are smoothed here (official main.py:502-541). temperature: the student's outputs are
     tempered as its teacher's are; with the teacher's alone it would learn to be unsure.
     """
@@ -261,14 +262,14 @@ def main() -> None:
     # Train. An unlabelled image is seen twice where a teacher labels on the fly: whole by the teacher, cropped by the
     # student. There the images of val are left out too; of the stored labels stage 02 has left them out.
     clean, crop = labels_of.view, setup.crop  # no clean view: none is made
-    held_out = digests_of(val_images) if clean else frozenset()
+    held_out = digests_of(val_images) if clean and num_unlabeled else frozenset()
     of_labeled = {"clean": clean if same_images else None, "noised": crop}
     of_unlabeled = {"clean": clean, "noised": crop, "held_out": held_out, "repeated": labels_of.rows}
     labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)
     unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **of_unlabeled)
     loss_of = consistency_loss if args.consistency else partial(noisy_student_loss, weight=unlabeled_weight)
     loss_of = partial(loss_of, label_smoothing=args.label_smoothing, temperature=temperature or 1.0)
-    for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):
+    for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):  # sets the rate, seeds the noise
         # The last view of each image is the student's. Both kinds get the same noise, as one uint8 batch
         # (n + m, 3, H, W), the labelled ones first.
         images = torch.cat([batch.views[-1], pseudo.views[-1]]).to(processes.device, non_blocking=True)
@@ -279,20 +280,20 @@ def main() -> None:
         # teacher that sees the clean view. same_images: it labels the labelled images, and they carry both losses.
         probs = labels_of(batch if same_images else pseudo, temperature)[:, columns]
         probs = probs.to(processes.device, non_blocking=True)
-        # Gradient accumulation: both kinds are cut into --accumulate parts, which need less memory.
+        # The gradients are set to zero, and both kinds cut into --accumulate parts, which need less memory.
         tensors = target, images[: len(target)], images[len(target) :], probs
         for part_target, part_labeled, part_unlabeled, part_probs in run.parts(*tensors):
             # One forward pass for both kinds, so that batch norm sees both.
             with run.amp:
                 logits = run.ddp_model(normalize(torch.cat([part_labeled, part_unlabeled]), view)).float()
-            # The readable images n and m of a part, in the mean over parts and processes, as run.steps counted them:
-            # divided by these, the sums of the losses of all parts and processes give the mean over the step.
-            num_y, num_pseudo_y = run.counts
+            # The readable images of the step over (processes x parts): backward divides by the parts, DDP by the
+            # processes, so the gradient is that of the mean over all readable images.
+            mean_n, mean_m = run.counts
             labeled_logits, pseudo_logits = logits[: len(part_target)], logits[len(part_target) :]
-            if same_images:
-                pseudo_logits, num_pseudo_y = logits, num_y
+            if same_images:  # the Keras example: `pseudo` is empty
+                pseudo_logits, mean_m = logits, mean_n
             # The cross-entropy with y, that with y~ at --temperature, and their weighted sum, which trains.
-            losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, num_y, num_pseudo_y)
+            losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, mean_n, mean_m)
             run.backward(losses[0], loss_labeled=losses[1], loss_unlabeled=losses[2])  # the last two are only logged
         run.end_step()  # the optimizer's step and the average of the weights; logs, evaluates, saves where it is time
     run.finish()  # evaluates, draws curves.png, writes model.pt

@@ -3,18 +3,18 @@
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
 the program       flags that stages share, @FILE, `fail` (a user's mistake: status 2), atomic writes
-processes         this process among those of torchrun, sums over all, signals, seeds, progress bars
+processes         this process among those of torchrun, sums over all, the flag that SIGTERM sets, seeds, progress
 models            EfficientNet, its sizes and official recipes, torchvision's and timm's models, folded batch norms
 weights           state_dicts of this toolkit, torchvision and timm; published weights; what --init starts from
 noise             RandAugment on whole uint8 batches, and the official noise of small images
 views             decoding a file, the clean (evaluation) view, the random training crop, normalizing
 listing           images in folders and .tar shards, labels from folder names, held-out images
-batches           views as a dataset, which images a step gets in what order, loaders
+batches           views as a dataset, unreadable images, which images a step gets in what order, loaders
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
 optimization      the length of a run, the learning rate, RMSprop, weight decay, averaged weights
 checkpoints       model.pt and last.pt: reading, saving, resuming, comparing inputs; metrics.jsonl
-training          a model as the flags want it, precision, DDP, a step's random numbers, evaluation
-the training run  Run: rate, log, evaluation, saving, stopping
+training          a model as the flags want it, precision, DDP, evaluation, Wilson's interval
+the training run  Run: a step's rate, random numbers and readable images; log, evaluation, saving, stopping
 pictures          matplotlib, curves.png
 """
 
@@ -170,8 +170,9 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     optimizers = ["rmsprop", "sgd", "adamw"]
     add("--optimizer", choices=optimizers, default="rmsprop", help="rmsprop: TensorFlow's (paper)")
     add("--lr", type=at_least(0), help="peak rate; None: the official one for each 256 of the batch; --init: one")
-    schedule = text_like(r"staircase|cosine|constant|plateau|[1-9]\d*:[\d.]+")
-    add("--schedule", type=schedule, help="staircase (paper), cosine, constant, plateau, N:FACTOR (N equal drops)")
+    schedules = r"staircase|cosine|constant|[1-9]\d*:[\d.]+" + ("|plateau" if from_scratch else "")
+    schedule_help = "staircase (paper), cosine, constant, plateau (not 05), N:FACTOR (N equal drops)"
+    add("--schedule", type=text_like(schedules), help=schedule_help)
     if from_scratch:
         add("--warmup-epochs", type=at_least(0), default=5.0, help="linear warm-up; at most a fifth of the run")
         average = at_least(0, high=1, words=("swa",))
@@ -1325,7 +1326,7 @@ def unlabeled_images(path: str | Path, data: str | Path | None = None) -> ImageL
 
 
 class Batch(NamedTuple):
-    rows: Tensor  # int64 (n,): which of the images could be read
+    rows: Tensor  # int64 (n,): positions in the dataset of the images that could be read
     views: list[Tensor]  # uint8 (n, 3, H, W) each, channels_last in memory; n may be 0
     errors: list[tuple[int, str]]  # (row, reason) of those that could not
     held_out: list[int]  # rows of images of val, which no stage trains on
@@ -2113,12 +2114,13 @@ class Run:
     model      the plain module that trains; ddp_model is for the forward pass of the training alone
     averaged   the running average of its weights, which is evaluated and kept; or the model itself
     generator  for the noise of the step in the works, on the CPU
+    amp        the autocast context of --precision
     counts     readable images of a part, in the mean over parts and processes, of each stream: a sum of
                losses divided by it has the gradient of the mean over all readable images of the step
     """
 
     def __init__(self, args, processes: Processes, model: nn.Module, header: dict, plan: Plan, train, val, resumed):
-        """`header`: what a checkpoint says of the model. `val`: (images, labels)."""
+        """`header`: what a checkpoint says of the model. `train`: for SWA's norms. `val`: (images, labels)."""
         self.args, self.processes, self.plan, self.train, self.val = args, processes, plan, train, val
         self.header = {"format": CHECKPOINT_FORMAT, **header, "lr": plan.peak, "args": flags_of(args)}
         self.header["versions"] = {"torch": str(torch.__version__)}
