@@ -25,17 +25,15 @@ step() { # step NAME COMMAND...
 skip() { # skip NAME WHY
     printf '%-8s%-22s          %s\n' skipped "$1" "$2" && skipped+=("$1")
 }
-smoke() { # smoke NAME LAUNCHER FLAGS...: every stage that has a model, on a few images
-    local out=$run/$1 launcher=$2 small="--data $run/data --batch-size 8 --epochs 1"
-    step "$1-01" $launcher 01_train_teacher.py $small --image-size 32 --out "$out/teacher" "${@:3}"
-    step "$1-02" $launcher 02_pseudo_label.py --teacher "$out/teacher/model.pt" --out "$out/logits.h5" "${@:3}"
+smoke() { # smoke NAME LAUNCHER PRECISION [FLAG OF THE TRAININGS]: every stage that has a model, on a few images
+    local out=$run/$1 launcher=$2 precision="--precision $3" small="--data $run/data --batch-size 8 --epochs 1 ${4:-}"
+    step "$1-01" $launcher 01_train_teacher.py $small $precision --image-size 32 --out "$out/teacher"
+    step "$1-02" $launcher 02_pseudo_label.py --teacher "$out/teacher/model.pt" $precision --out "$out/logits.h5"
     step "$1-03" python 03_balance.py "$out/logits.h5" --threshold 0 --out "$out/balanced.h5"
-    step "$1-04" $launcher 04_train_student.py $small --teacher "$out/teacher/model.pt" \
-        --pseudo-labels "$out/balanced.h5" --out "$out/student" "${@:3}"
-    step "$1-05" $launcher 05_fixres_finetune.py $small --checkpoint "$out/student/model.pt" --image-size 40 \
-        --out "$out/fixres" "${@:3}"
+    step "$1-04" $launcher 04_train_student.py --pseudo-labels "$out/balanced.h5" $small $precision --out "$out/student"
+    step "$1-05" $launcher 05_fixres_finetune.py --checkpoint "$out/student/model.pt" $small $precision --out "$out/fixres"
     step "$1-06" $launcher 06_eval_robustness.py "$out/student/model.pt" --data "$run/data" --corrupt --num-images 8 \
-        --fgsm 2 --out "$out/robustness" "${@:3}"
+        --fgsm 2 $precision --out "$out/robustness"
 }
 same_labels() { # same_labels A.h5 B.h5: to a thousandth of the largest logit
     python -c 'import sys, h5py, numpy as np
@@ -57,22 +55,18 @@ for folder in "$run"/demo/{train/*,val/*,unlabeled}; do # 8 images of each
     mkdir -p "$run/data/${folder#"$run/demo/"}" && cp $(ls -d "$folder"/* | head -n 8) "$run/data/${folder#"$run/demo/"}"
 done
 if [ "$gpus" -gt 0 ]; then
-    for precision in fp32 bf16 fp16; do smoke $precision python --device cuda --precision $precision; done
-    smoke compiled python --device cuda --precision bf16 --compile
+    for precision in fp32 bf16 fp16; do smoke $precision python $precision; done
+    smoke compiled python bf16 --compile
     step labels-gpu env NVIDIA_TF32_OVERRIDE=0 python 02_pseudo_label.py --teacher "$run/fp32/teacher/model.pt" \
-        --device cuda --precision fp32 --out "$run/gpu.h5"
+        --precision fp32 --out "$run/gpu.h5"
 else
-    smoke fp32 python --device cpu --precision fp32
+    smoke fp32 python fp32
     skip precisions "no GPU: bf16, fp16, --compile, and GPUs' labels beside CPUs'"
 fi
-step labels-cpu python 02_pseudo_label.py --teacher "$run/fp32/teacher/model.pt" --device cpu --out "$run/cpu.h5"
+step labels-cpu env CUDA_VISIBLE_DEVICES= python 02_pseudo_label.py --teacher "$run/fp32/teacher/model.pt" --out "$run/cpu.h5"
 [ "$gpus" -eq 0 ] || step labels-compared same_labels "$run/gpu.h5" "$run/cpu.h5"
 two="python -m torch.distributed.run --standalone --nproc-per-node 2" # with synchronised batch norm
-if [ "$gpus" -gt 1 ]; then smoke two-gpus "$two" --device cuda; else skip two-gpus "$gpus GPUs, 2 are needed"; fi
-for mode in all robustness; do
-    if [ "$gpus" -gt 0 ]; then step "benchmark-$mode" python tests/benchmark.py $mode --device cuda; fi
-done
-[ "$gpus" -gt 0 ] || skip benchmark "no GPU: docs/speed.md has what was measured on CPUs"
+if [ "$gpus" -gt 1 ]; then smoke two-gpus "$two" auto; else skip two-gpus "$gpus GPUs, 2 are needed"; fi
 
 declare -A published=([b0]=78.68 [b1]=81.39 [b2]=82.41 [b3]=84.05 [b4]=85.16 [b5]=86.10 [b6]=86.48 [b7]=86.85 [l2]=88.36)
 for model in $MODELS; do # published: what timm measured with these files, at the size and crop that they are made for
@@ -84,8 +78,8 @@ for model in $MODELS; do # published: what timm measured with these files, at th
     step "top1-$model" top1 "$out" "${published[$model]}"
 done
 if [ -n "$SVHN" ] && [ "$gpus" -gt 0 ]; then
-    out=$OUT/svhn && sed 's/--ratio [0-9]*//' recipes/svhn.txt >"$run/svhn.txt" # 01 has no --ratio
-    step svhn-01 python 01_train_teacher.py @"$run/svhn.txt" --data "$SVHN" --out "$out/teacher"
+    out=$OUT/svhn
+    step svhn-01 python 01_train_teacher.py @recipes/svhn.txt --ratio 0 --data "$SVHN" --out "$out/teacher"
     step svhn-teacher top1 "$out/teacher" 97.9
     step svhn-02 python 02_pseudo_label.py --teacher "$out/teacher/model.pt" --out "$out/logits.h5"
     step svhn-03 python 03_balance.py "$out/logits.h5" --threshold 0.3 --per-class 53113 --out "$out/balanced.h5"
