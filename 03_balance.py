@@ -1,18 +1,20 @@
 """Stage 03: keep the images that the teacher is sure of, and the same number of each class.
 
-noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the threshold, keep the K most
-confident of each class. The images of a smaller class are repeated evenly to exactly K. Most images of low confidence
-belong to none of the classes, and unequal numbers would teach the student that some classes are rare.
+noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the
+threshold, keep the K most confident of each class. The images of a smaller class are repeated
+evenly to exactly K. Most images of low confidence belong to none of the classes, and unequal
+numbers would teach the student that some classes are rare.
 
-top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, and each class keeps its K
-highest-scoring images, with that class as the hard label. An image may stand under several classes.
+top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, and each
+class keeps its K highest-scoring images, with that class as the hard label.
 
-reads   label files of different images by one teacher, or of the same images by several teachers: their mean
-writes  balanced.h5 (a label file of the kept images), balanced.json (counts, calibration), balanced.png
+reads   label files of different images by one teacher, or of the same images by several
+        teachers, whose probabilities are averaged
+writes  balanced.h5 (a label file of the kept images), balanced.json (counts), balanced.png
 
-    python 03_balance.py runs/logits.h5 --out runs/balanced.h5
-    python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --threshold 0.3 --per-class 130000
-    python 03_balance.py runs/logits.h5 --out runs/balanced.h5 --method top-p --top-p 10 --per-class 16000
+    python 03_balance.py logits.h5 --out balanced.h5
+    python 03_balance.py logits.h5 --out balanced.h5 --threshold 0.3 --per-class 130000
+    python 03_balance.py logits.h5 --out balanced.h5 --method top-p --top-p 10 --per-class 16000
 """
 
 import argparse
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import RATE, argument_parser, at_least, fail, is_rank0, print0, write_atomically  # the program
+from common import RATE, argument_parser, at_least, fail, is_rank0, print0, write_atomically  # program
 from common import DONE, TODO, LabelFile, check_label_rows, new_label_file, open_label_file  # label files
 from common import wilson  # training
 from common import pyplot, save_figure  # pictures
@@ -38,31 +40,33 @@ def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("labels", type=Path, nargs="+", help="label files, in any order")
-    add("--out", type=Path, required=True, help="NAME.h5; NAME.json and NAME.png are written beside it")
-    add("--method", choices=["noisy-student", "top-p"], default="noisy-student", help="top-p: billion-scale")
+    add("--out", type=Path, required=True, help="NAME.h5; .json and .png stand beside it")
+    methods = ["noisy-student", "top-p"]
+    add("--method", choices=methods, default=methods[0], help="top-p: the billion-scale selection")
     threshold = at_least(0, high=1, words=("auto",))
     add("--threshold", type=threshold, default="auto", help="keep confidence above it (paper: 0.3)")
-    add("--min-precision", type=RATE, default=0.9, help="auto: share of val above it that must be right")
-    add("--min-share", type=RATE, default=0.67, help="auto: share of val that must be above it")
+    add("--min-precision", type=RATE, default=0.9, help="auto: share of val above that is right")
+    add("--min-share", type=RATE, default=0.67, help="auto: share of val that is above")
     per_class = at_least(1, int, 2**31 - 1, words=("auto", "all"))
-    add("--per-class", type=per_class, default="auto", help="K; auto: lower median, <= 130,000; all: no balance")
-    add("--top-p", type=at_least(1, int), default=10, help="classes that an image counts for, in top-p")
-    add("--truth", type=Path, help="CSV `name,class`, only to measure labels; empty: none of the classes")
+    add("--per-class", type=per_class, default="auto", help="K; auto: median, <= 130,000; all: any")
+    add("--top-p", type=at_least(1, int), default=10, help="classes that an image counts for")
+    add("--truth", type=Path, help="CSV `name,class`, only to measure the labels with")
     add("--seed", type=at_least(0, int), default=0, help="which images get the extra copies")
     return parser.parse_args()
 
 
 class Table:
-    """The rows of all label files, numbered through; of several teachers of the same images, those of their mean."""
+    """The rows of label files, one file after the other, or those of the mean of several teachers."""
 
     def __init__(self, files: list[LabelFile], is_mean: bool = False):
         self.files, self.classes, self.is_mean = files, files[0].classes, is_mean
-        self.starts = np.cumsum([0, *map(len, files[:1] if is_mean else files)])  # the first row of each file
-        self.chunk_rows = max(1, (1 << 20) // len(self.classes))  # 4 MB of logits in float32 stay in the cache
+        lengths = [len(file) for file in (files[:1] if is_mean else files)]
+        self.starts = np.cumsum([0, *lengths])  # each file's first row
+        self.chunk_rows = max(1, (1 << 20) // len(self.classes))  # 4 MB of float32 logits: a cache
         roots = [os.path.abspath(file.attrs["root"]) for file in files]
         self.root = os.path.commonpath(roots)
         below = [os.path.relpath(root, self.root) for root in roots]
-        self.prefixes = [b"" if path == "." else os.fsencode(path) + b"/" for path in below]  # of a file's paths
+        self.prefixes = [b"" if path == "." else os.fsencode(path) + b"/" for path in below]
 
     def chunks(self) -> Iterator[np.ndarray]:
         """All rows that every teacher has labelled. A chunk is of one file."""
@@ -75,12 +79,13 @@ class Table:
 
     def split(self, rows: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         """Chunks of these rows, which ascend, and of columns beside them."""
-        cuts = np.union1d(np.searchsorted(rows, self.starts), np.arange(0, len(rows), self.chunk_rows))
+        starts = np.arange(0, len(rows), self.chunk_rows)
+        cuts = np.union1d(np.searchsorted(rows, self.starts), starts)
         chunks = zip(*(np.split(column, cuts) for column in (rows, *columns)), strict=True)
         return (chunk for chunk in chunks if len(chunk[0]))
 
     def columns(self, name: str, rows: np.ndarray) -> list[np.ndarray]:
-        """The values in the rows of a chunk, of each teacher. They are copies: no file stays mapped."""
+        """The values in the rows of a chunk, of each teacher. Copies: no file stays mapped."""
         if self.is_mean:
             return [file.column(name)[rows] for file in self.files]
         k = np.searchsorted(self.starts, rows[0], side="right") - 1
@@ -88,7 +93,7 @@ class Table:
         return [np.strings.add(self.prefixes[k], values) if name == "path" else values]
 
     def probs(self, logits: list[np.ndarray]) -> torch.Tensor:
-        """float32 (n, C): the softmax of the logits of each teacher, averaged. Classes are matched by name."""
+        """float32 (n, C): the softmax of each teacher's logits, averaged. Classes go by name."""
         total = 0
         for file, of_teacher in zip(self.files, logits, strict=False):
             probs = torch.from_numpy(of_teacher).softmax(1, dtype=torch.float32)
@@ -99,11 +104,11 @@ class Table:
         return total / len(logits)
 
     def merge(self, logits: list[np.ndarray]) -> np.ndarray:
-        """float16 (n, C), the largest of a row 0: those of one teacher, or the logarithm of the mean."""
+        """float16 (n, C), a row's largest is 0: the teacher's logits, or the log of the mean."""
         if not self.is_mean:
             return logits[0]
-        logits = self.probs(logits).log()
-        return (logits - logits.amax(1, keepdim=True)).clamp(min=-65_000).half().numpy()
+        mean = self.probs(logits).log()
+        return (mean - mean.amax(1, keepdim=True)).clamp(min=-65_000).half().numpy()
 
     def answers(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(label, confidence): as stored, or of the mean."""
@@ -113,18 +118,19 @@ class Table:
         return label.int().numpy(), confidence.numpy()
 
     def val(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """(val_logits of each teacher, val_label), or ([], []) if a file has none, or those of other images."""
+        """(val_logits of each teacher, val_label), if all files have those of the same images."""
         if not all({"val_logits", "val_label"} <= file.places.keys() for file in self.files):
             return [], np.zeros(0, np.int32)
         true = [np.array(file.classes)[file.column("val_label")] for file in self.files]
         if not all(np.array_equal(names, true[0]) for names in true):
             return [], np.zeros(0, np.int32)
         files = self.files if self.is_mean else self.files[:1]
-        return [np.array(file.column("val_logits")) for file in files], np.array(files[0].column("val_label"))
+        logits = [np.array(file.column("val_logits")) for file in files]
+        return logits, files[0].column("val_label")
 
 
 def open_table(paths: list[Path]) -> Table:
-    """Finished label files, sorted by path: of several teachers, or of one and without a common image."""
+    """Finished label files, sorted by path: of the same images, or of one teacher."""
     files = [open_label_file(path) for path in sorted(map(os.path.abspath, paths))]
     for file in files:
         if file.attrs.get("method") == "top-p":
@@ -135,16 +141,17 @@ def open_table(paths: list[Path]) -> Table:
     first, others = files[0], files[1:]
     is_mean = len(files) > 1 and all(same_images(first, file) for file in others)
     for file in others:
+        both = f"{first.path} and {file.path}"
         if is_mean and {*file.classes} != {*first.classes}:
-            fail(f"{first.path} and {file.path}: the same images, but other classes")
+            fail(f"{both}: the same images, but other classes")
         if not is_mean and made_by(file) != made_by(first):
-            fail(f"{first.path} and {file.path}: neither the same images nor the same teacher, classes and view")
-    teachers = [file.attrs.get("teacher_sha256", file.path) for file in files]
-    for i, teacher in enumerate(teachers):
-        if is_mean and teacher in teachers[:i]:
-            fail(f"{files[teachers.index(teacher)].path} and {files[i].path}: the same images and the same teacher")
+            fail(f"{both}: neither the same images nor the same teacher, view and classes")
     table = Table(files, is_mean)
     if is_mean:
+        teachers = [file.attrs.get("teacher_sha256", file.path) for file in files]
+        if len({*teachers}) < len(teachers):
+            names = " and ".join(str(file.path) for file in files)
+            fail(f"{names}: two are of the same images and the same teacher")
         print0(f"mean of {len(files)} teachers")
     elif others:
         check_disjoint(table)
@@ -152,9 +159,10 @@ def open_table(paths: list[Path]) -> Table:
 
 
 def same_images(first: LabelFile, second: LabelFile) -> bool:
-    if first.attrs["root"] != second.attrs["root"]:
-        return False
-    return all(np.array_equal(first.column(name), second.column(name)) for name in ("path", "offset"))
+    for name in ("path", "offset"):
+        if not np.array_equal(first.column(name), second.column(name)):
+            return False
+    return first.attrs["root"] == second.attrs["root"]
 
 
 def made_by(file: LabelFile) -> list:
@@ -170,14 +178,15 @@ def check_disjoint(table: Table) -> None:
     ordered = np.sort(np.concatenate(hashes))
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
-        owners = [str(file.path) for file, of_file in zip(table.files, hashes, strict=True) if twice[0] in of_file]
-        fail(f"{' and '.join(owners)} share some images: expected all of them, or none")
+        owners = [k for k, of_file in enumerate(hashes) if twice[0] in of_file]
+        names = " and ".join(str(table.files[k].path) for k in owners)
+        fail(f"{names} share some images: expected all of them, or none")
 
 
-def calibrate(confidence: np.ndarray, right: np.ndarray, min_precision: float, min_share: float) -> dict:
-    """The lowest threshold above which enough labels are `right`, or the one with the largest share right.
+def calibrate(confidence: np.ndarray, right: np.ndarray, args: argparse.Namespace) -> dict:
+    """The lowest threshold above which --min-precision are `right`, else the most precise one.
 
-    Only thresholds that leave `min_share` of the images count: of a few, all may be right by luck.
+    Only those that leave --min-share of the images count: of a few, all may be right by luck.
     """
     curve = []
     for step in range(100):
@@ -185,54 +194,56 @@ def calibrate(confidence: np.ndarray, right: np.ndarray, min_precision: float, m
         num, num_right = int(above.sum()), int(right[above].sum())
         point = {"threshold": step / 100, "kept": num, "right": num_right}
         point |= {"share": num / len(right), "share_interval": wilson(num, len(right))}
-        point |= {"precision": num_right / max(num, 1), "precision_interval": wilson(num_right, num)}
-        curve.append(point)
-    points = [point for point in curve if point["kept"] and point["share"] >= min_share]
-    precise = [point for point in points if point["precision"] >= min_precision]
+        point |= {"precision": num_right / max(num, 1)}
+        curve.append(point | {"precision_interval": wilson(num_right, num)})
+    points = [point for point in curve if point["kept"] and point["share"] >= args.min_share]
+    precise = [point for point in points if point["precision"] >= args.min_precision]
     at = precise[0] if precise else max(points, key=lambda point: point["precision"])
     return {"images": len(right), "reached": bool(precise), "at": at, "curve": curve}
 
 
 def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]:
-    """(the threshold, what balanced.json says of val), after a line that says where it comes from."""
+    """(threshold, what balanced.json says of val), after a line that says where it comes from."""
     logits, true = table.val()
     if len(true) < 20:
         threshold = 0.3 if len(table.classes) >= 100 else 0.5
-        print0(f"threshold {threshold}: nothing was measured, for there are no labels of 20 images of val")
+        print0(f"threshold {threshold}: nothing was measured, for want of 20 labels of val")
         return threshold, {}
     confidence, label = (tensor.numpy() for tensor in table.probs(logits).max(1))
-    report = calibrate(confidence, label == true, args.min_precision, args.min_share)
+    report = calibrate(confidence, label == true, args)
     at, percent = report["at"], "{:.1%} ({:.1%} to {:.1%})".format
     share = percent(at["share"], *at["share_interval"])
     precision = percent(at["precision"], *at["precision_interval"])
-    reason = "the lowest with" if report["reached"] else "the most precise one, below"
-    print0(f"threshold {at['threshold']}, {reason} --min-precision {args.min_precision}: of {len(true)} images of val")
-    print0(f"{share} are above it, and {precision} of these are right")
+    reason = "the lowest that reaches" if report["reached"] else "the most precise, none reaches"
+    print0(
+        f"threshold {at['threshold']}, {reason} --min-precision {args.min_precision}: "
+        f"{share} of {len(true)} images of val are above it, {precision} of them right"
+    )
     return at["threshold"], report
 
 
 def by_class(label: np.ndarray, num_classes: int) -> list[np.ndarray]:
     """The positions of each class's entries, ascending."""
-    kind = np.uint16 if num_classes <= 1 << 16 else np.int32  # numpy sorts 16 bits by radix, 5 times as fast
+    kind = np.uint16 if num_classes <= 1 << 16 else np.int32  # 16 bits: a radix sort, 5 times as fast
     ends = np.bincount(label, minlength=num_classes).cumsum()
     return np.split(np.argsort(label.astype(kind), kind="stable"), ends[:-1])
 
 
 def ranked(score: np.ndarray) -> np.ndarray:
-    """Numbers in the order of the scores (..., n), none below 0; of equal scores the first has the highest."""
+    """Numbers in the order of scores (..., n) >= 0; of equal scores the first is the highest."""
     last_to_first = np.arange(score.shape[-1], dtype=np.uint64)[::-1]
     return score.view(np.uint32).astype(np.uint64) << 32 | last_to_first
 
 
 class BestOfClasses:
-    """The `per_class` highest scores of each class, of entries that come in chunks: memory O(classes x per_class).
+    """The `per_class` highest scores of each class, of entries that come in chunks.
 
-    Of equal scores the first to come are kept.
+    Of equal scores the first to come are kept. The memory is O(classes x per_class).
     """
 
     def __init__(self, num_classes: int, per_class: int):
         self.per_class = per_class
-        self.cutoff = np.full(num_classes, -np.inf, np.float32)  # of a full class: only higher scores get in
+        self.cutoff = np.full(num_classes, -np.inf, np.float32)  # only higher ones get in
         self.chunks = [(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))]
         self.num_new = 0  # entries behind the first chunk, which is the best so far
 
@@ -259,20 +270,21 @@ class BestOfClasses:
 
 
 def above_threshold(table: Table, threshold: float) -> Iterator[tuple[np.ndarray, ...]]:
-    """(row, label, confidence) of the images above the threshold, in chunks. Compared in float32."""
+    """Chunks of (row, label, confidence) above the threshold, which is compared in float32."""
     for rows in table.chunks():
         label, confidence = table.answers(rows)
         above = confidence > np.float32(threshold)
-        yield rows[above], label[above], confidence[above]
+        if above.any():
+            yield rows[above], label[above], confidence[above]
 
 
-def select_noisy_student(table: Table, threshold: float, per_class: int, seed: int) -> tuple[np.ndarray, ...]:
-    """The paper's rule: (row, label, confidence, copies), sorted by row. Copies in a class differ by at most one."""
+def select_noisy_student(table: Table, threshold: float, per_class: int, seed: int) -> tuple:
+    """The paper's rule: (row, label, confidence, copies), sorted by row."""
     best = BestOfClasses(len(table.classes), per_class)
     for chunk in above_threshold(table, threshold):
         best.add(*chunk)
     row, label, confidence = best.best()
-    copies = np.zeros(len(row), np.uint32)
+    copies = np.zeros(len(row), np.uint32)  # in a class they differ by at most one
     for c, of_class in enumerate(by_class(label, len(table.classes))):
         if len(of_class):
             copies[of_class] = per_class // len(of_class)
@@ -281,13 +293,14 @@ def select_noisy_student(table: Table, threshold: float, per_class: int, seed: i
     return row, label, confidence, copies
 
 
-def select_top_p(table: Table, top_p: int, per_class: int) -> tuple[np.ndarray, ...]:
+def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
     """Yalniz et al.'s rule: (row, label, probability, copies), sorted by row and label."""
     best = BestOfClasses(len(table.classes), per_class)
     place = max(0, len(table.classes) - top_p)  # of the P-th highest, in ascending order
     for rows in table.chunks():
         probs = table.probs(table.columns("logits", rows))
-        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon few images reach any cutoff
+        # Soon few images reach the cutoff of a class.
+        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0
         rows, probs = rows[reaches.numpy()], probs[reaches].numpy()
         rank = ranked(probs)
         image, label = np.nonzero(rank >= np.partition(rank, place, axis=1)[:, place, None])
@@ -296,49 +309,64 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple[np.ndarray, 
     return row, label, score, np.ones(len(row), np.uint32)
 
 
-def write_selection(path: Path, table: Table, num: int, chosen: Iterable[tuple], header: dict) -> None:
-    """Write a label file of `num` rows, which come in chunks of (row, label, confidence, copies)."""
+def write_selection(path: Path, table: Table, num: int, chosen: Iterable, header: dict) -> None:
+    """Write a label file of `num` rows: chunks of (row, label, confidence, copies)."""
     names = ["label", "confidence", "copies", "status", "path", "offset", "size"]
     if header["method"] != "top-p":
         names.append("logits")
-    width = max(map(len, table.prefixes)) + max(file.places["path"][0].itemsize for file in table.files)
+    width = max(file.places["path"][0].itemsize for file in table.files)
+    width += max(map(len, table.prefixes))
     end = 0
     with new_label_file(path, num, width, table.classes, names, **header) as file:
         for rows, *values in chosen:
             begin, end = end, end + len(rows)
-            values += [DONE, *(table.columns(name, rows)[0] for name in ("path", "offset", "size"))]
-            values[4] = values[4].astype(file["path"].dtype)
-            if "logits" in names:
-                values.append(table.merge(table.columns("logits", rows)))
-            for name, column in zip(names, values, strict=True):
+            for name, column in zip(names, [*values, DONE], strict=False):
                 file[name][begin:end] = column
+            for name in names[4:]:
+                column = table.columns(name, rows)
+                column = table.merge(column) if name == "logits" else column[0]
+                file[name][begin:end] = column.astype(file[name].dtype)
 
 
-NO_CLASS, UNKNOWN = -1, -2  # in place of the number of the true class
+def header_of(table: Table, last: Path) -> dict:
+    """What the selection keeps of its input; of several teachers that of the file named last."""
+    attrs = open_label_file(last).attrs if table.is_mean else table.files[-1].attrs
+    header = {name: value for name, value in attrs.items() if name != "format"}
+    if table.is_mean:
+        for name in ("teacher", "teacher_sha256"):
+            header[name] = json.dumps([file.attrs.get(name) for file in table.files])
+    logits, true = table.val()
+    if logits:
+        header |= {"val_logits": table.merge(logits), "val_label": true}
+    if "class_counts" in table.files[0].places:
+        header["class_counts"] = table.files[0].column("class_counts")
+    files = json.dumps([str(file.path) for file in table.files])
+    return header | {"root": table.root, "files": files}
 
 
 def read_truth(path: Path, classes: list[str]) -> dict[bytes, int]:
-    """{path: number of the true class, or NO_CLASS}."""
+    """{path: number of the true class} of the images that belong to a class."""
     number = {name: c for c, name in enumerate(classes)}
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel's "CSV UTF-8" begins with a mark
-            lines = csv.DictReader(file)
-            return {os.fsencode(line["name"]): number.get(line["class"], NO_CLASS) for line in lines}
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel writes a mark
+            lines = [(os.fsencode(line["name"]), line["class"]) for line in csv.DictReader(file)]
     except (OSError, KeyError, ValueError, csv.Error) as error:
-        fail(f"--truth {path}: expected a CSV with the columns name,class ({type(error).__name__}: {error})")
+        fail(f"--truth {path}: expected a CSV with the columns name,class ({error!r})")
+    return {name: number[true] for name, true in lines if true in number}
 
 
 def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict[str, np.ndarray]:
     """{what: how many images of each class}, and a histogram of the confidences."""
-    names = ("images", "above", "of_a_class", "right", "of_no_class")
-    counts = {name: np.zeros(len(table.classes), int) for name in names} | {"histogram": np.zeros(50, int)}
+    names = ("images", "above_threshold", "with_truth", "right")
+    counts = {name: np.zeros(len(table.classes), int) for name in names}
+    counts["histogram"] = np.zeros(50, int)
     for rows in table.chunks():
         label, confidence = table.answers(rows)
-        masks = {"images": slice(None), "above": confidence > np.float32(threshold)}
+        masks = {"images": slice(None), "above_threshold": confidence > np.float32(threshold)}
         if truth:
             paths = table.columns("path", rows)[0].tolist()
-            true = np.array([truth.get(path, UNKNOWN) for path in paths])
-            masks |= {"of_a_class": true >= 0, "right": true == label, "of_no_class": true == NO_CLASS}
+            true = np.array([truth.get(path, -1) for path in paths])
+            masks |= {"with_truth": true >= 0, "right": true == label}
         for name, mask in masks.items():
             counts[name] += np.bincount(label[mask], minlength=len(table.classes))
         counts["histogram"] += np.histogram(confidence, 50, (0, 1))[0]
@@ -346,7 +374,8 @@ def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict[str, 
 
 
 def accuracy(counts: dict[str, np.ndarray]) -> float:
-    return round(100 * counts["right"].sum() / max(counts["of_a_class"].sum(), 1), 2)
+    """Percent of the labels with a known truth that are right."""
+    return round(100 * counts["right"].sum() / max(counts["with_truth"].sum(), 1), 2)
 
 
 def draw(path: Path, selection: LabelFile, sizes: dict, histograms: dict) -> None:
@@ -354,22 +383,23 @@ def draw(path: Path, selection: LabelFile, sizes: dict, histograms: dict) -> Non
     plt = pyplot()
     if plt is None:
         return
-    _, axes = plt.subplot_mosaic("AB;CC", figsize=(10, 8), layout="constrained", height_ratios=(1, 2))
-    names = np.array(selection.classes)
     order = np.argsort(-sizes["candidates"], kind="stable")
-    for what, values in sizes.items():
-        axes["A"].stairs(values[order], label=what, fill=what == "candidates")
+    present = order[sizes["examples"][order] > 0]
+    shown = present[np.unique(np.linspace(0, len(present) - 1, 8).astype(int))]
+    names = np.array(selection.classes)
+    size = {"figsize": (10, 3 + 0.7 * len(shown)), "height_ratios": (3, 0.7 * len(shown))}
+    _, axes = plt.subplot_mosaic("AB;CC", layout="constrained", **size)
+    for what in ("candidates", "examples"):
+        axes["A"].stairs(sizes[what][order], label=what, fill=what == "candidates")
+    axes["A"].set(xlabel="class", ylabel="images")
     if len(order) <= 20:
         axes["A"].set_xticks(np.arange(len(order)) + 0.5, names[order], rotation=90)
-    axes["A"].set(xlabel="class", ylabel="images")
     for what, histogram in histograms.items():
-        axes["B"].stairs(histogram, np.linspace(0, 1, len(histogram) + 1), label=what, fill=True)
+        axes["B"].stairs(histogram, np.linspace(0, 1, 51), label=what, fill=True)
     axes["B"].set(xlabel="confidence")
     axes["A"].legend()
     axes["B"].legend()
 
-    order = order[sizes["examples"][order] > 0]
-    shown = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
     sheet = Image.new("RGB", (12 * 66, 66 * len(shown)), "white")
     for line, c in enumerate(shown):
         rows = np.flatnonzero(selection.column("label") == c)
@@ -385,21 +415,6 @@ def draw(path: Path, selection: LabelFile, sizes: dict, histograms: dict) -> Non
     save_figure(plt, path)
 
 
-def header_of(table: Table, last: Path) -> dict:
-    """What the selection keeps of its input; of several teachers, of the file that was named last."""
-    file = open_label_file(last) if table.is_mean else table.files[-1]
-    header = {name: value for name, value in file.attrs.items() if name != "format"}
-    if table.is_mean:
-        for name in ("teacher", "teacher_sha256"):
-            header[name] = json.dumps([file.attrs.get(name) for file in table.files])
-    logits, true = table.val()
-    if len(true):
-        header |= {"val_logits": table.merge(logits), "val_label": true}
-    if "class_counts" in table.files[0].places:
-        header["class_counts"] = table.files[0].column("class_counts")
-    return header | {"root": table.root, "files": json.dumps([str(file.path) for file in table.files])}
-
-
 def main() -> None:
     args = parse_args()
     if not is_rank0():  # under torchrun one process does it
@@ -408,7 +423,7 @@ def main() -> None:
     if args.out.suffix != ".h5" or args.out.resolve() in [path.resolve() for path in args.labels]:
         fail(f"--out {args.out}: expected the name of a new file, NAME.h5")
     if is_top_p and args.per_class in ("auto", "all"):
-        fail("--method top-p needs a number --per-class (the paper's is 16,000 of 100 million images)")
+        fail("--method top-p needs a number --per-class (paper: 16,000 of 100 million images)")
     table = open_table(args.labels)
     truth = read_truth(args.truth, table.classes) if args.truth else {}
     threshold, calibration = args.threshold, {}
@@ -417,16 +432,18 @@ def main() -> None:
     elif threshold == "auto":
         threshold, calibration = auto_threshold(table, args)
 
-    before, per_class = count(table, threshold, truth), args.per_class
-    sizes = np.sort(before["above"][before["above"] > 0])
-    if not len(sizes):
-        fail(f"--threshold {threshold:g} leaves no image of {args.labels[0]}: lower it")
-    if truth and not before["of_a_class"].any():
+    before = count(table, threshold, truth)
+    if args.truth and not before["with_truth"].any():
         fail(f"--truth {args.truth}: none of its names and classes are those of the label files")
-    if per_class == "auto":  # the lower median of the classes that are not empty, at most the paper's
-        per_class = int(min(sizes[(len(sizes) - 1) // 2], 130_000))
+    above = np.sort(before["above_threshold"])
+    above = above[above > 0]  # the sizes of the classes that are not empty
+    if not len(above):
+        fail(f"--threshold {threshold:g} leaves no image of {args.labels[0]}: lower it")
+    per_class = args.per_class
+    if per_class == "auto":  # the lower median, at most the paper's 130,000
+        per_class = int(min(above[(len(above) - 1) // 2], 130_000))
     if per_class == "all":
-        num, chosen = sizes.sum(), ((*chunk, 1) for chunk in above_threshold(table, threshold) if len(chunk[0]))
+        num, chosen = above.sum(), ((*chunk, 1) for chunk in above_threshold(table, threshold))
     else:
         if is_top_p:
             columns = select_top_p(table, args.top_p, per_class)
@@ -439,29 +456,29 @@ def main() -> None:
 
     selection = open_label_file(args.out)
     after = count(Table([selection]), threshold, truth)
-    examples = np.bincount(selection.column("label"), selection.column("copies"), len(table.classes)).astype(int)
-    sizes = {"candidates": before["images"], "above_threshold": before["above"]}
-    sizes |= {"kept": after["images"], "examples": examples}
-    report = flags | {what: int(values.sum()) for what, values in sizes.items()} | {"calibration": calibration}
-    if truth:
-        report["truth"] = {"accuracy_before": accuracy(before), "accuracy_after": accuracy(after)}
-        for when, counts in (("before", before), ("after", after)):
-            report["truth"][f"of_no_class_{when}"] = int(counts["of_no_class"].sum())
-    report["classes"] = {}
+    label, copies = selection.column("label"), selection.column("copies")
+    examples = np.bincount(label, copies, len(table.classes))
+    sizes = {"candidates": before["images"], "above_threshold": before["above_threshold"]}
+    sizes |= {"kept": after["images"], "examples": examples.astype(int)}
+    report = flags | {what: int(values.sum()) for what, values in sizes.items()}
+    report |= {"calibration": calibration, "classes": {}}
     for c, name in enumerate(table.classes):
         report["classes"][name] = {what: int(values[c]) for what, values in sizes.items()}
+    if truth:
+        report["truth"] = {"accuracy_before": accuracy(before), "accuracy_after": accuracy(after)}
     with write_atomically(args.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    draw(args.out.with_suffix(".png"), selection, sizes, {"all": before["histogram"], "kept": after["histogram"]})
+    histograms = {"all": before["histogram"], "kept": after["histogram"]}
+    draw(args.out.with_suffix(".png"), selection, sizes, histograms)
     print0(
         f"{args.out}: {report['candidates']} images, {report['above_threshold']} above {threshold:g}, "
-        f"{report['kept']} kept as {report['examples']} examples, K = {per_class}"
+        f"{report['kept']} kept as {report['examples']} examples (K = {per_class})"
     )
     empty = [name for name, num in zip(table.classes, examples, strict=True) if not num]
     if empty:
-        print0(f"no image is left of {', '.join(empty)}: lower --threshold, or label more images of it")
+        print0(f"no image is left of {', '.join(empty)}: lower --threshold, or label more images")
     if truth:
-        print0("right: {accuracy_before}% of all labels, {accuracy_after}% of those kept".format(**report["truth"]))
+        print0(f"{accuracy(before)}% of the labels are right, of those that are kept {accuracy(after)}%")
 
 
 if __name__ == "__main__":
