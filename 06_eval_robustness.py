@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import zlib
@@ -79,8 +80,8 @@ EXTRA = tuple(ALEXNET_ERRORS)[15:]
 
 # {corruption: {image size the values were chosen for: one value a severity}}: those of the generators of CIFAR-10-C,
 # Tiny-ImageNet-C and ImageNet-C (github.com/hendrycks/robustness, ImageNet-C/create_c/make_cifar_c.py,
-# make_tinyimagenet_c.py, make_imagenet_c.py). Images of up to 48 pixels use the first, of up to 128 the second, larger
-# ones the third, unscaled: the released ImageNet-C is drawn at 224 and then resized, so a larger model sees more blur.
+# make_tinyimagenet_c.py, make_imagenet_c.py), in pixels of the image. The released ImageNet-C is drawn at 224 and then
+# resized, so a larger model sees more blur.
 CORRUPTIONS = {
     "gaussian_noise": {  # standard deviation, of values in 0..1
         32: [0.04, 0.06, 0.08, 0.09, 0.10], 64: [0.04, 0.08, 0.12, 0.15, 0.18], 224: [0.08, 0.12, 0.18, 0.26, 0.38]},
@@ -145,6 +146,7 @@ CORRUPTIONS = {
 }
 # fmt: on
 
+LARGEST = {32: 48, 64: 128, 224: math.inf}  # {such a size: the largest image whose values these are}
 DRAWN = tuple(name for name in CORRUPTIONS if name not in EXTRA)  # 14: frost needs photographs of ice
 
 
@@ -201,7 +203,8 @@ def libraries():
 def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
     """Apply one of CORRUPTIONS at severity 1 to 5: uint8 (size, size, 3) -> a new one."""
     size = len(image)
-    c = CORRUPTIONS[name][32 if size <= 48 else 64 if size <= 128 else 224][severity - 1]
+    chosen_for = next(pixels for pixels, largest in LARGEST.items() if size <= largest)
+    c = CORRUPTIONS[name][chosen_for][severity - 1]
     x = image / 255
     if name == "gaussian_noise":
         x = x + rng.normal(scale=c, size=x.shape)
@@ -470,9 +473,9 @@ def list_array(file: Path) -> Shown:
     labels = labels.reshape(5, -1)
     if (labels != labels[0]).any() or not set(labels[0].tolist()) <= set(range(10)):
         raise ValueError(f"{file.with_name('labels.npy')}: not the same labels 0 to 9 at each severity")
-    nothing = ImageList.of(str(file.absolute()), [])
-    settings, read = {"sha256": identity(file)}, partial(read_five, np.split(array, 5))
-    return Shown(nothing, labels[0].astype(np.int64), CIFAR10, settings, read)
+    unnamed = ImageList.of(str(file.absolute()), [])
+    five = partial(read_five, np.split(array, 5))
+    return Shown(unnamed, labels[0].astype(np.int64), CIFAR10, {"sha256": identity(file)}, five)
 
 
 def list_videos(folder: Path) -> Shown:
@@ -649,14 +652,17 @@ class Evaluation:
         num_classes = len(np.unique(shown.labels))
         missing = []
         for tested in self.models:
-            known = tested.entry.get(key, {})
+            kept = tested.entry.get(key, {})
             lacking = [name for name in shown.classes if name not in tested.classes]
             if lacking:
                 tested.entry[key] = {"gap": f"the model has no class {', '.join(lacking[:5])}"}
-            elif "gap" in known or known.get("settings") != settings:
+            elif "gap" in kept or kept.get("settings") != settings:
                 missing.append(tested)
+        groups = [[tested] for tested in missing]
+        if shown.read and missing:
+            groups = [missing]
         measure = self.measure_flips if key.startswith("imagenet_p") else self.measure
-        for models in [missing] if shown.read and missing else [[tested] for tested in missing]:
+        for models in groups:
             for tested, result in zip(models, measure(models, shown, key, **how), strict=True):
                 tested.entry[key] = result | {"classes": num_classes, "settings": settings}
             self.save()
@@ -746,38 +752,42 @@ class Evaluation:
         return [{"flip": 100 * flips / n, "top1": 100 * right / n, "num": int(n)} for n, flips, right in sums]
 
 
-def measure_all(args: argparse.Namespace, evaluation: Evaluation, val: Shown | None) -> None:
-    """Everything that the command asks for, in this order."""
-    once = evaluation.once
-    if val:
-        once("clean", lambda: val)
-        order = np.random.default_rng(args.seed).permutation(len(val.labels))
-        chosen = val.at(np.sort(order[: args.num_images]))
+def measure_on_val(args: argparse.Namespace, evaluation: Evaluation, val: Shown) -> None:
+    evaluation.once("clean", lambda: val)
+    order = np.random.default_rng(args.seed).permutation(len(val.labels))
+    chosen = val.at(np.sort(order[: args.num_images]))
+    if args.corrupt:
         # All models see the same corrupted pixels: those that the smallest one sees, before they are corrupted.
         view = evaluation.smallest
-        drawn = view._asdict() | {"seed": args.seed}
-        for name in CORRUPTIONS if args.corrupt else ():
+        settings = view._asdict() | {"seed": args.seed}
+        for name in CORRUPTIONS:
             draw = partial(draw_five, chosen.images, view, name, args.seed)
-            once(f"corrupt/{name}", partial(chosen._replace, settings=drawn, read=draw))
-        for eps in args.fgsm:
-            once(f"fgsm/{eps:g}", lambda: chosen, eps=eps, steps=1)
-        for eps in args.pgd:
-            once(f"pgd/{eps:g}", lambda: chosen, eps=eps, steps=args.pgd_steps)
+            evaluation.once(f"corrupt/{name}", partial(chosen._replace, settings=settings, read=draw))
+    for eps in args.fgsm:
+        evaluation.once(f"fgsm/{eps:g}", lambda: chosen, eps=eps, steps=1)
+    for eps in args.pgd:
+        evaluation.once(f"pgd/{eps:g}", lambda: chosen, eps=eps, steps=args.pgd_steps)
+
+
+def measure_on_sets(args: argparse.Namespace, evaluation: Evaluation) -> None:
     if args.imagenet_a:
-        once("imagenet_a", partial(list_folder, args.imagenet_a), subset=True)
+        evaluation.once("imagenet_a", partial(list_folder, args.imagenet_a), subset=True)
     if args.imagenet_r:
-        once("imagenet_r", partial(list_folder, args.imagenet_r), subset=True)
-    for name in ALEXNET_ERRORS if args.imagenet_c else ():
-        folders = [args.imagenet_c / name, *sorted(args.imagenet_c.glob(f"*/{name}"))]
-        folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-        if name in BENCHMARK or folder.is_dir():  # the extra ones are an archive of their own
-            once(f"imagenet_c/{name}", partial(list_severities, folder))
-    for name in ALEXNET_FLIPS if args.imagenet_p else ():
-        once(f"imagenet_p/{name}", partial(list_videos, args.imagenet_p / name))
-    for name in ALEXNET_ERRORS if args.cifar10_c else ():
-        once(f"cifar10_c/{name}", partial(list_array, args.cifar10_c / f"{name}.npy"))
+        evaluation.once("imagenet_r", partial(list_folder, args.imagenet_r), subset=True)
+    if args.imagenet_c:  # flat, or in the archives' folders blur/, digital/, extra/ ...
+        folders = {path.name: path for path in [*args.imagenet_c.glob("*/*"), *args.imagenet_c.glob("*")]}
+        for name in ALEXNET_ERRORS:
+            if name in BENCHMARK or name in folders:  # the extra ones are an archive of their own
+                folder = folders.get(name, args.imagenet_c / name)
+                evaluation.once(f"imagenet_c/{name}", partial(list_severities, folder))
+    if args.imagenet_p:
+        for name in ALEXNET_FLIPS:
+            evaluation.once(f"imagenet_p/{name}", partial(list_videos, args.imagenet_p / name))
+    if args.cifar10_c:
+        for name in ALEXNET_ERRORS:
+            evaluation.once(f"cifar10_c/{name}", partial(list_array, args.cifar10_c / f"{name}.npy"))
     for name, folder in args.folder:
-        once(f"folder/{name}", partial(list_folder, folder))
+        evaluation.once(f"folder/{name}", partial(list_folder, folder))
 
 
 # ======================================================================================================================
@@ -934,7 +944,7 @@ def difference(row: Row, base: Row, heading: str) -> tuple[float, float | None, 
     return float(points.mean()), half, len(pairs)
 
 
-def bits_of(cell: Cell) -> np.ndarray:
+def bits_of(cell: Cell) -> np.ndarray:  # int (N,), and up to 7 zeros of no image
     return np.unpackbits(np.frombuffer(base64.b64decode(cell.right), np.uint8)).astype(int)
 
 
@@ -957,7 +967,9 @@ def verdict(rows: list[Row]) -> str:
     students = [row for row in rows if row.model.startswith("student")]
     controls = [row for row in rows if row.model == "control"]
     sentences = []
-    for heading in ("clean", "corrupted") if students and controls else ():
+    if not students or not controls:
+        return ""
+    for heading in ("clean", "corrupted"):
         gained = difference(students[-1], controls[0], heading)
         if gained:
             points, half, seeds = gained
@@ -1015,10 +1027,11 @@ def report(shown: dict[str, dict], out: Path) -> None:
     note = "In percent; ± is half of the 95 percent interval, of several seeds the standard deviation."
     parts = [markdown_table(rows, headings), note, verdict(rows), gaps]
     text = "\n\n".join(part for part in parts if part) + "\n"
+    with write_atomically(out / "robustness.md") as temporary:
+        temporary.write_text(text)
     (out / "verdict.md").unlink(missing_ok=True)  # of an earlier command
-    for name in ("robustness.md", "verdict.md") if verdict(rows) else ("robustness.md",):
-        with write_atomically(out / name) as temporary:
-            temporary.write_text(text)
+    if verdict(rows):
+        shutil.copyfile(out / "robustness.md", out / "verdict.md")
     draw(rows, headings, out / "robustness.png")
     print(text, end="")
 
@@ -1038,7 +1051,9 @@ def main() -> None:
     if val and not any(set(val.classes) <= set(tested.classes) for tested in evaluation.models):
         unknown = sorted(set(val.classes) - set(evaluation.models[0].classes))
         fail(f"--data: the models do not have all classes of val/; unknown: {', '.join(unknown[:5])}")
-    measure_all(args, evaluation, val)
+    if val:
+        measure_on_val(args, evaluation, val)
+    measure_on_sets(args, evaluation)
     if not evaluation.asked:
         fail("nothing to measure: name --data or a released set")
     shown = {path: {key: entry[key] for key in evaluation.asked} for path, entry in evaluation.entries.items()}
