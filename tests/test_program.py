@@ -79,8 +79,8 @@ def test_every_stage_runs_with_five_packages_alone(tiny_data, run_stage, tmp_pat
     run_stage("06_eval_robustness.py", teacher, fixres, "--fgsm", 2, "--out", report, **hidden)
     assert (drawn / "unlabeled_truth.csv").exists() and (report / "robustness.json").exists()
     corrupt = ["06_eval_robustness.py", teacher, "--corrupt", "--out", tmp_path / "corrupt"]
-    line = assert_mistake(run_stage(*corrupt, check=False, **hidden), "pip install", "scipy", "opencv")
-    assert "--corrupt" in line and not (tmp_path / "corrupt" / "robustness.json").exists()
+    assert_mistake(run_stage(*corrupt, check=False, **hidden), "pip install", "scipy", "opencv")
+    assert not (tmp_path / "corrupt" / "robustness.json").exists()
 
 
 SMALL_DEMO = """import importlib.util, sys
