@@ -111,10 +111,10 @@ def create_output(path: Path, images: ImageList, source: LabelFile | None, check
             file[name][:] = values.view(file[name].dtype)  # HDF5's text has a dtype of its own
 
 
-def is_todo(path: Path, begun_with: dict[str, str]) -> np.ndarray:
+def is_todo(path: Path, settings: dict[str, str]) -> np.ndarray:
     """Which rows are not done, in a file begun with this teacher, these images and this precision."""
     labels = open_label_file(path)
-    for name, value in begun_with.items():
+    for name, value in settings.items():
         if labels.attrs.get(name) != value:
             fail(f"{path} was begun with another --{name.split('_')[0]}: choose another --out")
     return labels.column("status") == TODO
@@ -236,16 +236,16 @@ def main() -> None:
         if source.classes != classes:
             fail(f"--teacher {args.teacher} has other classes than {unlabeled}, whose labels stay")
     is_image = os.path.isfile(unlabeled) and not unlabeled.lower().endswith((".h5", ".tar"))
-    begun_with = {"teacher_sha256": identity(args.teacher)}
-    begun_with["unlabeled"] = identity(Path(unlabeled)) if source else unlabeled
-    begun_with["precision"] = precision_of(args.precision, processes.device)
-    if args.out.exists() and not is_todo(args.out, begun_with).any():
+    settings = {"teacher_sha256": identity(args.teacher)}
+    settings["unlabeled"] = identity(Path(unlabeled)) if source else unlabeled
+    settings["precision"] = precision_of(args.precision, processes.device)
+    if args.out.exists() and not is_todo(args.out, settings).any():
         print0(f"{args.out} is finished")
     else:
         creates = processes.is_main and not args.out.exists()
         images = unlabeled_images(unlabeled, data) if creates else None
         model, _ = load_model(args.teacher, processes.device, fuse=True)
-        label = partial(label_batches, model, view, begun_with["precision"], processes)
+        label = partial(label_batches, model, view, settings["precision"], processes)
         size = rows_per_batch(view.image_size, processes.device)
         val = labeled_images(data, "val", classes)[:2] if data and not is_image else None
         if creates and not args.out.exists():
@@ -254,23 +254,24 @@ def main() -> None:
             attrs = {"teacher": os.path.abspath(args.teacher), "data": data and os.path.abspath(data)}
             if val:
                 attrs.update(label_val(label, *val, size))
-            create_output(args.out, images, source, checkpoint, **begun_with, **attrs)
+            create_output(args.out, images, source, checkpoint, **settings, **attrs)
         while not args.out.exists():  # the processes share the file alone, so there is no time limit
             time.sleep(0.2)
 
-        labels, held_out = open_label_file(args.out), frozenset()
+        labels = open_label_file(args.out)
+        held_out = frozenset()
         folder = Path(labels.images.root if source else unlabeled).resolve()
         if not data:
             print0("--data: the teacher's is gone: no held-out image is compared and no val labelled")
         elif val and not folder.is_relative_to(Path(data, "val").resolve()):
             held_out = digests_of(val[0])
         stop = StopSignal()  # before, there was nothing to save, and a signal ended the process
-        todo = is_todo(args.out, begun_with)
+        todo = is_todo(args.out, settings)
         print0(f"{args.out}: {todo.sum()} of {len(todo)} images, listed {labels.attrs['created']}, are left")
         batches = grid_keys(len(todo), size, processes)
         batches = [rows for rows in batches if todo[rows[0] : rows[-1] + 1].any()]
         fill(labels, kept_labels, label(labels.images, batches, held_out), stop)
-        while processes.is_main and not stop.received and is_todo(args.out, begun_with).any():
+        while processes.is_main and not stop.received and is_todo(args.out, settings).any():
             time.sleep(0.2)
         if stop.received:
             raise SystemExit(143)

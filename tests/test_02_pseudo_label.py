@@ -64,7 +64,7 @@ def assert_same_labels(a: Path | dict, b: Path | dict, names=COLUMNS) -> None:
 
 @torch.no_grad()
 def logits_by_hand(teacher: Path, names) -> np.ndarray:
-    """The teacher's logits on the clean view of these image files, one at a time; each row's largest is 0."""
+    """The teacher's logits on the clean view of image files, one at a time; each row's largest is 0."""
     model, checkpoint = common.load_model(teacher)
     view = common.View.of(checkpoint)
     views = (common.eval_view(common.load_image(name), view).copy() for name in names)
@@ -155,7 +155,6 @@ def test_shards_and_folders_get_the_same_labels(random_teacher, label, tmp_path)
 
 
 def test_rows_that_are_done_are_not_written_again(random_teacher, label, tmp_path, monkeypatch):
-    """Another grid of batches, as another device has: its batches hold rows that are done and rows that are not."""
     folder, out = write_files(tmp_path / "u", pictures(10)), tmp_path / "l.h5"
     assert label(random_teacher, folder, out).returncode == 0
     whole = read(out)
@@ -428,4 +427,4 @@ def test_of_a_single_image_the_five_best_classes_are_printed(tiny_data, label, t
     (tmp_path / "text.jpg").write_text("no image")
     for name in ("text.jpg", "nowhere.jpg"):
         assert_mistake(label(teacher, tmp_path / name, tmp_path / "n.h5"), name)
-        assert not (tmp_path / "n.h5").exists()
+    assert not (tmp_path / "n.h5").exists()
