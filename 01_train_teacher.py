@@ -73,7 +73,7 @@ def output_names(args: argparse.Namespace) -> list[str]:
 def labeled_data(args: argparse.Namespace, initial: dict) -> tuple:
     """(images and labels of train, images and labels of val, classes). With --epochs 0 train stays empty."""
     nothing = ImageList.of("", []), np.zeros(0, np.int64)
-    if args.init and (args.epochs == 0 or args.steps == 0):
+    if args.init and 0 in (args.epochs, args.steps):
         classes = initial.get("classes") or output_names(args)
         return nothing, labeled_images(args.data, "val", classes)[:2] if args.data else nothing, classes
     if not args.data:

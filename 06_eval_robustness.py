@@ -397,7 +397,7 @@ class Shown(NamedTuple):
     images: ImageList
     labels: np.ndarray  # int64 (N,), numbers of `classes`
     classes: list[str]
-    settings: dict = {}  # noqa: RUF012  # what they depend on besides their names
+    settings: dict | None = None  # what they depend on besides their names
     read: Callable | None = None  # row -> several images: five severities of one, or the frames of a video
 
     def at(self, rows: np.ndarray) -> "Shown":
@@ -432,7 +432,7 @@ def list_val(args: argparse.Namespace, data: str | Path | None) -> Shown | None:
     if not data or not any(os.path.isdir(f"{data}/{split}") for split in ("train", "val")):
         if args.data or args.corrupt or args.fgsm or args.pgd:
             fail(f"--data: there is no train/ or val/ in {data}")
-        print0(f"there is no data directory {data}: clean images are left out")
+        print0(f"no data directory ({data}): clean images are left out")
         return None
     val = Shown(*labeled_images(data, "val"))
     if args.val_half == "all":
@@ -648,7 +648,7 @@ class Evaluation:
             return
         precision = "fp32" if "eps" in how else self.precision
         settings = {"folder": shown.images.root, "images": identity(shown.images), "precision": precision}
-        settings = json.loads(json.dumps(settings | shown.settings | how))  # as they are read again
+        settings = json.loads(json.dumps(settings | (shown.settings or {}) | how))  # as they are read again
         num_classes = len(np.unique(shown.labels))
         missing = []
         for tested in self.models:
@@ -752,42 +752,42 @@ class Evaluation:
         return [{"flip": 100 * flips / n, "top1": 100 * right / n, "num": int(n)} for n, flips, right in sums]
 
 
-def measure_on_val(args: argparse.Namespace, evaluation: Evaluation, val: Shown) -> None:
-    evaluation.once("clean", lambda: val)
-    order = np.random.default_rng(args.seed).permutation(len(val.labels))
-    chosen = val.at(np.sort(order[: args.num_images]))
+def measure_all(args: argparse.Namespace, evaluation: Evaluation, val: Shown | None) -> None:
+    """Everything that the command asks for, in this order."""
+    once = evaluation.once
+    if val:
+        once("clean", lambda: val)
+        order = np.random.default_rng(args.seed).permutation(len(val.labels))
+        chosen = val.at(np.sort(order[: args.num_images]))
+        for eps in args.fgsm:
+            once(f"fgsm/{eps:g}", lambda: chosen, eps=eps, steps=1)
+        for eps in args.pgd:
+            once(f"pgd/{eps:g}", lambda: chosen, eps=eps, steps=args.pgd_steps)
     if args.corrupt:
         # All models see the same corrupted pixels: those that the smallest one sees, before they are corrupted.
         view = evaluation.smallest
         settings = view._asdict() | {"seed": args.seed}
         for name in CORRUPTIONS:
             draw = partial(draw_five, chosen.images, view, name, args.seed)
-            evaluation.once(f"corrupt/{name}", partial(chosen._replace, settings=settings, read=draw))
-    for eps in args.fgsm:
-        evaluation.once(f"fgsm/{eps:g}", lambda: chosen, eps=eps, steps=1)
-    for eps in args.pgd:
-        evaluation.once(f"pgd/{eps:g}", lambda: chosen, eps=eps, steps=args.pgd_steps)
-
-
-def measure_on_sets(args: argparse.Namespace, evaluation: Evaluation) -> None:
+            once(f"corrupt/{name}", partial(chosen._replace, settings=settings, read=draw))
     if args.imagenet_a:
-        evaluation.once("imagenet_a", partial(list_folder, args.imagenet_a), subset=True)
+        once("imagenet_a", partial(list_folder, args.imagenet_a), subset=True)
     if args.imagenet_r:
-        evaluation.once("imagenet_r", partial(list_folder, args.imagenet_r), subset=True)
+        once("imagenet_r", partial(list_folder, args.imagenet_r), subset=True)
     if args.imagenet_c:  # flat, or in the archives' folders blur/, digital/, extra/ ...
         folders = {path.name: path for path in [*args.imagenet_c.glob("*/*"), *args.imagenet_c.glob("*")]}
         for name in ALEXNET_ERRORS:
             if name in BENCHMARK or name in folders:  # the extra ones are an archive of their own
                 folder = folders.get(name, args.imagenet_c / name)
-                evaluation.once(f"imagenet_c/{name}", partial(list_severities, folder))
+                once(f"imagenet_c/{name}", partial(list_severities, folder))
     if args.imagenet_p:
         for name in ALEXNET_FLIPS:
-            evaluation.once(f"imagenet_p/{name}", partial(list_videos, args.imagenet_p / name))
+            once(f"imagenet_p/{name}", partial(list_videos, args.imagenet_p / name))
     if args.cifar10_c:
         for name in ALEXNET_ERRORS:
-            evaluation.once(f"cifar10_c/{name}", partial(list_array, args.cifar10_c / f"{name}.npy"))
+            once(f"cifar10_c/{name}", partial(list_array, args.cifar10_c / f"{name}.npy"))
     for name, folder in args.folder:
-        evaluation.once(f"folder/{name}", partial(list_folder, folder))
+        once(f"folder/{name}", partial(list_folder, folder))
 
 
 # ======================================================================================================================
@@ -1051,9 +1051,7 @@ def main() -> None:
     if val and not any(set(val.classes) <= set(tested.classes) for tested in evaluation.models):
         unknown = sorted(set(val.classes) - set(evaluation.models[0].classes))
         fail(f"--data: the models do not have all classes of val/; unknown: {', '.join(unknown[:5])}")
-    if val:
-        measure_on_val(args, evaluation, val)
-    measure_on_sets(args, evaluation)
+    measure_all(args, evaluation, val)
     if not evaluation.asked:
         fail("nothing to measure: name --data or a released set")
     shown = {path: {key: entry[key] for key in evaluation.asked} for path, entry in evaluation.entries.items()}

@@ -589,8 +589,9 @@ def own_names(weights: dict, like: Iterable[str] = ()) -> dict[str, Tensor]:
     for container in ("model_ema", "state_dict_ema", "state_dict", "model"):  # averaged weights first
         if isinstance(weights, dict) and isinstance(weights.get(container), dict):
             weights = weights[container]
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
-        raise ValueError("not a state_dict: not all of it are tensors")
+    items = weights.items() if isinstance(weights, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
+        raise ValueError("not a state_dict: not all of it are tensors with names")
     renamed = {re.sub(r"^((module|_orig_mod)\.)+", "", name): weights[name] for name in weights}
     renamed.pop("n_averaged", None)  # of torch's AveragedModel
     if "conv_stem.weight" in renamed and "conv_stem.weight" not in like:
@@ -705,7 +706,7 @@ def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str
             same_classes = source["classes"] == classes
         else:  # of a foreign file only their number is known
             same_classes = len(weights.get(f"{head_names(model)[0]}.weight", ())) == len(classes)
-        if args.epochs == 0 and not same_classes:
+        if 0 in (args.epochs, args.steps) and not same_classes:
             fail(f"--init {args.init}: not the {len(classes)} classes of --data, and --epochs 0 trains none")
         load_weights(model, weights, new_head=not same_classes)
     except ValueError as error:
@@ -1861,7 +1862,7 @@ def previous_run(args: argparse.Namespace) -> dict | None:
         if old != new and not (may_differ and (name not in ROLES or (old and new))):
             flag = name.replace("_", "-")
             fail(f"{args.out} was begun with --{flag} {old}, not {new}: use that, or another --out")
-    paths = [checkpoint.get("data"), *(before.get(role) for role in ROLES)]
+    paths = [*checkpoint.get("roots", []), *(before.get(role) for role in ROLES)]
     if path.name == "model.pt" and any(p and p != "published" and not os.path.exists(p) for p in paths):
         exit_finished(args.out, checkpoint)
     return checkpoint
@@ -2123,7 +2124,7 @@ class Run:
         """`header`: what a checkpoint says of the model. `train`: for SWA's norms. `val`: (images, labels)."""
         self.args, self.processes, self.plan, self.train, self.val = args, processes, plan, train, val
         self.header = {"format": CHECKPOINT_FORMAT, **header, "lr": plan.peak, "args": flags_of(args)}
-        self.header["versions"] = {"torch": str(torch.__version__)}
+        self.header |= {"versions": {"torch": str(torch.__version__)}, "roots": [val[0].root]}  # of the images
         self.stage, self.view = header["stage"], View.of(header)
         self.model = model.to(processes.device, memory_format=torch.channels_last)
         self.average = getattr(args, "average", None)  # a decay, "swa"; None: no copy, as none is needed
@@ -2189,6 +2190,7 @@ class Run:
         """
         stream, seed, steps = f"{self.stage} {stream}", self.args.seed, range(self.step, self.plan.total_steps)
         self.num_asked.append(num)
+        self.header["roots"].append(images.root)
         dataset = ImageDataset(images, seed=seed, stream=stream, repeated=repeated, **views)
         keys = train_keys(len(dataset), num, seed, stream, steps, self.processes)
         return load_batches(dataset, keys, self.processes)

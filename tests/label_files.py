@@ -1,6 +1,5 @@
 """Label files made by hand, for the tests of 02, 03, 04 and of the files themselves."""
 
-import csv
 from pathlib import Path
 
 import h5py
@@ -77,9 +76,3 @@ def select(out: Path, source: Path, copies: dict[int, int], labels=None, **attrs
         if labels is not None:
             selection["label"][:] = labels
     return out
-
-
-def write_truth(path: Path, lines, header=("name", "class")) -> Path:
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header, *lines])
-    return path

@@ -1,11 +1,9 @@
 """Stage 03: both rules against a brute force, the mean of several teachers, the threshold, what it writes and says."""
 
 import json
-import math
 import os
 import resource
 from collections import Counter
-from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from conftest import ROOT, assert_mistake, load_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_files import CLASSES, change, logits_of, read_labels, select, undo, write_labels, write_truth
+from label_files import CLASSES, logits_of, read_labels, select, undo, write_labels
 from PIL import Image
 
 from common import DONE, UNREADABLE, LabelFile, open_label_file
@@ -22,19 +20,13 @@ from common import DONE, UNREADABLE, LabelFile, open_label_file
 balance = load_stage("03_balance")
 
 
-# the rules
-
-
 class InMemory(LabelFile):
     """A label file of these columns, without a file."""
 
     def __init__(self, classes, **columns):
-        num = len(columns["status"])
-        super_columns = {"path": np.array([b"%05d" % i for i in range(num)])} | columns
-        places = {name: (values.dtype, 0, values.shape) for name, values in super_columns.items()}
-        for name, value in {"path": "m.h5", "attrs": {"root": "/r"}, "classes": classes, "places": places}.items():
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "values", super_columns)
+        places = {name: (values.dtype, 0, values.shape) for name, values in columns.items()}
+        super().__init__("m.h5", {"root": "/r"}, classes, places)
+        self.__dict__["values"] = columns  # the class is frozen
 
     def column(self, name):
         return self.values[name]
@@ -69,55 +61,44 @@ CONFIDENCES = st.sampled_from([float(np.float32(v)) for v in (0.1, 0.29, 0.3, AB
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.integers(1, 5), st.sampled_from([0.0, 0.3, 0.7, 1.0]), st.sampled_from([1, 2, 3, 7, 100]))
 def test_noisy_student_is_the_contracts_rule(data, num_classes, threshold, per_class):
-    row = st.tuples(st.integers(0, num_classes - 1), CONFIDENCES, st.sampled_from([DONE, DONE, DONE, UNREADABLE]))
-    rows = data.draw(st.lists(st.lists(row, max_size=15), min_size=1, max_size=4))  # of one to four files
-    files = []
-    for of_file in rows:
-        columns = [np.array(c, t) for c, t in zip(zip(*of_file), ("i4", "f4", "u1"))] or [np.zeros(0, "i4")] * 3  # noqa: B905
-        files.append(
-            InMemory(
-                [str(c) for c in range(num_classes)],
-                **dict(zip(("label", "confidence", "status"), columns, strict=True)),
-            )
-        )
+    row = st.tuples(st.integers(0, num_classes - 1), CONFIDENCES, st.sampled_from([DONE, DONE, UNREADABLE]))
+    parts = data.draw(st.lists(st.lists(row, max_size=15), min_size=1, max_size=4))  # of one to four files
+    files, classes, everything = [], [str(c) for c in range(num_classes)], sum(parts, start=[])  # noqa: RUF017
+    for part in parts:
+        label, confidence, status = np.array(part).reshape(-1, 3).T
+        columns = {"label": label.astype("i4"), "confidence": confidence.astype("f4"), "status": status.astype("u1")}
+        files.append(InMemory(classes, **columns))
     table = table_of(files, data.draw(st.integers(1, 9)))
-    index, label, confidence, copies = balance.select_noisy_student(table, threshold, per_class, 0)
-    everything = [row for of_file in rows for row in of_file]
-    assert index.tolist() == sorted(index.tolist())
-    assert [*zip(label.tolist(), confidence.tolist(), strict=True)] == [everything[i][:2] for i in index]
+    index, label, confidence, copies = (
+        c.tolist() for c in balance.select_noisy_student(table, threshold, per_class, 0)
+    )
+    assert index == sorted(index)
+    assert [*zip(label, confidence, strict=True)] == [everything[i][:2] for i in index]
+    above = [i for i, row in enumerate(everything) if row[1] > np.float32(threshold) and row[2] == DONE]
     for c in range(num_classes):
-        above = [
-            i for i, row in enumerate(everything) if row[0] == c and row[1] > np.float32(threshold) and row[2] == DONE
-        ]
-        expected = sorted(above, key=lambda i: (-everything[i][1], i))[:per_class]
-        of_class = {i: n for i, k, n in zip(index.tolist(), label.tolist(), copies.tolist(), strict=True) if k == c}
-        assert sorted(of_class) == sorted(expected)
-        if expected:
+        rows = sorted((i for i in above if everything[i][0] == c), key=lambda i: (-everything[i][1], i))[:per_class]
+        of_class = {i: num for i, k, num in zip(index, label, copies, strict=True) if k == c}
+        assert sorted(of_class) == sorted(rows)
+        if rows:
             assert sum(of_class.values()) == per_class and max(of_class.values()) - min(of_class.values()) <= 1
-    streamed = [row for chunk in balance.above_threshold(table, threshold) for row in chunk[0].tolist()]
-    wanted = [i for i, row in enumerate(everything) if row[1] > np.float32(threshold) and row[2] == DONE]
-    assert streamed == wanted
+    assert [row for chunk in balance.above_threshold(table, threshold) for row in chunk[0].tolist()] == above
 
 
-LEVELS = st.sampled_from([0.0, -0.5, -1.0, -3.0, -20.0])
+LEVELS = st.sampled_from([0.0, -0.5, -1.0, -3.0, -20.0, -65_000.0])
 
 
 def draw_teachers(data, num_classes, num_rows, num_teachers):
     """(files, each with its own order of the classes; fp32 probabilities (n, C), NaN where a label is missing)."""
     classes, files, total = [f"c{c}" for c in range(num_classes)], [], 0
+    level = st.lists(LEVELS, min_size=num_rows * num_classes, max_size=num_rows * num_classes)
+    done = st.lists(st.sampled_from([DONE, DONE, UNREADABLE]), min_size=num_rows, max_size=num_rows)
     for k in range(num_teachers):
-        rows = st.lists(LEVELS, min_size=num_classes, max_size=num_classes)
-        logits = np.array(data.draw(st.lists(rows, min_size=num_rows, max_size=num_rows)), np.float16)
-        logits = logits.reshape(num_rows, num_classes)
+        logits = np.array(data.draw(level), np.float16).reshape(num_rows, num_classes)
         logits -= logits.max(1, keepdims=True, initial=-99)
-        order = data.draw(st.permutations(range(num_classes))) if k else range(num_classes)
-        status = np.array(
-            data.draw(st.lists(st.sampled_from([DONE, DONE, UNREADABLE]), min_size=num_rows, max_size=num_rows)),
-            np.uint8,
-        )
+        status = np.array(data.draw(done), np.uint8)
+        order = data.draw(st.permutations(range(num_classes))) if k else [*range(num_classes)]
+        files.append(InMemory([classes[c] for c in order], logits=logits[:, order], status=status))
         probs = torch.from_numpy(logits).softmax(1, dtype=torch.float32).numpy()
-        columns = {"label": probs.argmax(1).astype(np.int32), "confidence": probs.max(1, initial=0), "status": status}
-        files.append(InMemory([classes[c] for c in order], logits=logits[:, list(order)], **columns))
         total = total + np.where(status[:, None] == DONE, probs, np.nan)
     return files, total / np.float32(num_teachers)
 
@@ -128,21 +109,17 @@ def test_top_p_is_yalniz_rule_for_one_teacher_and_for_several(data, num_classes,
     """The sum of a row in another order of the classes may round otherwise: there the order is the same."""
     files, probs = draw_teachers(data, num_classes, data.draw(st.integers(0, 20)), num_teachers)
     table = table_of(files, data.draw(st.integers(1, 9)), is_mean=num_teachers > 1)
-    if num_teachers > 1 and len(probs):
-        done = np.flatnonzero(~np.isnan(probs[:, 0]))
-        if len(done):
-            ours = table.probs(table.columns("logits", done)).numpy()
-            np.testing.assert_allclose(ours, probs[done], rtol=1e-6)
-            probs[done] = ours  # ties are those of these bits
+    done = np.flatnonzero(~np.isnan(probs[:, 0]))
+    if num_teachers > 1 and len(done):
+        mean = table.probs(table.columns("logits", done)).numpy()
+        np.testing.assert_allclose(mean, probs[done], rtol=1e-6)
+        probs[done] = mean  # ties are those of these bits
     index, label, score, copies = balance.select_top_p(table, top_p, per_class)
-    candidates = {c: [] for c in range(num_classes)}
-    for i, row in enumerate(probs):
-        if not np.isnan(row[0]):
-            for c in sorted(range(num_classes), key=lambda c: (-row[c], c))[:top_p]:
-                candidates[c].append(i)
-    expected = [
-        (i, c) for c, rows in candidates.items() for i in sorted(rows, key=lambda i: (-probs[i, c], i))[:per_class]
-    ]
+    expected = []
+    tops = {i: sorted(range(num_classes), key=lambda c: (-probs[i, c], c))[:top_p] for i in done.tolist()}
+    for c in range(num_classes):
+        rows = [i for i, classes in tops.items() if c in classes]
+        expected += [(i, c) for i in sorted(rows, key=lambda i: (-probs[i, c], i))[:per_class]]
     assert [*zip(index.tolist(), label.tolist(), strict=True)] == sorted(expected)
     assert score.tolist() == [probs[i, c] for i, c in sorted(expected)] and (copies == 1).all()
 
@@ -160,19 +137,10 @@ def test_a_mean_of_teachers_is_that_of_their_probabilities(data, num_classes, nu
         np.testing.assert_allclose(confidence, probs[chunk].max(1), rtol=1e-6)
         np.testing.assert_allclose(probs[chunk][np.arange(len(chunk)), label], confidence, rtol=1e-6)
         logits = table.merge(table.columns("logits", chunk))
-        assert (
-            logits.dtype == np.float16
-            and (logits.max(1) == 0).all()
-            and (logits[np.arange(len(chunk)), label] == 0).all()
-        )
-        expected = np.log(probs[chunk] / probs[chunk].max(1, keepdims=True)).clip(-65_000)
+        assert logits.dtype == np.float16 and (logits[np.arange(len(chunk)), label] == 0).all() and (logits <= 0).all()
+        with np.errstate(divide="ignore"):
+            expected = np.log(probs[chunk] / probs[chunk].max(1, keepdims=True)).clip(-65_000)
         np.testing.assert_allclose(logits, expected, atol=1e-2, rtol=1e-3)
-
-
-def test_logits_of_a_mean_are_not_below_minus_65000():
-    files = [InMemory(CLASSES, logits=np.array([[0, -300, -300]], np.float16), status=np.ones(1, np.uint8))] * 2
-    table = table_of(files, 1, is_mean=True)
-    assert table.merge(table.columns("logits", np.arange(1))).tolist() == [[0, -64992, -64992]]  # -65000 in float16
 
 
 def test_the_seed_alone_decides_which_images_get_the_extra_copy():
@@ -189,9 +157,6 @@ def test_the_seed_alone_decides_which_images_get_the_extra_copy():
     assert {i for i in twice(label, 0) if i < 20} == {i for i in twice(label[:30], 0) if i < 20}, "classes are apart"
     drawn = Counter(i for seed in range(200) for i in twice(label, seed))
     assert all(60 < drawn[i] < 140 for i in range(40)), "some images are favoured"
-
-
-# the threshold
 
 
 @settings(max_examples=200, deadline=None)
@@ -212,11 +177,6 @@ def test_the_threshold_is_the_contracts(num, seed, min_precision, min_share):
     best = max(precisions.values())
     expected = precise or [threshold for threshold, precision in precisions.items() if precision == best]
     assert report["reached"] == bool(precise) and report["at"]["threshold"] == expected[0]
-    z, kept, hits = NormalDist().inv_cdf(0.975), report["at"]["kept"], report["at"]["right"]
-    share = hits / kept  # Wilson's interval in the textbook's form
-    middle, half = share + z * z / (2 * kept), z * math.sqrt(share * (1 - share) / kept + z * z / (4 * kept * kept))
-    interval = [(middle - half) / (1 + z * z / kept), (middle + half) / (1 + z * z / kept)]
-    assert report["at"]["precision_interval"] == pytest.approx(interval, abs=1e-6)
 
 
 @pytest.fixture
@@ -261,15 +221,12 @@ def test_without_20_images_of_val_nothing_is_measured(num_classes, expected, tmp
         assert "nothing was measured" in done.stdout and report_of(tmp_path / "o.h5")["threshold"] == expected
 
 
-# several files
-
-
 def test_files_of_different_folders_are_put_together(tmp_path, run):
     """Above 0.4: ant b0 .95, a0 .9, then .8 in a2 and b2, a tie that goes to the first path; bee: two become three."""
-    one = write_labels(
-        tmp_path / "b.h5", logits_of((0, 0.95), (1, 0.9), (0, 0.8), (2, 0.38), (0, 0.5)), root="/d/x/b", unreadable=[4]
-    )
-    two = write_labels(tmp_path / "a.h5", logits_of((0, 0.9), (1, 0.6), (0, 0.8), (2, 0.36), (0, 0.45)), root="/d/x")
+    rows = [(0, 0.95), (1, 0.9), (0, 0.8), (2, 0.38), (0, 0.5)]
+    one = write_labels(tmp_path / "b.h5", logits_of(*rows), root="/d/x/b", unreadable=[4])
+    rows = [(0, 0.9), (1, 0.6), (0, 0.8), (2, 0.36), (0, 0.45)]
+    two = write_labels(tmp_path / "a.h5", logits_of(*rows), root="/d/x")
     outs = [tmp_path / "out" / "0.h5", tmp_path / "out" / "1.h5"]
     flags = ["--threshold", 0.4, "--per-class", 3]
     for out, files in zip(outs, ([one, two], [two, one]), strict=True):
@@ -291,18 +248,12 @@ def test_files_of_different_folders_are_put_together(tmp_path, run):
     assert [report[name] for name in ("candidates", "above_threshold", "kept", "examples")] == [9, 7, 5, 6]
     of_class = {"candidates": 2, "above_threshold": 2, "kept": 2, "examples": 3}
     assert report["classes"]["bee"] == of_class and report["classes"]["cat"]["kept"] == 0
-    chosen = run(one, "--out", outs[1], *flags).stdout
-    assert "cat" in chosen, "a class without any image is named"
-    again = outs[1].read_bytes()
-    assert run(outs[1], "--out", tmp_path / "again.h5", *flags).returncode == 0, "a selection is a label file"
-    assert run(one, "--out", outs[1], *flags).returncode == 0 and outs[1].read_bytes() == again
+    assert "cat" in run(outs[0], "--out", outs[1], *flags).stdout, "a selection is an input; an empty class is named"
 
 
 def test_many_files_with_few_descriptors(tmp_path, run):
-    files = [
-        write_labels(tmp_path / f"{i:03}.h5", logits_of((i % 3, 0.9)), val=(logits_of(*VAL), VAL_LABEL))
-        for i in range(60)
-    ]
+    val = logits_of(*VAL), VAL_LABEL
+    files = [write_labels(tmp_path / f"{i:03}.h5", logits_of((i % 3, 0.9)), val=val) for i in range(60)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
@@ -342,25 +293,22 @@ def test_the_mean_of_two_teachers(tmp_path, run):
 def test_what_neither_fits_nor_differs_is_a_mistake(tmp_path, run):
     names, logits = ["0.png", "1.png"], logits_of((0, 0.9), (1, 0.8))
     first = write_labels(tmp_path / "first.h5", logits, names=names)
-    wrong = {
-        "same-teacher": write_labels(tmp_path / "same-teacher.h5", logits, names=names),
-        "overlap": write_labels(tmp_path / "overlap.h5", logits, names=["1.png", "2.png"]),
-        "nested": write_labels(tmp_path / "nested.h5", logits, root="/data", names=["a.png", "unlabeled/1.png"]),
-        "teacher": write_labels(tmp_path / "teacher.h5", logits, teacher_sha256="b" * 64),
-        "precision": write_labels(tmp_path / "precision.h5", logits, precision="bf16"),
-        "crop": write_labels(tmp_path / "crop.h5", logits, crop_mode="squash"),
-        "order": write_labels(tmp_path / "order.h5", logits, classes=["bee", "ant", "cat"]),
-        "classes": write_labels(
-            tmp_path / "classes.h5", logits, names=names, classes=["ant", "bee", "dog"], teacher_sha256="b" * 64
-        ),
-    }
-    for path in wrong.values():
-        assert_mistake(run(first, path, "--out", tmp_path / "o.h5"), "first.h5", path.name)
+    dog = ["ant", "bee", "dog"]
+    wrong = [
+        {"names": names},
+        {"names": names, "classes": dog, "teacher_sha256": "b" * 64},
+        {"names": ["1.png", "2.png"]},
+        {"names": ["a.png", "unlabeled/1.png"], "root": "/data"},
+        {"teacher_sha256": "b" * 64},
+        {"precision": "bf16"},
+        {"crop_mode": "squash"},
+        {"classes": CLASSES[::-1]},
+    ]
+    for how in wrong:
+        second = write_labels(tmp_path / "second.h5", logits, **how)
+        assert_mistake(run(first, second, "--out", tmp_path / "o.h5"), "first.h5", "second.h5")
     assert_mistake(run(first, first, "--out", tmp_path / "o.h5"), "first.h5")
     assert not (tmp_path / "o.h5").exists()
-
-
-# the command line
 
 
 def test_top_p_by_hand(tmp_path, run):
@@ -375,9 +323,6 @@ def test_top_p_by_hand(tmp_path, run):
     assert_mistake(run(out, "--out", tmp_path / "again.h5"), "o.h5", "top-p")
     for per_class in ([], ["--per-class", "all"]):
         assert_mistake(run(*flags, *per_class), "--per-class")
-    assert run(*flags, "--per-class", 1, "--top-p", 9).returncode == 0
-    pairs = [*zip(read_labels(out)["path"].tolist(), read_labels(out)["label"].tolist(), strict=True)]
-    assert pairs == sorted(pairs)
 
 
 def test_auto_per_class_is_the_lower_median_of_what_is_not_empty(tmp_path, run):
@@ -387,16 +332,10 @@ def test_auto_per_class_is_the_lower_median_of_what_is_not_empty(tmp_path, run):
     assert open_label_file(out).attrs["per_class"] == 2 and done.returncode == 0 and "cat" in done.stdout
     assert run(labels, "--out", out, "--per-class", "all").returncode == 0
     assert open_label_file(out).attrs["per_class"] == "all" and read_labels(out)["copies"].tolist() == [1] * 9
+    many = write_labels(tmp_path / "many.h5", np.zeros((130_500, 1)), classes=["a"])
+    assert run(many, "--out", out).returncode == 0 and len(read_labels(out)["path"]) == 130_000, "the paper's"
     assert run(select(tmp_path / "s.h5", labels, {0: 5, 1: 2}), "--out", out, "--per-class", "all").returncode == 0
     assert read_labels(out)["copies"].tolist() == [1, 1], "copies of an input are not used"
-
-
-@pytest.mark.parametrize(
-    "flag", ["--per-class 0", "--per-class many", "--threshold nan", "--threshold -1", "--top-p 0"]
-)
-def test_wrong_flags_are_refused(flag, tmp_path, run):
-    labels = write_labels(tmp_path / "l.h5", logits_of(*ROWS))
-    assert_mistake(run(labels, "--out", tmp_path / "o.h5", *flag.split()), flag.split()[0])
 
 
 def test_a_mistake_replaces_nothing(tmp_path, run):
@@ -407,10 +346,12 @@ def test_a_mistake_replaces_nothing(tmp_path, run):
     for name in (labels, tmp_path / "x" / ".." / "l.h5", tmp_path / "o.json", tmp_path):
         assert_mistake(run(labels, "--out", name), "--out", name)
     assert_mistake(run(labels, "--out", out, "--truth", tmp_path / "none.csv"), "none.csv")
+    for flag in ("--per-class 0", "--per-class many", "--threshold nan", "--threshold -1", "--top-p 0"):
+        assert_mistake(run(labels, "--out", out, *flag.split()), flag.split()[0])
     truth = tmp_path / "t.csv"
-    for header, lines in ((("file", "label"), [("l/000.png", "ant")]), (("name", "class"), [("x.png", "ant")]),
-                          (("name", "class"), [("l/000.png", "class_0")])):  # fmt: skip
-        assert_mistake(run(labels, "--out", out, "--truth", write_truth(truth, lines, header)), "t.csv")
+    for header, line in (("file", "l/000.png,ant"), ("name", "x.png,ant"), ("name", "l/000.png,class_0")):
+        truth.write_text(f"{header},class\n{line}\n")
+        assert_mistake(run(labels, "--out", out, "--truth", truth), "t.csv")
     truth.unlink()
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert_mistake(run(undo(labels, [3]), "--out", out), "l.h5", "02")
@@ -419,27 +360,13 @@ def test_a_mistake_replaces_nothing(tmp_path, run):
 def test_truth_measures_and_never_chooses(tmp_path, run):
     """Labels: ant bee ant cat bee; above 0.55 all but the last."""
     labels = write_labels(tmp_path / "l.h5", logits_of(*ROWS))
-    lines = [
-        ("l/000.png", "ant"),
-        ("l/001.png", "cat"),
-        ("l/002.png", ""),
-        ("l/004.png", "bee"),
-        ("elsewhere.png", "ant"),
-    ]
-    truth = write_truth(tmp_path / "t.csv", lines)
-    truth.write_bytes(b"\xef\xbb\xbf" + truth.read_bytes())  # as Excel writes it
+    truth = tmp_path / "t.csv"  # with the mark that Excel writes
+    truth.write_text("\ufeffname,class\nl/000.png,ant\nl/001.png,cat\nl/002.png,\nl/004.png,bee\nelsewhere.png,ant\n")
     flags = [labels, "--out", tmp_path / "o.h5", "--threshold", 0.55, "--per-class", "all"]
     assert run(*flags).returncode == 0
     before = (tmp_path / "o.h5").read_bytes()
     assert "66.67" in run(*flags, "--truth", truth).stdout and (tmp_path / "o.h5").read_bytes() == before
-    expected = {"accuracy_before": 66.67, "accuracy_after": 50}
-    assert report_of(tmp_path / "o.h5")["truth"] == expected
-
-
-def test_what_is_damaged_is_named(tmp_path, run):
-    for columns in ({"confidence": {0: 97.2}}, {"label": {0: 7}}, {"logits": {0: [0.9, 0.1, 0]}}):
-        labels = change(write_labels(tmp_path / "l.h5", logits_of(*ROWS)), **columns)
-        assert_mistake(run(labels, "--out", tmp_path / "o.h5"), "l.h5")
+    assert report_of(tmp_path / "o.h5")["truth"] == {"accuracy_before": 66.67, "accuracy_after": 50}
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 81, 1000])
@@ -456,18 +383,14 @@ def test_the_picture_shows_images_of_a_few_classes(num_classes, tmp_path, monkey
     balance.main()
     images = figures[0].axes[2]
     sheet = images.images[0].get_array()
-    reds = [
-        sheet[top + 32, left + 32].tolist() for top in range(0, len(sheet), 66) for left in range(0, sheet.shape[1], 66)
-    ]
-    shown = sum(red[0] > 250 and red[2] < 5 for red in reds)
-    assert 7 <= shown <= 19 and len(images.get_yticks()) <= 8
+    middles = sheet[33::66, 33::66]
+    assert 7 <= ((middles[..., 0] > 250) & (middles[..., 2] < 5)).sum() <= 19 and len(images.get_yticks()) <= 8
 
 
 def test_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
-    names = sorted(p.relative_to(tiny_data / "unlabeled").as_posix() for p in (tiny_data / "unlabeled").rglob("*.png"))
-    labels = write_labels(
-        tmp_path / "l.h5", logits_of(*[(i % 3, 0.9) for i in range(20)]), tiny_data / "unlabeled", names
-    )
+    root = tiny_data / "unlabeled"
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    labels = write_labels(tmp_path / "l.h5", logits_of(*[(i % 3, 0.9) for i in range(20)]), root, names)
     out = tmp_path / "out" / "balanced.h5"
     run_stage(ROOT / "03_balance.py", labels, "--out", out, launcher="python")
     assert sorted(path.name for path in out.parent.iterdir()) == ["balanced.h5", "balanced.json", "balanced.png"]
