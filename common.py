@@ -1422,10 +1422,10 @@ def train_keys(num: int, batch_size: int, seed, stream: str, steps: range, proce
         yield keys
 
 
-def grid_keys(num: int, batch_size: int, processes: Processes) -> Iterator[list]:
+def grid_keys(num: int, batch_size: int, processes: Processes) -> Iterator[range]:
     """This process's rows of each batch of a fixed grid: the same batches with any number of processes."""
     for first in range(processes.rank * batch_size, num, processes.world_size * batch_size):
-        yield list(range(first, min(first + batch_size, num)))
+        yield range(first, min(first + batch_size, num))
 
 
 def rows_per_batch(image_size: int, device: torch.device) -> int:
