@@ -421,7 +421,8 @@ def test_the_settings_of_run_sh_reach_the_stages(toolkit, recorded, parsed, tmp_
         assert "finetune.txt --num-ops 1 --batch-size 8 --epochs 7" in line and f"--init {weights}" in line
     for name, teacher in (("labels1.h5", "teacher"), ("labels2.h5", "student1"), ("labels3.h5", "student2")):
         assert f"--teacher {tmp_path}/out/seed3/{teacher}/model.pt" in seed3[name]
-    assert "--threshold auto" in seed3["selected3.h5"] and "student3/model.pt" in seed3["fixres"]
+    assert "--threshold auto" in seed3["selected3.h5"] and "/student3/model.pt --data" in seed3["fixres"]
+    assert "--batch-size 16" in seed3["fixres"]
     names = ("teacher", "control", "student1", "student2", "student3", "fixres")
     models = [f"{tmp_path}/out/seed{seed}/{name}/model.pt" for seed in (3, 5) for name in names]
     assert lines[-1].startswith(f"06_eval_robustness.py {' '.join(models)} --data {data} --val-half judge")
