@@ -86,4 +86,5 @@ for seed in $SEEDS; do
 done
 stage 06_eval_robustness.py "${models[@]}" --data "$DATA" --val-half judge $corrupt --fgsm 2 --num-images 500 \
     --out "$OUT/robustness" # the table, and what the last student gained over the control
-[ ! -e "$OUT/robustness/verdict.md" ] || cp "$OUT/robustness/verdict.md" "$OUT/verdict.md"
+cp "$OUT/robustness/robustness.md" "$OUT/verdict.md"
+[ "$CONTROL" != 0 ] || echo "Without a control: what the unlabelled images gave is not known." | tee -a "$OUT/verdict.md"
