@@ -17,12 +17,6 @@ stage = load_stage("06_eval_robustness")
 ORIGINAL = np.load(ROOT / "tests" / "corruptions.npz")  # by reference_corruptions.py, from the generators themselves
 
 
-def smooth_image(size: int) -> np.ndarray:
-    y, x = np.mgrid[:size, :size] / size
-    waves = [np.sin(2 * np.pi * (2 * x + y)), np.cos(2 * np.pi * (x - 3 * y)), np.sin(2 * np.pi * 4 * x * y)]
-    return (np.stack(waves, axis=-1) * 75 + 110).astype(np.uint8)
-
-
 def corrupt(image, name, severity, seed=0):
     return stage.corrupt(image, name, severity, np.random.default_rng(seed))
 
@@ -55,17 +49,14 @@ def test_each_corruption_equals_the_generators(name):
 
 
 @pytest.mark.parametrize("name", stage.CORRUPTIONS)
-@pytest.mark.parametrize("size", [32, 64, 144])
-def test_draws_are_a_function_of_the_generator_alone(name, size):
-    image = smooth_image(size)
-    before = image.copy()
-    for severity in (1, 3, 5):
-        out = corrupt(image, name, severity)
+def test_draws_are_a_function_of_the_generator_alone(name):
+    for size in (64, 144):
+        image = np.asarray(Image.fromarray(ORIGINAL["images"][0]).resize((size, size)))
+        out = corrupt(image, name, 3)
         assert out.shape == image.shape and out.dtype == np.uint8 and not np.array_equal(out, image)
-        assert np.array_equal(out, corrupt(image, name, severity)) and np.array_equal(image, before)
-    drawn = [*(n for n in stage.CORRUPTIONS if n.endswith("noise")), "glass_blur", "motion_blur", "snow", "fog"]
-    if name in [*drawn, "elastic_transform", "spatter"]:
-        assert not np.array_equal(out, corrupt(image, name, 5, seed=1))
+        assert np.array_equal(out, corrupt(image, name, 3))
+    drawn = ("noise", "glass_blur", "motion_blur", "snow", "fog", "elastic_transform", "spatter")
+    assert np.array_equal(out, corrupt(image, name, 3, seed=1)) != name.endswith(drawn)
 
 
 def test_glass_blur_copies_pixels_in_the_order_of_the_generator():
@@ -320,7 +311,15 @@ def test_an_unreadable_image_is_left_out(work, call_main, tmp_path):
 def test_in_bf16_attacks_stay_in_float32(work, finished, call_main, monkeypatch):
     monkeypatch.chdir(work)
     words = (*BOTH, "--fgsm", "8", "--num-images", "12", "--out", "bf16", "--precision", "bf16")
+    used = []
+
+    def watched(precision, device):
+        used.append(precision)
+        return common.autocast(precision, device)
+
+    monkeypatch.setattr(stage, "autocast", watched)
     assert call_main("06_eval_robustness", *words).returncode == 0
+    assert used == ["bf16", "bf16", "fp32", "fp32"]  # clean, and under attack
     for entry, fp32 in zip(read(work, "bf16").values(), read(work).values(), strict=True):
         loss, exact = entry["clean"]["loss"], fp32["clean"]["loss"]
         assert loss == pytest.approx(exact, rel=0.05) and loss != exact
