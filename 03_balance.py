@@ -1,15 +1,13 @@
 """Stage 03: keep the images that the teacher is sure of, and the same number of each class.
 
-noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the
-threshold, keep the K most confident of each class. The images of a smaller class are repeated
-evenly to exactly K. Most images of low confidence belong to none of the classes, and unequal
-numbers would teach the student that some classes are rare.
+noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the threshold, keep the K most
+confident of each class. The images of a smaller class are repeated evenly to exactly K. Most images of low confidence
+belong to none of the classes, and unequal numbers would teach the student that some classes are rare.
 
 top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, and each
 class keeps its K highest-scoring images, with that class as the hard label.
 
-reads   label files of different images by one teacher, or of the same images by several
-        teachers, whose probabilities are averaged
+reads   label files of different images by one teacher, or of the same images by several teachers: their mean
 writes  balanced.h5 (a label file of the kept images), balanced.json (counts), balanced.png
 
     python 03_balance.py logits.h5 --out balanced.h5
@@ -60,8 +58,7 @@ class Table:
 
     def __init__(self, files: list[LabelFile], is_mean: bool = False):
         self.files, self.classes, self.is_mean = files, files[0].classes, is_mean
-        lengths = [len(file) for file in (files[:1] if is_mean else files)]
-        self.starts = np.cumsum([0, *lengths])  # each file's first row
+        self.starts = np.cumsum([0, *map(len, files[:1] if is_mean else files)])  # each file's first row
         self.chunk_rows = max(1, (1 << 20) // len(self.classes))  # 4 MB of float32 logits: a cache
         roots = [os.path.abspath(file.attrs["root"]) for file in files]
         self.root = os.path.commonpath(roots)
@@ -79,8 +76,7 @@ class Table:
 
     def split(self, rows: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
         """Chunks of these rows, which ascend, and of columns beside them."""
-        starts = np.arange(0, len(rows), self.chunk_rows)
-        cuts = np.union1d(np.searchsorted(rows, self.starts), starts)
+        cuts = np.union1d(np.searchsorted(rows, self.starts), np.arange(0, len(rows), self.chunk_rows))
         chunks = zip(*(np.split(column, cuts) for column in (rows, *columns)), strict=True)
         return (chunk for chunk in chunks if len(chunk[0]))
 
@@ -125,8 +121,7 @@ class Table:
         if not all(np.array_equal(names, true[0]) for names in true):
             return [], np.zeros(0, np.int32)
         files = self.files if self.is_mean else self.files[:1]
-        logits = [np.array(file.column("val_logits")) for file in files]
-        return logits, files[0].column("val_label")
+        return [np.array(file.column("val_logits")) for file in files], files[0].column("val_label")
 
 
 def open_table(paths: list[Path]) -> Table:
@@ -139,7 +134,7 @@ def open_table(paths: list[Path]) -> Table:
             fail(f"{file.path} is unfinished: run 02 again on it")
         check_label_rows(file)
     first, others = files[0], files[1:]
-    is_mean = len(files) > 1 and all(same_images(first, file) for file in others)
+    is_mean = bool(others) and all(same_images(first, file) for file in others)
     for file in others:
         both = f"{first.path} and {file.path}"
         if is_mean and {*file.classes} != {*first.classes}:
@@ -148,8 +143,7 @@ def open_table(paths: list[Path]) -> Table:
             fail(f"{both}: neither the same images nor the same teacher, view and classes")
     table = Table(files, is_mean)
     if is_mean:
-        teachers = [file.attrs.get("teacher_sha256", file.path) for file in files]
-        if len({*teachers}) < len(teachers):
+        if len({file.attrs.get("teacher_sha256", file.path) for file in files}) < len(files):
             names = " and ".join(str(file.path) for file in files)
             fail(f"{names}: two are of the same images and the same teacher")
         print0(f"mean of {len(files)} teachers")
@@ -159,10 +153,8 @@ def open_table(paths: list[Path]) -> Table:
 
 
 def same_images(first: LabelFile, second: LabelFile) -> bool:
-    for name in ("path", "offset"):
-        if not np.array_equal(first.column(name), second.column(name)):
-            return False
-    return first.attrs["root"] == second.attrs["root"]
+    equal = (np.array_equal(first.column(name), second.column(name)) for name in ("path", "offset"))
+    return first.attrs["root"] == second.attrs["root"] and all(equal)
 
 
 def made_by(file: LabelFile) -> list:
@@ -194,8 +186,8 @@ def calibrate(confidence: np.ndarray, right: np.ndarray, args: argparse.Namespac
         num, num_right = int(above.sum()), int(right[above].sum())
         point = {"threshold": step / 100, "kept": num, "right": num_right}
         point |= {"share": num / len(right), "share_interval": wilson(num, len(right))}
-        point |= {"precision": num_right / max(num, 1)}
-        curve.append(point | {"precision_interval": wilson(num_right, num)})
+        point |= {"precision": num_right / max(num, 1), "precision_interval": wilson(num_right, num)}
+        curve.append(point)
     points = [point for point in curve if point["kept"] and point["share"] >= args.min_share]
     precise = [point for point in points if point["precision"] >= args.min_precision]
     at = precise[0] if precise else max(points, key=lambda point: point["precision"])
@@ -299,8 +291,7 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
     place = max(0, len(table.classes) - top_p)  # of the P-th highest, in ascending order
     for rows in table.chunks():
         probs = table.probs(table.columns("logits", rows))
-        # Soon few images reach the cutoff of a class.
-        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0
+        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon few images reach a cutoff
         rows, probs = rows[reaches.numpy()], probs[reaches].numpy()
         rank = ranked(probs)
         image, label = np.nonzero(rank >= np.partition(rank, place, axis=1)[:, place, None])
@@ -314,8 +305,7 @@ def write_selection(path: Path, table: Table, num: int, chosen: Iterable, header
     names = ["label", "confidence", "copies", "status", "path", "offset", "size"]
     if header["method"] != "top-p":
         names.append("logits")
-    width = max(file.places["path"][0].itemsize for file in table.files)
-    width += max(map(len, table.prefixes))
+    width = max(map(len, table.prefixes)) + max(file.places["path"][0].itemsize for file in table.files)
     end = 0
     with new_label_file(path, num, width, table.classes, names, **header) as file:
         for rows, *values in chosen:
@@ -340,8 +330,7 @@ def header_of(table: Table, last: Path) -> dict:
         header |= {"val_logits": table.merge(logits), "val_label": true}
     if "class_counts" in table.files[0].places:
         header["class_counts"] = table.files[0].column("class_counts")
-    files = json.dumps([str(file.path) for file in table.files])
-    return header | {"root": table.root, "files": files}
+    return header | {"root": table.root, "files": json.dumps([str(file.path) for file in table.files])}
 
 
 def read_truth(path: Path, classes: list[str]) -> dict[bytes, int]:
@@ -456,8 +445,7 @@ def main() -> None:
 
     selection = open_label_file(args.out)
     after = count(Table([selection]), threshold, truth)
-    label, copies = selection.column("label"), selection.column("copies")
-    examples = np.bincount(label, copies, len(table.classes))
+    examples = np.bincount(selection.column("label"), selection.column("copies"), len(table.classes))
     sizes = {"candidates": before["images"], "above_threshold": before["above_threshold"]}
     sizes |= {"kept": after["images"], "examples": examples.astype(int)}
     report = flags | {what: int(values.sum()) for what, values in sizes.items()}
