@@ -119,6 +119,14 @@ def pseudo_targets(logits: Tensor, labels: Tensor, temperature: float, label_smo
     return F.one_hot(labels, num_classes) * (1 - label_smoothing) + label_smoothing / num_classes
 
 
+def default_temperature(args: argparse.Namespace, is_hard: bool = False) -> float:
+    if args.temperature is not None:
+        return args.temperature
+    if args.consistency:
+        return 10.0
+    return 0.0 if is_hard else 1.0
+
+
 class TeachersLabels:
     """Labels that the teacher gives while the student trains: from the clean view, as stage 02 would give them.
 
@@ -130,7 +138,7 @@ class TeachersLabels:
         self.args, self.device = args, processes.device
         self.classes, self.view = self.source["classes"], View.of(self.source)
         self.amp, _ = autocast(precision_of(args.precision, processes.device), self.device)
-        self.temperature = 10.0 if args.consistency else 1.0
+        self.temperature = default_temperature(args)
         data = data_of(args, self.source)
         self.images = ImageList.of("", [])  # --ratio 0: none
         if args.ratio != 0:
@@ -138,12 +146,12 @@ class TeachersLabels:
         self.rows = None  # each image once
         print0(f"labels come from {args.teacher} on the fly, all of them: no confidence filter, no balance")
 
-    def __call__(self, batch: Batch, temperature: float) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         images = batch.views[0].to(self.device, non_blocking=True)
         with self.amp, torch.no_grad():  # in as many parts as the student's batch, for the memory
             parts = images.tensor_split(self.args.accumulate)
             logits = torch.cat([self.teacher(normalize(part, self.view)) for part in parts]).float()
-        return pseudo_targets(logits, logits.argmax(1), temperature, self.args.label_smoothing)
+        return pseudo_targets(logits, logits.argmax(1), self.temperature, self.args.label_smoothing)
 
 
 class StoredLabels:
@@ -174,19 +182,19 @@ class StoredLabels:
             fail(f"--unlabeled: say where the images are, they are not where they were ({images.root})")
         self.images, self.classes = images, labels.classes
         self.label, self.label_smoothing = labels.column("label"), args.label_smoothing
-        self.temperature = 10.0 if args.consistency else 1.0
-        if labels.attrs.get("method") == "top-p":
-            self.temperature = 0.0
+        self.temperature = default_temperature(args, is_hard=labels.attrs.get("method") == "top-p")
         self.logits = labels.column("logits") if "logits" in labels.places else None
+        if self.temperature and self.logits is None:
+            fail(f"--temperature {self.temperature:g}: {labels.path} has no logits: label it with 02 --unlabeled first")
         self.source = {**labels.attrs, "arch_options": json.loads(labels.attrs.get("arch_options", "{}"))}
 
-    def __call__(self, batch: Batch, temperature: float) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         rows = self.rows[batch.rows.numpy()]
         logits = np.zeros((len(rows), len(self.classes)))  # hard labels do not need them
-        if temperature:
+        if self.temperature:
             logits = self.logits[rows]
         labels = torch.from_numpy(self.label[rows].astype(np.int64))
-        return pseudo_targets(torch.from_numpy(logits).float(), labels, temperature, self.label_smoothing)
+        return pseudo_targets(torch.from_numpy(logits).float(), labels, self.temperature, self.label_smoothing)
 
 
 def columns_of(classes: list[str], teachers: list[str], data: Path) -> list[int]:
@@ -217,9 +225,6 @@ def main() -> None:
     # otherwise: the data, the architecture, the image size and the crop mode.
     labels_of = StoredLabels(args) if args.pseudo_labels else TeachersLabels(args, processes)
     source = read_checkpoint(args.teacher) if args.teacher else labels_of.source
-    temperature = labels_of.temperature if args.temperature is None else args.temperature
-    if temperature and args.pseudo_labels and labels_of.logits is None:
-        fail(f"--temperature {temperature:g}: {args.pseudo_labels} has no logits: label it with 02 --unlabeled first")
 
     # Images and labels.
     data = data_of(args, source)
@@ -251,13 +256,11 @@ def main() -> None:
     header |= {"inputs": inputs, "data": os.path.abspath(data)}  # data: the next student's default
     plan = plan_of(args, recipe.epochs, len(train_images) if num_labeled else num_pseudo)
     run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
-    run.announce(
-        f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",
-        f"{num_pseudo} unlabelled images",
-        f"{num_labeled} + {num_unlabeled} a step",
-        f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}",
-        origin,
+    images = (
+        f"{len(train_images)} labelled, {len(val_images)} val, {num_pseudo} unlabelled images, {len(classes)} classes"
     )
+    noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"
+    run.announce(images, f"{num_labeled} + {num_unlabeled} a step", noise, origin)
 
     # Train. An unlabelled image is seen twice where a teacher labels on the fly: whole by the teacher, cropped by the
     # student. There the images of val are left out too; of the stored labels stage 02 has left them out.
@@ -268,7 +271,7 @@ def main() -> None:
     labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)
     unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **of_unlabeled)
     loss_of = consistency_loss if args.consistency else partial(noisy_student_loss, weight=unlabeled_weight)
-    loss_of = partial(loss_of, label_smoothing=args.label_smoothing, temperature=temperature or 1.0)
+    loss_of = partial(loss_of, label_smoothing=args.label_smoothing, temperature=labels_of.temperature or 1.0)
     for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):  # sets the rate, seeds the noise
         # The last view of each image is the student's. Both kinds get the same noise, as one uint8 batch
         # (n + m, 3, H, W), the labelled ones first.
@@ -278,7 +281,7 @@ def main() -> None:
         target = targets[batch.rows].to(processes.device, non_blocking=True)
         # y~, probabilities (m, C), the columns in the order of the student's classes: stored ones, or those of a
         # teacher that sees the clean view. same_images: it labels the labelled images, and they carry both losses.
-        probs = labels_of(batch if same_images else pseudo, temperature)[:, columns]
+        probs = labels_of(batch if same_images else pseudo)[:, columns]
         probs = probs.to(processes.device, non_blocking=True)
         # The gradients are set to zero, and both kinds cut into --accumulate parts, which need less memory.
         tensors = target, images[: len(target)], images[len(target) :], probs
@@ -292,7 +295,7 @@ def main() -> None:
             labeled_logits, pseudo_logits = logits[: len(part_target)], logits[len(part_target) :]
             if same_images:  # the Keras example: `pseudo` is empty
                 pseudo_logits, mean_m = logits, mean_n
-            # The cross-entropy with y, that with y~ at --temperature, and their weighted sum, which trains.
+            # The weighted sum, which trains; the cross-entropy with y, that with y~ at --temperature.
             losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, mean_n, mean_m)
             run.backward(losses[0], loss_labeled=losses[1], loss_unlabeled=losses[2])  # the last two are only logged
         run.end_step()  # the optimizer's step and the average of the weights; logs, evaluates, saves where it is time
