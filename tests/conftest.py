@@ -13,14 +13,13 @@ import itertools
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tarfile
 import threading
 import time
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and before the fork server starts
@@ -37,6 +36,7 @@ sys.path[:0] = [str(folder) for folder in (ROOT, TESTS) if str(folder) not in sy
 torch.set_num_threads(1)
 
 import common  # noqa: E402
+from label_files import write_labels  # noqa: E402
 from stage_process import run_file  # noqa: E402
 
 CLASSES = ["disc", "square", "triangle"]  # of draw_data
@@ -58,64 +58,46 @@ def pytest_sessionfinish():
 class Stage:
     """A running or finished stage: .returncode (None while it runs), .stdout and .stderr so far, .pids."""
 
-    def __init__(self, folder: Path, words, nproc=1, launcher=None, cwd=ROOT, file_size=-1, env=None):
-        folder.mkdir(parents=True)
-        self.outputs = folder / "stdout", folder / "stderr"
+    def __init__(self, folder: Path, words, nproc: int, own_python: bool, cwd, file_size: int, env: dict):
+        folder.mkdir()
+        self.outputs = [str(folder / name) for name in ("stdout", "stderr")]
         for path in self.outputs:
-            path.touch()
+            Path(path).touch()
         self.words = [str(word) for word in words]
-        script = str((ROOT / self.words[0]).resolve() if launcher is None else self.words[0])
-        env = os.environ | {name: str(value) for name, value in (env or {}).items()}
-        self.returncode, self.processes, self.store = None, [], None
-        if launcher is None:
-            if nproc > 1:  # the store that torchrun's agent keeps
-                self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-                env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
-                env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-            for rank in range(nproc):
-                more = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc > 1 else {}
-                outputs = tuple(map(str, self.outputs))
-                path = [*filter(None, env.get("PYTHONPATH", "").split(":")), *PLAIN_PATH]
-                args = ([script, *self.words[1:]], env | more, str(cwd), outputs, path, file_size)
-                self.processes.append(SERVER.Process(target=run_file, args=args))
-                self.processes[-1].start()
-            self.pids = [process.pid for process in self.processes]
-        else:
-            with open(self.outputs[0], "a") as out, open(self.outputs[1], "a") as err:
-                command = [sys.executable, script, *self.words[1:]]
-                process = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=err, start_new_session=True)
-            self.processes, self.pids = [process], [process.pid]
+        env = os.environ | {name: str(value) for name, value in env.items()}
+        self.returncode, self.store = None, None
+        if nproc > 1:  # the store that torchrun's agent keeps
+            self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+            env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+        path = [*filter(None, env.get("PYTHONPATH", "").split(":")), *PLAIN_PATH]
+        self.processes = []
+        for rank in map(str, range(nproc)):
+            place = {"RANK": rank, "LOCAL_RANK": rank} if nproc > 1 else {}
+            args = (self.words, env | place, str(cwd), self.outputs, path, file_size, own_python)
+            self.processes.append(SERVER.Process(target=run_file, args=args))
+            self.processes[-1].start()
+        self.pids = [process.pid for process in self.processes]
 
     @property
     def stdout(self) -> str:
-        return self.outputs[0].read_text()
+        return Path(self.outputs[0]).read_text()
 
     @property
     def stderr(self) -> str:
-        return self.outputs[1].read_text()
+        return Path(self.outputs[1]).read_text()
 
     def poll(self) -> int | None:
         """The status of the first process that failed, or 0, once all have ended; None before."""
-        if self.returncode is None:
-            statuses = [p.poll() if isinstance(p, subprocess.Popen) else p.exitcode for p in self.processes]
-            if None not in statuses:
-                self.returncode = next((status for status in statuses if status), 0)
-                self.store = None
+        statuses = [process.exitcode for process in self.processes]
+        if self.returncode is None and None not in statuses:
+            self.returncode = next((status for status in statuses if status), 0)
+            self.store = None
         return self.returncode
 
     def wait(self, timeout: float = 120) -> int:
-        """Wait for all processes. One that fails takes the others with it, as under torchrun, after 20 seconds."""
-        end = time.monotonic() + timeout
-        while self.poll() is None:
-            failed = [p for p in self.processes if not isinstance(p, subprocess.Popen) and p.exitcode]
-            if failed:
-                end = min(end, time.monotonic() + 20)
-            if time.monotonic() > end:
-                self.kill()
-                if not failed:
-                    pytest.fail(f"not finished in time: {self}")
-            time.sleep(0.01)
+        self.wait_until(lambda: self.poll() is not None, timeout)
         return self.returncode
 
     def kill(self, number: int = signal.SIGKILL, wait: bool = True) -> None:
@@ -132,7 +114,9 @@ class Stage:
         end = time.monotonic() + timeout
         while not condition():
             assert self.poll() is None, f"it ended before: {self}"
-            assert time.monotonic() < end, f"the condition never came true: {self}"
+            if time.monotonic() > end:
+                self.kill(wait=False)
+                pytest.fail(f"not in time: {self}")
             time.sleep(0.005)
 
     def __repr__(self) -> str:
@@ -141,30 +125,32 @@ class Stage:
 
 def descendants(pid: int) -> list[int]:
     """The process and all below it."""
-    found = [pid]
+    pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            found += [below for child in task.read_text().split() for below in descendants(int(child))]
-    return found
+            pids += [below for child in task.read_text().split() for below in descendants(int(child))]
+    return pids
 
 
 @pytest.fixture(scope="session")
 def start_stage(tmp_path_factory):
     """start_stage("03_balance.py", flag, value, ..., nproc=1, NAME="value") -> Stage, running.
 
-    It comes from the fork server, nproc > 1: as so many ranks. launcher="python": really by a Python of its own.
-    launcher="torchrun": by torchrun's own agent, with the flags in TORCHRUN; it starts and watches start_stage.python3.
+    It comes from the fork server, nproc > 1: as so many ranks. launcher="python": in a Python of its own.
+    launcher="torchrun": by torchrun's own agent, which starts and watches start_stage.python3.
     WITHOUT="matplotlib": as if this package was not installed; it saves the second that a picture takes.
     """
     started, number, root = [], itertools.count(), tmp_path_factory.mktemp("stages")
-    (root / "torchrun.py").write_text("from torch.distributed.run import main\n\nmain()\n")
 
     def start(*words, nproc=1, launcher=None, cwd=ROOT, file_size=-1, **env) -> Stage:
         if launcher == "torchrun":
-            flags = ["--standalone", f"--nproc-per-node={nproc}", *env.get("TORCHRUN", "").split()]
-            words = [root / "torchrun.py", *flags, *words]
-            env, nproc, launcher = env | {"PYTHON_EXEC": start.python3}, 1, None
-        stage = Stage(root / str(next(number)), words, nproc, launcher, cwd, file_size, env)
+            run = "from torch.distributed.run import main; main()"
+            words = ["-c", run, "--standalone", f"--nproc-per-node={nproc}", *words]
+            env |= {"PYTHON_EXEC": start.python3}
+            nproc = 1
+        if words[0] != "-c":
+            words = [ROOT / words[0], *words[1:]]
+        stage = Stage(root / str(next(number)), words, nproc, launcher == "python", cwd, file_size, env)
         started.append(stage)  # several threads of python_that_forks start stages
         return stage
 
@@ -177,19 +163,16 @@ def start_stage(tmp_path_factory):
 
 # A python3 that starts in no time: it has the fork server run the command, hands SIGTERM on, and ends with its status.
 PYTHON3 = """#!{python} -IS
-import json, os, signal, socket, sys
-with socket.socket(socket.AF_UNIX) as server:
-    server.connect({address!r})
-    request = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
-    server.sendall(json.dumps(request).encode() + b"\\n")
-    answers = server.makefile()
-    pids = json.loads(answers.readline())
+import os, signal, sys
+from multiprocessing.connection import Client
+with Client({address!r}) as server:
+    server.send((sys.argv[1:], os.getcwd(), dict(os.environ)))
+    pids = server.recv()
     signal.signal(signal.SIGTERM, lambda number, frame: [os.kill(pid, number) for pid in pids])
-    answer = json.loads(answers.readline())
-for file, text in ((sys.stdout, answer["stdout"]), (sys.stderr, answer["stderr"])):
+    status, *outputs = server.recv()
+for file, text in zip((sys.stdout, sys.stderr), outputs):
     file.write(text)
-sys.stdout.flush()
-sys.exit(answer["status"])
+sys.exit(status)
 """
 
 
@@ -198,41 +181,31 @@ def python_that_forks(root: Path, start):
     """Path of a program python3 in a folder of its own, which does for a stage, and for -c, what a python3 would."""
 
     def serve(connection):
-        with connection:
-            request = json.loads(connection.makefile().readline())
-            words, nproc = [word for word in request["words"] if word != "-u"], 1
-            if words[0] == "-c":
-                script = root / f"{threading.get_ident()}.py"
-                script.write_text(f"import sys\nsys.path[0] = {request['cwd']!r}\n{words[1]}")
-                words = [script, *words[2:]]
-            elif words[0] == "-m":  # torch.distributed.run --standalone --nproc-per-node N
-                nproc, words = int(words[4]), words[5:]
-            script = os.path.join(request["cwd"], words[0])
-            stage = start(script, *words[1:], nproc=nproc, cwd=request["cwd"], **request["env"])
-            connection.sendall(json.dumps(stage.pids).encode() + b"\n")
-            connection.settimeout(0.01)
-            while stage.poll() is None:
-                with contextlib.suppress(TimeoutError):
-                    if not connection.recv(1):  # who asked was killed
-                        stage.kill(wait=False)
-                        return
-            answer = {"status": stage.returncode, "stdout": stage.stdout, "stderr": stage.stderr}
-            connection.sendall(json.dumps(answer).encode() + b"\n")
+        words, cwd, env = connection.recv()
+        words, nproc = [word for word in words if word != "-u"], 1
+        if words[0] == "-m":  # torch.distributed.run --standalone --nproc-per-node N
+            nproc, words = int(words[4]), words[5:]
+        if words[0] != "-c":
+            words[0] = os.path.join(cwd, words[0])
+        stage = start(*words, nproc=nproc, cwd=cwd, **env)
+        connection.send(stage.pids)
+        while stage.poll() is None:
+            if connection.poll(0.01):  # who asked was killed
+                stage.kill(wait=False)
+                return
+        connection.send((stage.returncode, stage.stdout, stage.stderr))
 
-    def listen(server):
+    def listen(listener):
         with contextlib.suppress(OSError):  # closed
             while True:
-                threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+                threading.Thread(target=serve, args=(listener.accept(),), daemon=True).start()
 
-    address = str(root / "socket")
     (root / "bin").mkdir()
-    for name in ("python3", "python"):
-        (root / "bin" / name).write_text(PYTHON3.format(python=sys.executable, address=address))
-        (root / "bin" / name).chmod(0o755)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(address)
-        server.listen()
-        threading.Thread(target=listen, args=(server,), daemon=True).start()
+    with Listener(str(root / "socket"), backlog=16) as listener:
+        for name in ("python3", "python"):
+            (root / "bin" / name).write_text(PYTHON3.format(python=sys.executable, address=listener.address))
+            (root / "bin" / name).chmod(0o755)
+        threading.Thread(target=listen, args=(listener,), daemon=True).start()
         yield str(root / "bin" / "python3")
 
 
@@ -286,12 +259,12 @@ class Done:
 def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, words, stop_after: int = 0, pictures: bool = False) -> Done:
     """stage.main() with these words on its command line, without pictures of curves and without signal handlers.
 
-    stop_after: the step after which it believes that SIGTERM has arrived.
+    stop_after: the step during which it believes that SIGTERM arrives.
     """
     count_images = common.Run.count_images
 
     def count_images_and_stop(run, *args):
-        run.stop.received = run.step == stop_after
+        run.stop.received = run.step == stop_after - 1
         count_images(run, *args)
 
     with patch.context() as patch:
@@ -319,20 +292,6 @@ def call_main(monkeypatch, capsys):
         return call_main_of(load_stage(name), monkeypatch, capsys, words, **how)
 
     return call
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """The models that were compiled, by torch's tracer alone: the compilers behind it take half a minute a model."""
-    models, compile_model = [], torch.nn.Module.compile
-
-    def trace(model, *args, **options):
-        models.append(model)
-        compile_model(model, *args, **options | {"backend": "aot_eager"})
-
-    monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    yield models
-    torch.compiler.reset()
 
 
 def assert_mistake(done, *words) -> str:
@@ -467,6 +426,17 @@ def save_model(path: Path, arch=CHEAP, classes=CLASSES, model=None, seed=0, arch
     return path
 
 
+@pytest.fixture
+def labels(tiny_data, tmp_path) -> Path:
+    """Labels of the unlabelled images of tiny_data, nearly all of them right; the first seven stand twice."""
+    names = sorted(str(path.relative_to(tiny_data / "unlabeled")) for path in (tiny_data / "unlabeled").rglob("*.png"))
+    logits = 3 * np.eye(3)[[int(name[-7:-4]) % 3 for name in names]]
+    logits += np.random.default_rng(0).normal(size=(20, 3))
+    columns = {"copies": np.array([2] * 7 + [1] * 13, np.uint32)}
+    file = {"root": tiny_data / "unlabeled", "names": names, "classes": CLASSES, "arch": CHEAP}
+    return write_labels(tmp_path / "labels.h5", logits, **file, **columns)
+
+
 def checkpoint_of(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
@@ -488,29 +458,6 @@ def assert_same_weights(a: Path | dict, b: Path | dict) -> None:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# a teacher that has learned, and its labels: the tests that use them are of the xdist_group "teacher"
-# ----------------------------------------------------------------------------------------------------------------------
-
 SHORT_RUN = ["--image-size", 32, "--batch-size", 8, "--optimizer", "adamw", "--lr", 4e-3, "--warmup-epochs", 1]
 SHORT_RUN += ["--schedule", "cosine", "--num-ops", 1, "--magnitude", 3, "--min-crop-area", 0.7, "--average", 0.9]
 SHORT_RUN += ["--bn-momentum", 0.1]
-
-
-@pytest.fixture(scope="session")
-def teacher(tiny_data, run_stage, tmp_path_factory):
-    """(its folder, the command, what it printed)"""
-    out = tmp_path_factory.mktemp("teacher") / "t"
-    flags = ["--data", tiny_data, "--out", out, "--arch", CHEAP, *SHORT_RUN]
-    args = ["01_train_teacher.py", *flags, "--batch-size", 12, "--epochs", 40, "--eval-every", 20]
-    return out, args, run_stage(*args)
-
-
-@pytest.fixture(scope="session")
-def labels(teacher, tiny_data, run_stage, tmp_path_factory):
-    """(logits.h5, balanced.h5, what 03 printed)"""
-    folder = tmp_path_factory.mktemp("labels")
-    run_stage("02_pseudo_label.py", "--teacher", teacher[0] / "model.pt", "--out", folder / "logits.h5")
-    flags = ["--out", folder / "balanced.h5", "--threshold", 0.3, "--per-class", 9]
-    done = run_stage("03_balance.py", folder / "logits.h5", *flags, "--truth", tiny_data / "unlabeled_truth.csv")
-    return folder / "logits.h5", folder / "balanced.h5", done.stdout

@@ -12,24 +12,25 @@ import sys
 import traceback
 
 
-def run_file(words: list, env: dict, cwd: str, outputs: tuple[str, str], path: list[str], file_size: int) -> None:
-    """Run words[0] as __main__ and end with its exit status.
+def run_file(words: list, env: dict, cwd: str, outputs: tuple, path: list, file_size: int, own_python: bool) -> None:
+    """Run words[0] as __main__, or the program after -c, and end with its exit status.
 
     outputs: the files that stdout and stderr are appended to. path: sys.path of a plain Python.
-    file_size: the largest file that may be written, in bytes, or -1.
+    file_size: the largest file that may be written, in bytes, or -1. own_python: in a Python of its own.
     """
     os.setsid()  # so that a signal can reach it and its loaders, and nobody else
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in enumerate(outputs, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
+    os.chdir(cwd)
+    if own_python:
+        os.execv(sys.executable, [sys.executable, *words])
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     for package in env.get("WITHOUT", "").split():
         sys.modules[package] = None  # as if it was not installed
-    os.chdir(cwd)
-    sys.argv = words
     sys.path[:] = [os.path.dirname(os.path.abspath(words[0])), *path]
     if file_size >= 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
@@ -38,9 +39,14 @@ def run_file(words: list, env: dict, cwd: str, outputs: tuple[str, str], path: l
     torch.set_num_threads(1)
     status = 0
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            exec(words[1], {"__name__": "__main__"})
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
     except BaseException:

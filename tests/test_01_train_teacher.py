@@ -1,272 +1,193 @@
-"""Stage 01: a teacher that learns; `--init`: how the images of published weights must look, the classifier, what comes
-along."""
-
-from pathlib import Path
+"""Stage 01: a teacher that learns, what its checkpoint says, the control, `--init`, the default image size."""
 
 import numpy as np
 import pytest
-import safetensors.torch
-import timm
 import torch
-import torch.nn.functional as F
-import torchvision
-from conftest import NO_OPTIONS, ROOT, assert_mistake, assert_same_weights, checkpoint_of, metrics_of, save_model
-from conftest import tell_images_apart
-from PIL import Image
-from timm.models.efficientnet import default_cfgs
+from conftest import CHEAP, CLASSES, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, load_stage
+from conftest import metrics_of, noise_image, save_model
 
-from common import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    build_model,
-    default_crop_fraction,
-    initial_weights,
-    labeled_images,
-    load_model,
-    own_names,
-)
+import common
+
+stage = load_stage("01_train_teacher")
+STAGE = "01_train_teacher"
 
 
-def read_initial(path, arch):
-    return initial_weights(path, arch, None)
-
-
-def timms_b0(num_classes=3):
-    torch.manual_seed(0)
-    return tell_images_apart(timm.create_model("tf_efficientnet_b0", num_classes=num_classes), 64)
-
-
-@pytest.fixture
-def run_01(call_main):
-    return lambda *flags: call_main("01_train_teacher", *flags)
-
-
-@pytest.mark.xdist_group("teacher")
-def test_the_teacher_learns_and_its_checkpoint_says_how_it_was_made(teacher, tiny_data):
-    out, _, done = teacher
+def test_the_teacher_learns_and_its_checkpoint_says_how_it_was_made(tiny_data, call_main, tmp_path):
+    out = tmp_path / "t"
+    flags = ["--data", tiny_data, "--out", out, "--arch", CHEAP, *SHORT_RUN, "--batch-size", 12, "--steps", 80]
+    done = call_main(STAGE, *flags, "--no-hflip", "--eval-every", 20, pictures=True)
+    assert done.returncode == 0, done
     lines = metrics_of(out)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])
     assert lines[-1]["val_top1"] >= 75 and {"step", "epoch", "val_loss", "val_top5"} <= lines[-1].keys()
     assert all({"step", "epoch"} <= line.keys() for line in lines) and lines[-1]["step"] == 80
-    saved = checkpoint_of(out / "model.pt")
-    assert saved["format"] == "noisy-student-checkpoint-1" and saved["stage"] == "teacher"
-    assert saved["classes"] == ["disc", "square", "triangle"] and saved["image_size"] == 32
-    assert saved["crop_fraction"] == 1 and saved["args"]["data"] == str(tiny_data)
-    assert saved["metrics"]["val_top1"] == lines[-1]["val_top1"]
-    assert "training" in checkpoint_of(out / "last.pt") and "training" not in saved
+    assert {"loss", "lr", "images_per_s", "loader_wait"} <= lines[0].keys() and "unreadable" not in lines[0]
+    saved, last = checkpoint_of(out / "model.pt"), checkpoint_of(out / "last.pt")
+    assert "training" in last and saved.keys() == last.keys() - {"training"}
+    expected = {"format": "noisy-student-checkpoint-2", "stage": "teacher", "arch": CHEAP, "classes": CLASSES}
+    expected |= {"class_counts": [8, 8, 8], "image_size": 32, "crop_fraction": 1, "interpolation": "bicubic"}
+    expected |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD, "crop_mode": "center", "hflip": False}
+    expected |= {"lr": 4e-3, "data": str(tiny_data)}
+    assert {name: saved[name] for name in expected} == expected
+    assert saved.keys() - expected.keys() == {"arch_options", "inputs", "versions", "model", "metrics", "args"}
+    assert saved["inputs"].keys() == {"train", "val"} and "24 images" in saved["inputs"]["train"]
+    assert saved["metrics"]["val_top1"] == lines[-1]["val_top1"] and saved["versions"]["torch"] == torch.__version__
     assert (out / "curves.png").stat().st_size > 5000
     assert f"val_top1 {lines[-1]['val_top1']:.2f} on 12 images" in done.stdout
 
 
-def test_a_typo_is_a_mistake(run_stage, tmp_path):
-    """With a plain Python: the exit status is that of the process."""
-    flags = ["--data", tmp_path, "--out", tmp_path / "o", "--epoch", 1]
-    assert_mistake(run_stage(ROOT / "01_train_teacher.py", *flags, check=False, launcher="python"), "--epoch")
+# the student's control
 
 
-# --init: how the images must look
+@pytest.fixture
+def planned(call_main, monkeypatch):
+    """planned(stage, flag, value, ...) -> (images a step, the Plan, the View), by which the run would train."""
+    runs = []
+
+    def stop(run, *loaders):
+        runs.append(run)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(common.Run, "steps", stop)
+
+    def plan_of(*words):
+        done = call_main(*words)
+        assert done.returncode == 0 and runs, done
+        run = runs.pop()
+        return sum(run.num_asked), run.plan, run.view
+
+    return plan_of
 
 
-def save(path, weights):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save)(weights, path)
-    return path
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--epochs", 4, "--arch", CHEAP],
+        ["--steps", "auto", "--arch", CHEAP],
+        ["--epochs", 4, "--optimizer", "adamw", "--init"],
+        ["@recipes/small.txt", "--arch", "efficientnet_b0"],
+        ["@recipes/finetune.txt", "--init"],
+    ],
+    ids=str,
+)
+def test_with_ratio_it_is_the_students_control(flags, planned, tiny_data, tmp_path):
+    """Equal images a step, steps, rate, warm-up and view with the same flags."""
+    teacher = save_model(tmp_path / "teacher.pt", data=str(tiny_data))
+    flags = [*flags, teacher] if flags[-1] == "--init" else flags
+    flags += ["--data", tiny_data, "--batch-size", 8, "--image-size", 40, "--ratio", 1.3]
+    control = planned(STAGE, *flags, "--out", tmp_path / "t")
+    assert control == planned("04_train_student", "--teacher", teacher, *flags, "--out", tmp_path / "s")
+    assert control[0] == 18 and control[1].steps_per_epoch == 3 and control[1].total_steps >= 12
 
 
-def loss_by_hand(model, data, side, left, size, resampling, mean, std):
-    """Of the val images, all of them squares, whose centre begins at `left` and is `side` wide."""
-    rows, labels, _ = labeled_images(data, "val")
-    views = [rows.load(i).crop((left, left, left + side, left + side)) for i in range(len(rows))]
-    images = np.stack([np.asarray(view.resize((size, size), resampling)) for view in views])
-    images = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(
-        std
-    ).view(3, 1, 1)
-    with torch.no_grad():
-        return F.cross_entropy(model(images), torch.from_numpy(labels)).item()
+# the default image size
 
 
-def test_init_makes_a_teacher_of_timms_weights(tiny_data, run_stage, tmp_path):
-    theirs = timms_b0()
-    path = save(tmp_path / "tf_efficientnet_b0_ns-c0e6a31c.pth", theirs.state_dict())
-    flags = [
-        "--init",
-        path,
-        "--arch",
-        "tf_efficientnet_b0",
+@pytest.mark.parametrize(
+    ("side", "initial", "gpu", "expected"),
+    [
+        (20, {}, False, 32),
+        (70, {}, False, 64),
+        (300, {}, False, 64),  # a CPU has not the time for more
+        (200, {}, True, 192),
+        (300, {}, True, 224),
+        (200, {"arch": CHEAP}, False, 192),
+        (20, {"format": "of this toolkit"}, False, 224),
+    ],
+)
+def test_the_default_image_size_is_that_of_the_images(side, initial, gpu, expected, monkeypatch, tmp_path):
+    """The median short side in steps of 32, at most the model's."""
+    for i in range(5):
+        noise_image(side + 50, [side, side, side, 16, 400][i]).save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_bytes(b"<html>")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert stage.default_size(common.list_images(tmp_path), initial, 224) == expected
+
+
+# --init
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """(flags that start from weights which do not say what their outputs are called, these weights)"""
+    torch.manual_seed(0)
+    weights = common.build_model(CHEAP, 3).state_dict()
+    torch.save(weights, tmp_path / "foreign.pth")
+    return [STAGE, "--init", tmp_path / "foreign.pth", "--arch", CHEAP, "--out", tmp_path / "t"], weights
+
+
+def test_classes_says_what_the_outputs_of_foreign_weights_are_called(foreign, tiny_data, call_main, tmp_path):
+    flags, weights = foreign
+    (tmp_path / "names.txt").write_text("triangle\ndisc\nsquare\n")
+    assert call_main(*flags, "--epochs", 0, "--classes", tmp_path / "names.txt").returncode == 0
+    saved = checkpoint_of(tmp_path / "t" / "model.pt")
+    assert saved["classes"] == ["triangle", "disc", "square"] and "data" not in saved
+    assert_same_weights(saved["model"], weights)
+    measured = [
+        *flags,
         "--epochs",
         0,
+        "--classes",
+        tmp_path / "names.txt",
         "--data",
         tiny_data,
         "--out",
-        tmp_path / "t",
+        tmp_path / "m",
     ]
-    done = run_stage("01_train_teacher.py", *flags)
-    loaded, saved = load_model(tmp_path / "t" / "model.pt")
-    assert_same_weights(loaded.state_dict(), own_names(theirs.state_dict()))
-    assert f"val_top1 {saved['metrics']['val_top1']:.2f} on 12 images" in done.stdout
-    assert [saved[name] for name in ("arch", "image_size", "crop_fraction", "interpolation", "mean", "std")] == [
-        "tf_efficientnet_b0", 224, 0.875, "bicubic", IMAGENET_MEAN, IMAGENET_STD
-    ]  # fmt: skip
-    expected = loss_by_hand(theirs, tiny_data, 28, 2, 224, Image.Resampling.BICUBIC, IMAGENET_MEAN, IMAGENET_STD)
-    assert saved["metrics"]["val_loss"] == pytest.approx(expected, rel=1e-3)
+    assert "on 12 images" in call_main(*measured).stdout
+    assert checkpoint_of(tmp_path / "m" / "model.pt")["classes"] == saved["classes"]
 
 
-@pytest.mark.parametrize(("flags", "size", "crop"), [([], 224, 0.875), (["--image-size", 64], 64, 1.0)])
-def test_another_image_size_takes_its_own_crop_and_the_weights_mean(flags, size, crop, tiny_data, run_01, tmp_path):
-    theirs = timms_b0()
-    path = save(tmp_path / "tf_efficientnet_b0.ap_in1k" / "model.safetensors", theirs.state_dict())
-    flags = ["--init", path, "--arch", "tf_efficientnet_b0", "--epochs", 0, "--data", tiny_data, *flags]
-    done = run_01(*flags, "--out", tmp_path / "t")
-    assert done.returncode == 0, done
-    loaded, saved = load_model(tmp_path / "t" / "model.pt")
-    assert_same_weights(loaded.state_dict(), own_names(theirs.state_dict()))
-    assert (saved["image_size"], saved["crop_fraction"], saved["mean"], saved["std"]) == (
-        size,
-        crop,
-        (0.5,) * 3,
-        (0.5,) * 3,
-    )
+def test_without_classes_the_folders_say_it_unless_they_are_numbers(foreign, tiny_data, call_main, tmp_path):
+    flags, _ = foreign
+    flags += ["--epochs", 0]
+    assert_mistake(call_main(*flags), "--classes")
+    done = call_main(*flags, "--data", tiny_data)
+    assert ", ".join(CLASSES) in done.stdout and checkpoint_of(tmp_path / "t" / "model.pt")["classes"] == CLASSES
+    for number, name in enumerate(CLASSES):
+        for split in ("train", "val"):
+            (tmp_path / "data" / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / split / str(number + 9)).symlink_to(tiny_data / split / name)
+    assert_mistake(call_main(*flags, "--data", tmp_path / "data", "--out", tmp_path / "o"), "--classes")
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    flags += ["--out", tmp_path / "o", "--classes"]
+    assert_mistake(call_main(*flags, tmp_path / "names.txt"), "--init")  # it has three outputs
+    assert_mistake(call_main(*flags, tmp_path / "none.txt"), "--classes")
+    assert not list(tmp_path.glob("o/*.pt"))
 
 
-TF_ARCHS = [f"tf_efficientnet_{size}" for size in ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "l2")]
+@pytest.mark.parametrize("classes", [["triangle", "square", "disc"], ["disc", "square"]])
+def test_a_classifier_of_other_classes_starts_at_zero(classes, tiny_data, call_main, tmp_path):
+    path = save_model(tmp_path / "model.pt", classes=classes)
+    flags = [STAGE, "--init", path, "--data", tiny_data, "--out", tmp_path / "t", "--batch-size", 8]
+    assert call_main(*flags, "--steps", 1, "--lr", 0).returncode == 0
+    before, after = (checkpoint_of(file)["model"] for file in (path, tmp_path / "t" / "model.pt"))
+    assert not after["fc.weight"].any() and after["fc.weight"].shape == (3, 1024) and not after["fc.bias"].any()
+    assert torch.equal(before["conv5.0.weight"], after["conv5.0.weight"])
 
 
-TIMMS = [(arch, tag, cfg) for arch in TF_ARCHS for tag, cfg in default_cfgs[arch].cfgs.items()]
+@pytest.mark.parametrize(
+    ("weights", "flags", "named"),
+    [
+        ({"x": torch.zeros(1)}, [], "--arch"),
+        ({"x": torch.zeros(1)}, ["--arch", "resnet18"], "--arch resnet18"),
+        ({"x": torch.zeros(1)}, ["--arch", "efficientnet_b9"], "--arch"),
+        ([torch.zeros(1)], ["--arch", "resnet18"], "--init"),
+    ],
+)
+def test_a_mistaken_init_is_one_line_and_status_2(weights, flags, named, tiny_data, call_main, tmp_path):
+    torch.save(weights, tmp_path / "weights.pth")
+    flags = [STAGE, "--init", tmp_path / "weights.pth", "--data", tiny_data, "--out", tmp_path / "t", *flags]
+    assert_mistake(call_main(*flags, "--steps", 1), named)
+    assert not list(tmp_path.glob("t/*.pt"))
 
 
-@pytest.mark.parametrize(("arch", "tag", "cfg"), TIMMS, ids=lambda value: value if isinstance(value, str) else "")
-def test_the_view_of_tensorflows_weights_is_timms(arch, tag, cfg, tmp_path):
-    """By the file's own name and by the folder of a download from the hub; timm writes a shorter crop: L2's is 0.96."""
-    for name in Path(cfg.url).name, f"{arch}.{tag}/model.safetensors":
-        path = save(tmp_path / name, {"x": torch.zeros(1)})
-        view = read_initial(path, arch)
-        assert view["image_size"] == cfg.input_size[1] and view["interpolation"] == cfg.interpolation
-        assert view["crop_fraction"] == pytest.approx(cfg.crop_pct, abs=2e-3 if cfg.input_size[1] == 800 else 1e-3)
-        assert view["crop_fraction"] == default_crop_fraction(view["image_size"])
-        assert view["mean"] == pytest.approx(cfg.mean) and view["std"] == pytest.approx(cfg.std)
-
-
-VIEWS = [  # arch, file, resolution, crop, interpolation, mean of red
-    ("tf_efficientnet_b0", "mine.pth", 224, 0.875, "bicubic", 0.485),
-    ("tf_efficientnet_b0", "tf_efficientnet_b0_ap-f262efe1.pth", 224, 0.875, "bicubic", 0.5),
-    ("tf_efficientnet_b7", "tf_efficientnet_b7_ns-1dbc32de.pth", 600, 600 / 632, "bicubic", 0.485),
-    ("tf_efficientnet_l2", "tf_efficientnet_l2_ns-df73bb44.pth", 800, 800 / 832, "bicubic", 0.485),
-    ("tf_efficientnet_l2", "tf_efficientnet_l2_ns_475-bebbd00a.pth", 475, 475 / 507, "bicubic", 0.485),
-    ("tf_efficientnet_l2", "tf_efficientnet_l2.ns_jft_in1k_475/model.safetensors", 475, 475 / 507, "bicubic", 0.485),
-    ("efficientnet_l0", "mine.pth", 380, 380 / 412, "bicubic", 0.485),
-    ("efficientnet_b1", "efficientnet_b1_rwightman-bac287d4.pth", 240, 240 / 256, "bicubic", 0.485),
-    ("efficientnet_b1", "efficientnet_b1-c27df63c.pth", 240, 240 / 255, "bilinear", 0.485),
-    ("efficientnet_b7", "mine.pth", 600, 1.0, "bicubic", 0.485),
-    ("resnet50", "semi_supervised_resnet50-08389792.pth", 224, 0.875, "bilinear", 0.485),
-    ("resnet50", "resnet50-11ad3fa6.pth", 224, 224 / 232, "bilinear", 0.485),
-    ("convnext_tiny", "convnext_tiny-983f1562.pth", 224, 224 / 236, "bilinear", 0.485),
-]
-
-
-@pytest.mark.parametrize(("arch", "name", "size", "crop", "interpolation", "red"), VIEWS)
-def test_the_view_of_a_published_file(arch, name, size, crop, interpolation, red, tmp_path):
-    weights = {"x": torch.zeros(1)}
-    view = read_initial(save(tmp_path / name, weights), arch)
-    assert (view["image_size"], view["interpolation"], view["mean"][0]) == (size, interpolation, red)
-    assert view["crop_fraction"] == pytest.approx(crop) and view["arch"] == arch and view["model"] == weights
-
-
-def test_the_view_of_all_that_torchvision_publishes(tmp_path):
-    for arch in torchvision.models.list_models(module=torchvision.models):
-        for weights in torchvision.models.get_model_weights(arch):
-            record = weights.transforms()
-            view = read_initial(save(tmp_path / Path(weights.url).name, {"x": torch.zeros(1)}), arch)
-            assert [view["image_size"]] == record.crop_size and view["interpolation"] == record.interpolation.value
-            assert view["crop_fraction"] == pytest.approx(record.crop_size[0] / record.resize_size[0]), weights
-            assert (view["mean"], view["std"]) == (tuple(record.mean), tuple(record.std))
-
-
-def test_the_name_is_found_in_the_cache_of_hugging_face(tmp_path):
-    path = tmp_path / "models--timm--tf_efficientnet_b0.ap_in1k" / "snapshots" / "0123abcd" / "model.safetensors"
-    path.parent.mkdir(parents=True)
-    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
-    view = read_initial(path, "tf_efficientnet_b0")
-    assert view["mean"] == (0.5, 0.5, 0.5)
-
-
-def test_a_checkpoint_of_this_toolkit_brings_its_arch_and_its_view(tiny_data, run_01, tmp_path):
-    """The interpolation too: val is looked at as the weights want it."""
-    torch.manual_seed(0)
-    model = tell_images_apart(build_model("efficientnet_b0", 3, small_images=True))
-    view = {"image_size": 40, "crop_fraction": 0.75, "interpolation": "bilinear", "mean": (0.4,) * 3, "std": (0.3,) * 3}
-    options = NO_OPTIONS | {"small_images": True}
-    path = save_model(tmp_path / "model.pt", "efficientnet_b0", model=model, arch_options=options, **view)
-    done = run_01("--init", path, "--data", tiny_data, "--out", tmp_path / "t", "--epochs", 0)
-    assert done.returncode == 0 and "efficientnet_b0 at 40 px" in done.stdout, done
-    loaded, saved = load_model(tmp_path / "t" / "model.pt")
-    assert_same_weights(loaded.state_dict(), model.state_dict())
-    assert saved["arch_options"]["small_images"] is True and {name: saved[name] for name in view} == view
-    losses = {
-        name: loss_by_hand(model, tiny_data, 24, 4, 40, Image.Resampling[name], (0.4,) * 3, (0.3,) * 3)
-        for name in ("BILINEAR", "BICUBIC")
-    }
-    assert saved["metrics"]["val_loss"] == pytest.approx(losses["BILINEAR"], rel=1e-5)
-    assert abs(losses["BILINEAR"] - losses["BICUBIC"]) > 1e-4 * losses["BILINEAR"]
-
-
-# --init: the classifier, and mistakes
-
-
-SHORT = ["--image-size", 32, "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--lr", 0, "--bn-momentum", 0]
-
-
-def test_other_classes_are_a_new_classifier_or_a_mistake(tiny_data, run_01, tmp_path):
-    theirs = timms_b0(1000)
-    path = save(tmp_path / "tf_efficientnet_b0_ns-c0e6a31c.pth", theirs.state_dict())
-    flags = ["--init", path, "--arch", "tf_efficientnet_b0", "--data", tiny_data, "--out", tmp_path / "t"]
-    assert_mistake(run_01(*flags, "--epochs", 0), path, "1000", "--epochs 0")
-    assert not (tmp_path / "t").exists()
-    done = run_01(*flags, *SHORT)
-    assert done.returncode == 0 and "new classifier" in done.stdout, done
-    given, trained = own_names(theirs.state_dict()), checkpoint_of(tmp_path / "t" / "model.pt")["model"]
-    for name in given.keys() - {"classifier.1.weight", "classifier.1.bias"}:
-        assert name.endswith("num_batches_tracked") or torch.equal(given[name], trained[name]), name
-    assert trained["classifier.1.weight"].shape == (3, 1280) and trained["classifier.1.weight"].std() > 0
-
-
-@pytest.mark.parametrize("classes", [["triangle", "square", "disc"], ["ant", "bee", "cat"], ["disc", "square"]])
-def test_a_checkpoint_of_other_classes_in_name_or_order_gets_a_new_classifier(classes, tiny_data, run_01, tmp_path):
-    torch.manual_seed(0)
-    model = build_model("efficientnet_b0", len(classes))
-    path = save_model(tmp_path / "model.pt", "efficientnet_b0", classes, model)
-    flags = ["--init", path, "--data", tiny_data, "--out", tmp_path / "t"]
-    assert_mistake(run_01(*flags, "--epochs", 0), path, "classes", "--epochs 0")
-    done = run_01(*flags, *SHORT, "--seed", 1)
-    assert done.returncode == 0 and "new classifier" in done.stdout, done
-    trained = checkpoint_of(tmp_path / "t" / "model.pt")["model"]
-    assert torch.equal(trained["features.8.0.weight"], model.features[8][0].weight)
-    assert not torch.equal(trained["classifier.1.weight"][:2], model.classifier[1].weight[:2])
-
-
-def timms_state():
-    return timms_b0().state_dict()
-
-
-MISTAKES = {  # what is saved, flags, words
-    "no --arch": (timms_state, [], ["--arch"]),
-    "another arch": (timms_state, ["--arch", "resnet18"], ["--arch resnet18", "missing: ", "extra: "]),
-    "an unknown arch": (timms_state, ["--arch", "tf_efficientnet_b8"], ["--arch", "tf_efficientnet_b8"]),
-    "no classifier": (timms_state, ["--arch", "fcn_resnet50"], ["--arch", "fcn_resnet50"]),
-    "a list": (lambda: [torch.zeros(1)], ["--arch", "resnet18"], ["not a state_dict"]),
-    "numbers as names": (lambda: {0: torch.zeros(1)}, ["--arch", "resnet18"], ["not a state_dict"]),
-    "half a file": (
-        lambda: {name: t for name, t in timms_state().items() if not name.startswith("blocks.3")},
-        ["--arch", "tf_efficientnet_b0"],
-        ["missing: features.4.0.block.0.0.weight, "],
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistaken_init_is_one_line_and_status_2(mistake, tiny_data, run_01, tmp_path):
-    make, flags, words = MISTAKES[mistake]
-    path = save(tmp_path / "weights.pth", make())
-    done = run_01("--init", path, "--data", tiny_data, "--out", tmp_path / "t", "--epochs", 0, *flags)
-    assert_mistake(done, *words)
-    assert not (tmp_path / "t").exists()
+def test_noise_that_a_model_lacks_is_left_out_and_said(tiny_data, call_main, tmp_path):
+    flags = [STAGE, "--data", tiny_data, "--image-size", 32, "--epochs", 0, "--dropout", 0.3, "--drop-path", 0.1]
+    done = call_main(*flags, "--arch", "resnet18", "--out", tmp_path / "r")
+    assert done.returncode == 0 and all(f"no --{name}" in done.stdout for name in ("dropout", "drop-path"))
+    options = checkpoint_of(tmp_path / "r" / "model.pt")["arch_options"]
+    assert options["dropout"] is None and options["drop_path"] is None
+    assert "no --" not in call_main(*flags, "--arch", "efficientnet_b0", "--out", tmp_path / "e").stdout
+    assert checkpoint_of(tmp_path / "e" / "model.pt")["arch_options"]["drop_path"] == 0.1

@@ -1,16 +1,53 @@
-"""Stage 05: what is frozen, what trains, what the new checkpoint says."""
+"""Stage 05: its defaults, what is frozen, what trains, what the new checkpoint says."""
 
+import numpy as np
 import pytest
 import torch
-from conftest import assert_mistake, checkpoint_of, load_stage, patch_name, save_model
+from conftest import CHEAP, assert_mistake, checkpoint_of, load_stage, patch_name, save_model
 
 import common
-from common import build_model
+
+stage = load_stage("05_fixres_finetune")
+STAGE = "05_fixres_finetune"
 
 
-@pytest.fixture(scope="module")
-def b0(tiny_data, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("b0") / "model.pt", "efficientnet_b0", data=str(tiny_data))
+def tune(source, *more):
+    return [STAGE, "--checkpoint", source, "--batch-size", 8, *more]
+
+
+@pytest.mark.parametrize(
+    ("lr", "optimizer", "flags", "peak"),
+    [
+        (0.004, "adamw", [], 0.001),
+        (0.004, "adamw", ["--lr", 0.3], 0.3),
+        (0.004, "rmsprop", [], 0.00025 * 8 / 256),  # another optimizer's rate says nothing
+        (None, "adamw", [], 0.00025 * 8 / 256),  # format 1 has none
+    ],
+)
+def test_its_defaults_are_for_small_sets(lr, optimizer, flags, peak, tiny_data, call_main, monkeypatch, tmp_path):
+    """5/4 of the size, a quarter of the rate, 200 steps or 1.5 epochs, whichever is more."""
+    runs, labeled_images = [], stage.labeled_images
+
+    def stop(run, *loaders):
+        runs.append(run)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(common.Run, "steps", stop)
+    header = {"args": {"optimizer": optimizer}, "image_size": 36} | ({"lr": lr} if lr else {})
+    path = save_model(tmp_path / "t.pt", data=str(tiny_data), **header)
+    assert call_main(*tune(path, *flags, "--out", tmp_path / "f")).returncode == 0
+    assert runs[0].view.image_size == 45 and runs[0].plan.peak == pytest.approx(peak)
+    assert runs[0].plan.total_steps == 200 and runs[0].plan.schedule == "cosine" and runs[0].plan.warmup_steps == 0
+
+    def many_images(*args):
+        images, labels, classes = labeled_images(*args)
+        rows = np.tile(np.arange(len(images)), 60)
+        return images[rows], labels[rows], classes
+
+    monkeypatch.setattr(stage, "labeled_images", many_images)
+    monkeypatch.setattr(stage, "resolution_curve", lambda *args: {36: 0.0, 45: 0.0})
+    assert call_main(*tune(path, "--out", tmp_path / "g")).returncode == 0
+    assert runs[1].plan.total_steps == 1.5 * 24 * 60 / 8
 
 
 def changed(a, b):
@@ -19,93 +56,62 @@ def changed(a, b):
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
-def test_the_head_alone_trains(b0, run_stage, tmp_path):
-    flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--lr", 1e-2]
-    done = run_stage("05_fixres_finetune.py", *flags, "--train", "head", "--out", tmp_path / "t")
-    assert {".".join(name.split(".")[:2]) for name in changed(b0, tmp_path / "t" / "model.pt")} == {
-        "features.8",
-        "classifier.1",
-    }
-    before, after = checkpoint_of(b0), checkpoint_of(tmp_path / "t" / "model.pt")
-    assert after["image_size"] == 40 and after["stage"] == "fixres" and after["classes"] == before["classes"]
-    head = 1280 * 320 + 2 * 1280 + 3 * 1280 + 3
-    assert f"{head:,} of" in done.stdout and (tmp_path / "t" / "resolution.png").stat().st_size > 5000
-    assert (tmp_path / "t" / "curves.png").stat().st_size > 5000
-
-
-def test_the_classifier_alone_trains_and_the_last_batch_norm_adapts(b0, call_main, tmp_path):
-    """FixRes' own recipe: head-only, the batch norm before it in training mode with its weights frozen."""
-    flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--lr", 1e-2]
-    flags += ["--train", "classifier", "--bn-momentum", 0.1, "--out", tmp_path / "t"]
-    done = call_main("05_fixres_finetune", *flags)
-    assert done.returncode == 0 and f"{3 * 1280 + 3:,} of" in done.stdout, done
-    statistics = {f"features.8.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-    assert changed(b0, tmp_path / "t" / "model.pt") == statistics | {"classifier.1.weight", "classifier.1.bias"}
-    assert_mistake(call_main("05_fixres_finetune", *flags, "--frozen-blocks", 3), "--train classifier")
-
-
-def test_by_default_all_but_the_stem_trains(b0, call_main, tmp_path):
-    flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 0.34, "--lr", 1e-2]
-    assert call_main("05_fixres_finetune", *flags, "--out", tmp_path / "t").returncode == 0
-    weights = {name for name, _ in build_model("efficientnet_b0", 3).named_parameters()}
-    assert weights - changed(b0, tmp_path / "t" / "model.pt") == {
-        f"features.0.{i}" for i in ("0.weight", "1.weight", "1.bias")
-    }
-    model = build_model("efficientnet_b0", 3)
-    load_stage("05_fixres_finetune").freeze(model, 3)
-    assert not model.features[2].training and model.features[3][1].training
-
-
-def test_fewer_frozen_blocks_train_more(b0, call_main, tmp_path):
-    flags = ["--checkpoint", b0, "--image-size", 40, "--batch-size", 8, "--epochs", 0.34, "--lr", 1e-2]
-    assert call_main("05_fixres_finetune", *flags, "--frozen-blocks", 15, "--out", tmp_path / "t").returncode == 0
-    names = changed(b0, tmp_path / "t" / "model.pt")
-    assert "features.7.0.block.0.0.weight" in names and "features.6.3.block.0.0.weight" not in names
+def test_blocks_behind_the_frozen_ones_train_and_the_checkpoint_says_so(tiny_data, call_main, tmp_path):
+    header = {"class_counts": [8, 8, 8], "hflip": False, "lr": 0.1, "crop_mode": "squash"}
+    path = save_model(tmp_path / "b0.pt", "efficientnet_b0", data=str(tiny_data), **header)
+    out = tmp_path / "t"
+    flags = tune(path, "--image-size", 40, "--steps", 2, "--lr", 1e-2, "--frozen-blocks", 15, "--out", out)
+    done = call_main(*flags, pictures=True)
+    assert done.returncode == 0, done
+    names = changed(path, out / "model.pt")
     assert {name.split(".")[1] for name in names if name.startswith("features")} == {"7", "8"}
+    assert {"features.7.0.block.0.0.weight", "features.8.1.running_mean", "classifier.1.weight"} <= names
+    before, after = checkpoint_of(path), checkpoint_of(out / "model.pt")
+    expected = header | {"lr": 0.01, "stage": "fixres", "image_size": 40, "classes": before["classes"]}
+    assert {name: after[name] for name in expected} == expected
+    assert after["inputs"].keys() == {"checkpoint", "train", "val"}
+    assert after["inputs"]["checkpoint"] == common.file_sha256(path)
+    assert (out / "resolution.png").stat().st_size > 5000 and (out / "curves.png").stat().st_size > 5000
 
 
-def test_of_another_model_the_last_linear_layer_trains(capsys):
-    freeze = load_stage("05_fixres_finetune").freeze
-    model = build_model("resnet18", 3)
-    freeze(model, None)
-    assert [name for name, module in model.named_modules() if module.training] == ["layer4.1.bn2", "fc"]
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
-    with pytest.raises(SystemExit):
-        freeze(model, 3)
-    assert "--frozen-blocks" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arch", "frozen", "first", "num"),
+    [
+        ("efficientnet_b0", 0, "features.1.0", 16),
+        ("efficientnet_b0", 3, "features.3.0", 13),
+        ("efficientnet_b0", "all", None, 0),
+        ("resnet18", 0, None, 0),
+    ],
+)
+def test_what_is_frozen_stays_in_inference_mode(arch, frozen, first, num):
+    """all, and other models: the last linear layer trains, and the batch norm before it takes on the statistics."""
+    model = common.build_model(arch, 3)
+    stage.freeze(model, frozen)
+    blocks = [name for name, module in model.named_modules() if isinstance(module, common.MBConv) and module.training]
+    assert len(blocks) == num and (blocks or [None])[0] == first
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms[-1].training and norms[0].training is False
+    head = {"fc.weight", "fc.bias"} if arch == "resnet18" else {"classifier.1.weight", "classifier.1.bias"}
+    assert trained == head if not num else {*head, "features.8.0.weight", f"{first}.block.0.0.weight"} < trained
+    assert "features.0.0.weight" not in trained
 
 
-def test_too_many_blocks_are_a_mistake(b0, run_stage, tmp_path):
-    flags = ["--checkpoint", b0, "--image-size", 40, "--out", tmp_path / "o", "--frozen-blocks", 17]
-    done = run_stage("05_fixres_finetune.py", *flags, check=False)
-    assert_mistake(done, "--frozen-blocks 17")
-    assert not (tmp_path / "o").exists()
-
-
-def test_the_last_batch_norm_of_another_model_takes_on_the_new_statistics(tiny_data, call_main, tmp_path):
-    path = save_model(tmp_path / "r.pt", "resnet18", data=str(tiny_data))
-    flags = ["--checkpoint", path, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--lr", 1e-2]
-    means = []
-    for momentum in (0.01, 0.5):
-        out = tmp_path / str(momentum)
-        done = call_main("05_fixres_finetune", *flags, "--bn-momentum", momentum, "--out", out)
-        assert done.returncode == 0 and f"{512 * 3 + 3:,} of" in done.stdout, done
-        statistics = {f"layer4.1.bn2.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-        assert changed(path, out / "model.pt") == statistics | {"fc.weight", "fc.bias"}
-        means.append(checkpoint_of(out / "model.pt")["model"]["layer4.1.bn2.running_mean"])
-    before = checkpoint_of(path)["model"]["layer4.1.bn2.running_mean"]
-    assert (means[1] - before).norm() > 10 * (means[0] - before).norm() > 0
-
-
-def test_a_model_without_a_linear_layer_is_one_line(tiny_data, call_main, tmp_path):
+def test_what_cannot_be_tuned_is_one_line(tiny_data, call_main, tmp_path, mistake):
+    mistake(lambda: stage.freeze(common.build_model("efficientnet_b0", 3), 17), "--frozen-blocks 17")
     path = save_model(tmp_path / "s.pt", "squeezenet1_1", data=str(tiny_data))
-    flags = ["--checkpoint", path, "--image-size", 40, "--batch-size", 8, "--epochs", 1, "--out", tmp_path / "t"]
-    assert_mistake(call_main("05_fixres_finetune", *flags), "--checkpoint", "no linear layer")
-    assert not (tmp_path / "t").exists()
+    assert_mistake(call_main(*tune(path, "--out", tmp_path / "t")), "--checkpoint")  # no linear layer
+    assert_mistake(call_main(*tune(path, "--out", tmp_path / "t", "--frozen-blocks", "some")), "--frozen-blocks")
+    path = save_model(tmp_path / "g.pt", data="/nowhere")
+    assert_mistake(call_main(*tune(path, "--out", tmp_path / "t")), "--data")
+    assert not list(tmp_path.glob("t/*.pt"))
 
 
-def test_a_size_that_the_model_does_not_take_is_one_line(tiny_data, call_main, tmp_path, monkeypatch):
-    """As a transformer of timm, which has one size, or some: those of the curve that it does not take are left out."""
+@pytest.mark.parametrize("size", [48, 24])
+def test_sizes_that_the_model_does_not_take_are_left_out_but_for_the_new_one(
+    size, tiny_data, call_main, tmp_path, monkeypatch
+):
+    """As of a transformer of timm, which has one size, or some."""
 
     class Choosy(torch.nn.Module):
         def __init__(self, model):
@@ -113,40 +119,31 @@ def test_a_size_that_the_model_does_not_take_is_one_line(tiny_data, call_main, t
             self.model = model
 
         def forward(self, images):
-            assert images.shape[-1] in (32, 48), "Input height should be divisible by 16"
+            assert images.shape[-1] in (32, size), "Input height should be divisible by 8"
             return self.model(images)
 
     load = common.load_model
-    patch_name(
-        monkeypatch,
-        "load_model",
-        lambda *args: (Choosy(load(*args)[0]), load(*args)[1]),
-        load_stage("05_fixres_finetune"),
-    )
-    path = save_model(tmp_path / "s.pt", data=str(tiny_data))
-    flags = ["--checkpoint", path, "--batch-size", 8, "--epochs", 0, "--out", tmp_path / "t", "--image-size"]
-    assert_mistake(call_main("05_fixres_finetune", *flags, 40), "--image-size 40", "divisible by 16")
-    done = call_main("05_fixres_finetune", *flags, 48)
-    assert done.returncode == 0 and "at 48 px" in done.stdout, done
+    patch_name(monkeypatch, "load_model", lambda *args: (Choosy(load(*args)[0]), load(*args)[1]), stage)
+    flags = tune(save_model(tmp_path / "s.pt", data=str(tiny_data)), "--epochs", 0, "--out", tmp_path / "t")
+    assert_mistake(call_main(*flags, "--image-size", 40), "--image-size 40")
+    assert call_main(*flags, "--image-size", size).returncode == 0
 
 
 def test_at_its_own_size_a_checkpoint_keeps_its_own_crop(tiny_data, call_main, tmp_path, monkeypatch):
     """torchvision's weights are tested at another crop than the official EfficientNets."""
-    stage, views = load_stage("05_fixres_finetune"), []
-    evaluate = common.evaluate
+    views, evaluate = [], common.evaluate
 
     def evaluate_watched(model, images, labels, view, *args):
         views.append(view)
         return evaluate(model, images, labels, view, *args)
 
     patch_name(monkeypatch, "evaluate", evaluate_watched, stage)
-    path = save_model(tmp_path / "c.pt", data=str(tiny_data), image_size=72, crop_fraction=0.9)
-    flags = ["--checkpoint", path, "--batch-size", 8, "--epochs", 0]
+    path = save_model(tmp_path / "c.pt", CHEAP, data=str(tiny_data), image_size=72, crop_fraction=0.9)
     for size, fraction in ((72, 0.9), (80, 80 / 112)):
         views.clear()
-        done = call_main("05_fixres_finetune", *flags, "--image-size", size, "--out", tmp_path / str(size))
-        assert done.returncode == 0, done
+        assert (
+            call_main(*tune(path, "--epochs", 0, "--image-size", size, "--out", tmp_path / str(size))).returncode == 0
+        )
         saved = checkpoint_of(tmp_path / str(size) / "model.pt")
         assert saved["image_size"] == size and saved["crop_fraction"] == pytest.approx(fraction)
         assert {72: 0.9, size: fraction}.items() <= {view.image_size: view.crop_fraction for view in views}.items()
-        assert all(view.crop_fraction == 0.9 for view in views if view.image_size == 72)

@@ -1,52 +1,27 @@
-"""Checkpoints: files that are damaged or have code in them, weights that do not fit, a number that is not finite."""
+"""Checkpoints: files that are damaged or have code in them, weights that do not fit, format 1, what is not finite."""
 
 import pytest
 import torch
-from conftest import assert_mistake, save_model
+from conftest import assert_mistake, checkpoint_of, save_model
 
-from common import CHECKPOINT_FORMAT, build_model, load_model, load_weights
-
-
-def other_model(arch="efficientnet_b0"):
-    return build_model(arch, 3)
+import common
 
 
-@pytest.fixture(scope="module")
-def b0(tmp_path_factory):
-    """A checkpoint of this toolkit: its path, its bytes."""
-    path = save_model(tmp_path_factory.mktemp("b0") / "model.pt", "efficientnet_b0")
-    return path, path.read_bytes()
-
-
-def test_what_is_no_checkpoint_is_one_line(b0, tmp_path, mistake):
-    path, data = tmp_path / "model.pt", b0[1]
-    for content in (
-        b"I am not a checkpoint\n",
-        b"",
-        b"PK\x03\x04",
-        b"\x80\x02",
-        *(data[:length] for length in (1, 100, len(data) // 2, len(data) - 1000, len(data) - 22, len(data) - 1)),
-    ):
+def test_what_is_no_checkpoint_is_one_line(tmp_path, mistake):
+    path = save_model(tmp_path / "model.pt")
+    data = path.read_bytes()
+    contents = [b"I am not a checkpoint\n", b"", b"PK\x03\x04", b"\x80\x02"]
+    contents += [data[:length] for length in (100, len(data) // 2, len(data) - 1)]
+    for content in contents:
         path.write_bytes(content)
-        mistake(lambda: load_model(path), path, "not a checkpoint")
-        mistake(lambda: load_weights(other_model(), path), path, "not a checkpoint")
-    mistake(lambda: load_model(tmp_path / "none.pt"), tmp_path / "none.pt", "no such checkpoint")
+        mistake(lambda: common.load_model(path), path)
+        mistake(lambda: common.initial_weights(path, "resnet18", None), path)
+    mistake(lambda: common.load_model(tmp_path / "none.pt"), tmp_path / "none.pt")
     (tmp_path / "x.safetensors").write_text("text")
-    mistake(lambda: load_weights(other_model(), tmp_path / "x.safetensors"), "x.safetensors", "not a checkpoint")
-    torch.save({"model": {}}, path)
-    mistake(lambda: load_model(path), path, "not a checkpoint of this toolkit")
-
-
-def test_a_flipped_byte_in_a_tensor_is_noticed(b0, tmp_path, mistake):
-    path, data = tmp_path / "model.pt", bytearray(b0[1])
-    weight = torch.load(b0[0])["model"]["classifier.1.weight"]
-    place = data.index(weight.numpy().tobytes()) + 4 * 1000 + 1
-    data[place] ^= 1
-    path.write_bytes(data)
-    other = torch.load(path)["model"]["classifier.1.weight"]  # torch itself sees nothing
-    assert (other != weight).sum() == 1 and (other - weight).abs().max() < 1e-3
-    mistake(lambda: load_model(path), path, "checksum")
-    mistake(lambda: load_weights(other_model(), path), path, "checksum")
+    mistake(lambda: common.initial_weights(tmp_path / "x.safetensors", "resnet18", None), "x.safetensors")
+    for content in ({"model": {}}, {"format": "noisy-student-checkpoint-3"}, [1]):
+        torch.save(content, path)
+        mistake(lambda: common.load_model(path), path, "noisy-student-checkpoint-2")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -58,24 +33,11 @@ def test_code_in_a_pickle_is_refused_and_not_run(legacy, tiny_data, tmp_path, mi
             return (open, (str(ran), "w"))
 
     path = tmp_path / "evil.pth"
-    evil = {"format": CHECKPOINT_FORMAT, "arch": "efficientnet_b0", "model": {"x": torch.zeros(1), "y": Evil()}}
+    evil = {"format": common.CHECKPOINT_FORMAT, "arch": "resnet18", "model": {"x": torch.zeros(1), "y": Evil()}}
     torch.save(evil, path, _use_new_zipfile_serialization=not legacy)
-    mistake(lambda: load_model(path), path, "nothing in it was executed")
-    mistake(lambda: load_weights(other_model(), path), path, "nothing in it was executed")
-    done = call_main(
-        "01_train_teacher",
-        "--data",
-        tiny_data,
-        "--init",
-        path,
-        "--arch",
-        "efficientnet_b0",
-        "--epochs",
-        0,
-        "--out",
-        tmp_path / "o",
-    )
-    assert assert_mistake(done, "nothing in it was executed") and not (tmp_path / "o").exists()
+    mistake(lambda: common.load_model(path), path)
+    flags = ["--data", tiny_data, "--init", path, "--arch", "resnet18", "--epochs", 0, "--out", tmp_path / "o"]
+    assert_mistake(call_main("01_train_teacher", *flags), path)
     assert not ran.exists()
     torch.load(path, weights_only=False)["model"]["y"].close()
     assert ran.exists(), "the pickle was harmless"
@@ -83,23 +45,46 @@ def test_code_in_a_pickle_is_refused_and_not_run(legacy, tiny_data, tmp_path, mi
 
 @pytest.mark.parametrize("arch", ["efficientnet_b0", "resnet18"])
 def test_a_checkpoint_whose_weights_do_not_fit_is_one_line(arch, tmp_path, mistake):
-    model = other_model(arch)
-    missing, wrong = next(iter(model.state_dict())), list(model.state_dict())[-1]
-    path = save_model(tmp_path / "model.pt", arch, model=model)
-    checkpoint = torch.load(path)
+    path = save_model(tmp_path / "model.pt", arch)
+    checkpoint = checkpoint_of(path)
+    missing, wrong = next(iter(checkpoint["model"])), list(checkpoint["model"])[-1]
     torch.save(checkpoint | {"classes": ["a", "b"]}, path)
-    mistake(lambda: load_model(path), path, wrong, "instead of (2,)")
+    mistake(lambda: common.load_model(path), path, wrong)
     del checkpoint["model"][missing]
     torch.save(checkpoint, path)
-    mistake(lambda: load_model(path), path, f"missing: {missing}")
+    mistake(lambda: common.load_model(path), path, missing)
 
 
 def test_what_is_not_finite_is_not_written_and_what_was_there_stays(tmp_path):
-    path = save_model(tmp_path / "model.pt", "efficientnet_b0")
-    before, model = path.read_bytes(), other_model()
+    path = save_model(tmp_path / "model.pt")
+    before, model = path.read_bytes(), common.load_model(path)[0]
     with torch.no_grad():
-        model.classifier[1].bias[1] = torch.nan
+        model.fc.bias[1] = torch.nan
     with pytest.raises(SystemExit) as stop:
-        save_model(path, "efficientnet_b0", model=model)
+        save_model(path, model=model)
     assert stop.value.code == 3 and path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("format", ["noisy-student-checkpoint-1", "noisy-student-checkpoint-2"])
+def test_both_formats_are_read_by_every_stage(format, tiny_data, call_main, tmp_path):
+    """Without options, and without what format 1 lacks: class_counts, hflip, lr, inputs, crop_mode."""
+    path = save_model(tmp_path / "t.pt", arch_options={}, data=str(tiny_data), format=format)
+    flags = ["--batch-size", 8, "--steps", 1, "--out"]
+    start = ["--teacher", path]
+    assert call_main("04_train_student", *start, "--ratio", 1, *flags, tmp_path / "s").returncode == 0
+    assert call_main("02_pseudo_label", *start, "--out", tmp_path / "l.h5").returncode == 0
+    assert call_main("05_fixres_finetune", "--checkpoint", path, *flags, tmp_path / "f").returncode == 0
+    start = ["--data", tiny_data, "--init", path]
+    assert call_main("01_train_teacher", *start, "--epochs", 0, "--out", tmp_path / "i").returncode == 0
+    for name in "sfi":
+        saved = checkpoint_of(tmp_path / name / "model.pt")
+        assert saved["format"] == "noisy-student-checkpoint-2" and saved["crop_mode"] == "center"
+
+
+def test_of_format_1_a_squashed_view_is_the_whole_image(tmp_path):
+    """It was so whatever its crop_fraction said."""
+    for format, fraction in ((1, 1.0), (2, 0.9)):
+        header = {"format": f"noisy-student-checkpoint-{format}", "crop_mode": "squash", "crop_fraction": 0.9}
+        checkpoint = common.read_checkpoint(save_model(tmp_path / f"{format}.pt", **header))
+        assert common.View.of(checkpoint).crop_fraction == fraction
