@@ -325,7 +325,7 @@ def progress(iterable: Iterable, name: str, total: int, processes: Processes, st
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            return tqdm(iterable, name, total, initial=start, dynamic_ncols=True)
+            return tqdm(iterable, name, total, initial=start, dynamic_ncols=True, leave=False)
     return iterable
 
 
@@ -2062,7 +2062,7 @@ def evaluate(model: nn.Module, images: ImageList, labels, view: View, processes:
             dist.broadcast(buffer, 0)
     amp, _ = autocast(precision, processes.device)
     sums = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5
-    num_read = num_bad = 0
+    num_read, bad = 0, []
 
     def logits_of(pixels: Tensor) -> Tensor:
         with amp:
@@ -2071,7 +2071,7 @@ def evaluate(model: nn.Module, images: ImageList, labels, view: View, processes:
     size = rows_per_batch(view.image_size, processes.device)
     keys = grid_keys(len(images), size, processes)
     for batch in load_batches(ImageDataset(images, clean=view), keys, processes):
-        num_bad += len(batch.errors)
+        bad += [reason for _, reason in batch.errors]
         num_read += len(batch.rows)
         if not len(batch.rows):
             continue
@@ -2080,9 +2080,9 @@ def evaluate(model: nn.Module, images: ImageList, labels, view: View, processes:
         right = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
         loss = F.cross_entropy(logits, target, reduction="sum")
         sums += torch.stack([loss, right[:, 0].sum(), right.sum()])
-    num_read, num_bad = sum_of(processes, num_read, num_bad)
-    if num_bad:
-        print0(f"{num_bad:.0f} val images are unreadable and left out")
+    if bad:
+        print(f"{len(bad)} val images are unreadable and left out; the first: {bad[0]}", flush=True)
+    (num_read,) = sum_of(processes, num_read)
     if not num_read:
         fail("no val image is readable")
     loss, top1, top5 = (reduce_sum(sums, processes) / num_read).tolist()
