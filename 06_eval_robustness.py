@@ -195,9 +195,9 @@ def name_and_folder(text: str) -> tuple[str, Path]:
 @cache
 def libraries():
     """(cv2, scipy.ndimage), which --corrupt alone needs."""
-    cv2 = optional("cv2", "scipy opencv-python-headless")
+    cv2 = optional("cv2", "scipy opencv-python-headless", "--corrupt")
     cv2.setNumThreads(0)  # its threads do not survive the fork of a loader
-    return cv2, optional("scipy.ndimage", "scipy")
+    return cv2, optional("scipy.ndimage", "scipy", "--corrupt")
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
@@ -490,7 +490,7 @@ def list_videos(folder: Path) -> Shown:
 
 
 def read_frames(videos: ImageList, row: int) -> list[Image.Image]:
-    av = optional("av")
+    av = optional("av", "av", "--imagenet-p")
     av.logging.set_level(av.logging.PANIC)  # what is wrong with a broken video is said once, by us
     with av.open(videos.name(row)) as file:
         frames = [frame.to_image() for frame in file.decode(video=0)]
@@ -1044,7 +1044,7 @@ def main() -> None:
     if args.corrupt:
         libraries()
     if args.imagenet_p:
-        optional("av")
+        optional("av", "av", "--imagenet-p")
 
     evaluation = Evaluation(args, processes)
     val = list_val(args, args.data or evaluation.models[0].data)

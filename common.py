@@ -225,12 +225,12 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def optional(module: str, package: str = ""):
-    """A module that only some features need; where it is not installed the program ends."""
+def optional(module: str, package: str = "", what: str = "this"):
+    """A module that only some features (`what`) need; where it is not installed the program ends."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        fail(f"this needs a package that is not installed: pip install {package or module}")
+        fail(f"{what} needs a package that is not installed: pip install {package or module}")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -1178,6 +1178,8 @@ class ImageList:
         if not size:
             return open(name, "rb")
         end = name.lower().index(".tar/", len(self.root)) + 4
+        while os.path.isdir(name[:end]):  # a folder may have the name of a shard
+            end = name.lower().index(".tar/", end) + 4
         with open(name[:end], "rb") as shard:
             shard.seek(int(self.offset[row]))
             return io.BytesIO(shard.read(size))
