@@ -30,7 +30,7 @@ def test_the_teacher_learns_and_its_checkpoint_says_how_it_was_made(tiny_data, c
     expected |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD, "crop_mode": "center", "hflip": False}
     expected |= {"lr": 4e-3, "data": str(tiny_data)}
     assert {name: saved[name] for name in expected} == expected
-    assert saved.keys() - expected.keys() == {"arch_options", "inputs", "versions", "model", "metrics", "args"}
+    assert saved.keys() - expected.keys() == {"arch_options", "inputs", "versions", "roots", "model", "metrics", "args"}
     assert saved["inputs"].keys() == {"train", "val"} and "24 images" in saved["inputs"]["train"]
     assert saved["metrics"]["val_top1"] == lines[-1]["val_top1"] and saved["versions"]["torch"] == torch.__version__
     assert (out / "curves.png").stat().st_size > 5000

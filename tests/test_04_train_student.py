@@ -20,8 +20,8 @@ student = load_stage("04_train_student")
 STAGE = "04_train_student"
 
 
-def stored(path, unlabeled=None):
-    flags = {"unlabeled": unlabeled, "consistency": None, "label_smoothing": 0.1}
+def stored(path, unlabeled=None, temperature=None):
+    flags = {"unlabeled": unlabeled, "consistency": None, "label_smoothing": 0.1, "temperature": temperature}
     return student.StoredLabels(SimpleNamespace(pseudo_labels=path, **flags))
 
 
@@ -56,8 +56,8 @@ def test_a_row_stands_in_an_epoch_as_often_as_its_copies(tmp_path, capsys):
     assert labels.classes == CLASSES and labels.temperature == 1
     assert labels.images.name(labels.rows[3]) == str(tmp_path / "d")
     expected = torch.from_numpy(logits[[1, 0, 3]]).softmax(1)
-    torch.testing.assert_close(labels(batch_of(2, 1, 3), 1.0).double(), expected, rtol=2e-3, atol=1e-3)
-    assert labels(batch_of(2, 1, 3), 0).argmax(1).tolist() == logits[[1, 0, 3]].argmax(1).tolist()
+    torch.testing.assert_close(labels(batch_of(2, 1, 3)).double(), expected, rtol=2e-3, atol=1e-3)
+    assert stored(path, temperature=0)(batch_of(2, 1, 3)).argmax(1).tolist() == logits[[1, 0, 3]].argmax(1).tolist()
     (tmp_path / "moved").mkdir()
     assert stored(path, unlabeled=tmp_path / "moved").images.name(0) == str(tmp_path / "moved" / "a")
 
@@ -68,7 +68,7 @@ def test_a_top_p_selection_has_hard_labels_and_an_image_in_several_rows(tiny_dat
     labels = stored(path)
     assert labels.temperature == 0
     expected = torch.eye(3)[[2, 0, 1]] * 0.9 + 0.1 / 3
-    torch.testing.assert_close(labels(batch_of(1, 0, 3), 0), expected)
+    torch.testing.assert_close(labels(batch_of(1, 0, 3)), expected)
     flags = [STAGE, "--pseudo-labels", path, "--data", tiny_data, *SHORT_RUN, "--ratio", 1, "--out", tmp_path / "s"]
     assert_mistake(call_main(*flags, "--temperature", 1), "--temperature 1", path, "02")
     assert call_main(*flags, "--steps", 1).returncode == 0

@@ -149,7 +149,7 @@ def test_the_view_of_a_foreign_file(file, arch, expected, mean):
 def load(source, classes, num_classes=3, **flags):
     """What `load_initial_weights` says, and the model."""
     model = common.build_model("shufflenet_v2_x0_5", num_classes)
-    args = argparse.Namespace(**{"init": "x.pt", "arch": None, "epochs": None} | flags)
+    args = argparse.Namespace(**{"init": "x.pt", "arch": None, "epochs": None, "steps": None} | flags)
     return common.load_initial_weights(model, source | {"arch": "shufflenet_v2_x0_5"}, args, classes), model
 
 
