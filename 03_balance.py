@@ -59,7 +59,7 @@ class Table:
     def __init__(self, files: list[LabelFile], is_mean: bool = False):
         self.files, self.classes, self.is_mean = files, files[0].classes, is_mean
         self.starts = np.cumsum([0, *map(len, files[:1] if is_mean else files)])  # each file's first row
-        self.chunk_rows = max(1, (1 << 20) // len(self.classes))  # 4 MB of float32 logits: a cache
+        self.chunk_rows = max(1, (1 << 21) // len(self.classes))  # 8 MB of float32 logits: a cache
         roots = [os.path.abspath(file.attrs["root"]) for file in files]
         self.root = os.path.commonpath(roots)
         below = [os.path.relpath(root, self.root) for root in roots]
@@ -90,14 +90,13 @@ class Table:
 
     def probs(self, logits: list[np.ndarray]) -> torch.Tensor:
         """float32 (n, C): the softmax of each teacher's logits, averaged. Classes go by name."""
-        total = 0
-        for file, of_teacher in zip(self.files, logits, strict=False):
-            probs = torch.from_numpy(of_teacher).softmax(1, dtype=torch.float32)
-            if file.classes != self.classes:
-                order = np.argsort(file.classes)
-                probs = probs[:, order[np.searchsorted(file.classes, self.classes, sorter=order)]]
-            total = total + probs
-        return total / len(logits)
+        probs = [torch.from_numpy(of_teacher).softmax(1, dtype=torch.float32) for of_teacher in logits]
+        if not self.is_mean:
+            return probs[0]
+        for k, file in enumerate(self.files):
+            order = np.argsort(file.classes)
+            probs[k] = probs[k][:, order[np.searchsorted(file.classes, self.classes, sorter=order)]]
+        return sum(probs) / len(probs)
 
     def merge(self, logits: list[np.ndarray]) -> np.ndarray:
         """float16 (n, C), a row's largest is 0: the teacher's logits, or the log of the mean."""
