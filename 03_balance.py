@@ -13,6 +13,8 @@ writes  balanced.h5 (a label file of the kept images), balanced.json (counts), b
     python 03_balance.py logits.h5 --out balanced.h5
     python 03_balance.py logits.h5 --out balanced.h5 --threshold 0.3 --per-class 130000
     python 03_balance.py logits.h5 --out balanced.h5 --method top-p --top-p 10 --per-class 16000
+
+10 million images x 100 classes: 14 CPU seconds, 1.1 GB of memory, 1.5 GB written (2 busy cores).
 """
 
 import argparse
