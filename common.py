@@ -1485,7 +1485,7 @@ class LabelFile:
         """A column, mapped. offset and size may be missing (plain files), and copies (1 a label)."""
         if name in self.places:
             dtype, offset, shape = self.places[name]
-            return np.memmap(self.path, dtype, "r", offset, shape) if math.prod(shape) else np.zeros(shape, dtype)
+            return np.memmap(str(self.path), dtype, "r", offset, shape) if math.prod(shape) else np.zeros(shape, dtype)
         if name == "copies":
             return (self.column("status") == DONE).astype(np.uint32)
         return np.zeros(len(self), LABEL_COLUMNS[name])
@@ -1515,11 +1515,14 @@ def open_label_file(path: str | Path) -> LabelFile:
         fail(f"{path}: not a readable label file ({error})")  # what h5py raises of damage is many things
     num_rows = places["status"][2]
     shapes = {"logits": (*num_rows, len(classes)), "class_counts": (len(classes),)}
+    shapes["val_label"] = places.get("val_label", (None, None, ()))[2]
+    shapes["val_logits"] = (*shapes["val_label"], len(classes))
     for name, (dtype, offset, shape) in places.items():
         expected = np.dtype(LABEL_COLUMNS[name])
-        if dtype.kind != "S" if name == "path" else dtype != expected:
+        fits = dtype.kind == "S" if name == "path" else dtype == expected
+        if not fits:
             fail(f"{path}: {name} is of type {dtype}, expected {expected}")
-        if shape != shapes.get(name, num_rows) and not name.startswith("val_"):
+        if shape != shapes.get(name, num_rows):
             fail(f"{path}: {name} has the shape {shape}, expected {shapes.get(name, num_rows)}")
         size = math.prod(shape) * dtype.itemsize
         if size and (offset is None or offset + size > os.path.getsize(path)):
