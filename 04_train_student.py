@@ -230,10 +230,9 @@ def main() -> None:
     data = data_of(args, source)
     train_images, labels, classes = labeled_images(data, "train")
     val_images, val_labels, _ = labeled_images(data, "val", classes)
-    pseudo_images = labels_of.images
     columns = columns_of(classes, labels_of.classes, data)
     targets = torch.from_numpy(labels)  # int64 (images,)
-    on_the_fly = {} if args.pseudo_labels else {"unlabeled": pseudo_images}
+    on_the_fly = {} if args.pseudo_labels else {"unlabeled": labels_of.images}
     inputs = compare_inputs(args, resumed, train=train_images, val=val_images, **on_the_fly)
 
     # What the flags, the weights to start from and the teacher say about the model and its images.
@@ -247,8 +246,7 @@ def main() -> None:
     # A step takes n labelled images and m = ratio x n unlabelled ones.
     num_labeled, num_unlabeled, unlabeled_weight = sizes_of_step(args, recipe.ratio, processes)
     same_images = bool(args.consistency) and not num_unlabeled  # the labelled images carry both losses
-    if same_images:
-        pseudo_images = train_images  # of which a step takes none as unlabelled ones
+    pseudo_images = train_images if same_images else labels_of.images
     num_pseudo = len(pseudo_images if labels_of.rows is None else labels_of.rows)
 
     # The model, and the books of its training. An epoch is a pass over the labelled images, or over the selected ones.
@@ -256,11 +254,11 @@ def main() -> None:
     header |= {"inputs": inputs, "data": os.path.abspath(data)}  # data: the next student's default
     plan = plan_of(args, recipe.epochs, len(train_images) if num_labeled else num_pseudo)
     run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
-    images = (
-        f"{len(train_images)} labelled, {len(val_images)} val, {num_pseudo} unlabelled images, {len(classes)} classes"
+    sizes = (
+        f"{len(train_images)} labelled, {num_pseudo} unlabelled, {len(val_images)} val images, {len(classes)} classes"
     )
     noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"
-    run.announce(images, f"{num_labeled} + {num_unlabeled} a step", noise, origin)
+    run.announce(sizes, f"{num_labeled} + {num_unlabeled} a step", noise, origin)
 
     # Train. An unlabelled image is seen twice where a teacher labels on the fly: whole by the teacher, cropped by the
     # student. There the images of val are left out too; of the stored labels stage 02 has left them out.
