@@ -75,10 +75,10 @@ def test_with_ratio_it_is_the_students_control(flags, planned, tiny_data, tmp_pa
     """Equal images a step, steps, rate, warm-up and view with the same flags."""
     teacher = save_model(tmp_path / "teacher.pt", data=str(tiny_data))
     flags = [*flags, teacher] if flags[-1] == "--init" else flags
-    flags += ["--data", tiny_data, "--batch-size", 8, "--image-size", 40, "--ratio", 1.3]
+    flags += ["--data", tiny_data, "--batch-size", 8, "--image-size", 40, "--ratio", 1.45]
     control = planned(STAGE, *flags, "--out", tmp_path / "t")
     assert control == planned("04_train_student", "--teacher", teacher, *flags, "--out", tmp_path / "s")
-    assert control[0] == 18 and control[1].steps_per_epoch == 3 and control[1].total_steps >= 12
+    assert control[0] == 20 and control[1].steps_per_epoch == 3 and control[1].total_steps >= 12
 
 
 # the default image size
@@ -90,7 +90,7 @@ def test_with_ratio_it_is_the_students_control(flags, planned, tiny_data, tmp_pa
         (20, {}, False, 32),
         (70, {}, False, 64),
         (300, {}, False, 64),  # a CPU has not the time for more
-        (200, {}, True, 192),
+        (120, {}, True, 96),
         (300, {}, True, 224),
         (200, {"arch": CHEAP}, False, 192),
         (20, {"format": "of this toolkit"}, False, 224),
