@@ -254,9 +254,7 @@ def main() -> None:
     header |= {"inputs": inputs, "data": os.path.abspath(data)}  # data: the next student's default
     plan = plan_of(args, recipe.epochs, len(train_images) if num_labeled else num_pseudo)
     run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
-    sizes = (
-        f"{len(train_images)} labelled, {num_pseudo} unlabelled, {len(val_images)} val images, {len(classes)} classes"
-    )
+    sizes = f"{len(train_images)} labelled, {num_pseudo} unlabelled, {len(val_images)} val; {len(classes)} classes"
     noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"
     run.announce(sizes, f"{num_labeled} + {num_unlabeled} a step", noise, origin)
 
