@@ -113,7 +113,7 @@ class Stage:
         """Wait until condition() is true while the stage runs."""
         end = time.monotonic() + timeout
         while not condition():
-            assert self.poll() is None, f"it ended before: {self}"
+            assert self.poll() is None or condition(), f"it ended before: {self}"
             if time.monotonic() > end:
                 self.kill(wait=False)
                 pytest.fail(f"not in time: {self}")
@@ -269,6 +269,7 @@ def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, words, stop_after: in
 
     with patch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
+        patch.setattr(common, "LOCKS", [])
         if stop_after:
             patch.setattr(common.Run, "count_images", count_images_and_stop)
         if not pictures:
@@ -281,6 +282,8 @@ def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, words, stop_after: in
             status = 0
         except SystemExit as stop:
             status = stop.code or 0
+        for file in common.LOCKS:  # as when the process has ended
+            file.close()
         return Done(status, *printed())
 
 
