@@ -2094,6 +2094,23 @@ def evaluate(model: nn.Module, images: ImageList, labels, view: View, processes:
     return {"val_loss": loss, "val_top1": 100 * top1, "val_top5": 100 * top5}
 
 
+@torch.no_grad()
+def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Running statistics of the batch norms: the mean of those of the batches, without dropout and stochastic depth.
+
+    torch's swa_utils.update_bn leaves these on, but the model is tested without them.
+    """
+    norms = [module for module in model.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def wilson(num_right: int, num: int) -> list[float]:
     """Wilson's 95 percent interval of the share num_right / num: honest near 0 and 1, and for few images."""
     z2 = 1.959964**2
@@ -2313,8 +2330,7 @@ class Run:
             batches = load_batches(ImageDataset(self.train, clean=self.view), keys, alone)
             pixels = (batch.views[0].to(alone.device) for batch in batches if len(batch.rows) > 1)
             clean = (normalize(images, self.view) for images in pixels)
-            torch.manual_seed(seed_word(self.args.seed, f"{self.stage} norms", self.step))  # dropout is on
-            torch.optim.swa_utils.update_bn(clean, self.averaged)
+            recompute_norms(self.averaged, clean)
         metrics = evaluate(self.averaged, *self.val, self.view, self.processes, self.precision)
         if not math.isfinite(metrics["val_loss"]):
             diverged(self.args.out)
