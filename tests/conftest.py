@@ -58,12 +58,12 @@ def pytest_sessionfinish():
 class Stage:
     """A running or finished stage: .returncode (None while it runs), .stdout and .stderr so far, .pids."""
 
-    def __init__(self, folder: Path, words, nproc: int, own_python: bool, cwd, file_size: int, env: dict):
+    def __init__(self, folder: Path, command, nproc: int, own_python: bool, cwd, file_size: int, env: dict):
         folder.mkdir()
         self.outputs = [str(folder / name) for name in ("stdout", "stderr")]
         for path in self.outputs:
             Path(path).touch()
-        self.words = [str(word) for word in words]
+        self.command = [str(word) for word in command]
         env = os.environ | {name: str(value) for name, value in env.items()}
         self.returncode, self.store = None, None
         if nproc > 1:  # the store that torchrun's agent keeps
@@ -75,7 +75,7 @@ class Stage:
         self.processes = []
         for rank in map(str, range(nproc)):
             place = {"RANK": rank, "LOCAL_RANK": rank} if nproc > 1 else {}
-            args = (self.words, env | place, str(cwd), self.outputs, path, file_size, own_python)
+            args = (self.command, env | place, str(cwd), self.outputs, path, file_size, own_python)
             self.processes.append(SERVER.Process(target=run_file, args=args))
             self.processes[-1].start()
         self.pids = [process.pid for process in self.processes]
@@ -120,7 +120,7 @@ class Stage:
             time.sleep(0.005)
 
     def __repr__(self) -> str:
-        return f"{' '.join(self.words)}\nstatus {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-4000:]}"
+        return f"{' '.join(self.command)}\nstatus {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-4000:]}"
 
 
 def descendants(pid: int) -> list[int]:
@@ -142,15 +142,15 @@ def start_stage(tmp_path_factory):
     """
     started, number, root = [], itertools.count(), tmp_path_factory.mktemp("stages")
 
-    def start(*words, nproc=1, launcher=None, cwd=ROOT, file_size=-1, **env) -> Stage:
+    def start(*command, nproc=1, launcher=None, cwd=ROOT, file_size=-1, **env) -> Stage:
         if launcher == "torchrun":
             run = "from torch.distributed.run import main; main()"
-            words = ["-c", run, "--standalone", f"--nproc-per-node={nproc}", *words]
+            command = ["-c", run, "--standalone", f"--nproc-per-node={nproc}", *command]
             env |= {"PYTHON_EXEC": start.python3}
             nproc = 1
-        if words[0] != "-c":
-            words = [ROOT / words[0], *words[1:]]
-        stage = Stage(root / str(next(number)), words, nproc, launcher == "python", cwd, file_size, env)
+        if command[0] != "-c":
+            command = [ROOT / command[0], *command[1:]]
+        stage = Stage(root / str(next(number)), command, nproc, launcher == "python", cwd, file_size, env)
         started.append(stage)  # several threads of python_that_forks start stages
         return stage
 
@@ -181,13 +181,13 @@ def python_that_forks(root: Path, start):
     """Path of a program python3 in a folder of its own, which does for a stage, and for -c, what a python3 would."""
 
     def serve(connection):
-        words, cwd, env = connection.recv()
-        words, nproc = [word for word in words if word != "-u"], 1
-        if words[0] == "-m":  # torch.distributed.run --standalone --nproc-per-node N
-            nproc, words = int(words[4]), words[5:]
-        if words[0] != "-c":
-            words[0] = os.path.join(cwd, words[0])
-        stage = start(*words, nproc=nproc, cwd=cwd, **env)
+        command, cwd, env = connection.recv()
+        command, nproc = [word for word in command if word != "-u"], 1
+        if command[0] == "-m":  # torch.distributed.run --standalone --nproc-per-node N
+            nproc, command = int(command[4]), command[5:]
+        if command[0] != "-c":
+            command[0] = os.path.join(cwd, command[0])
+        stage = start(*command, nproc=nproc, cwd=cwd, **env)
         connection.send(stage.pids)
         while stage.poll() is None:
             if connection.poll(0.01):  # who asked was killed
@@ -216,8 +216,8 @@ def run_stage(start_stage):
     check: a status other than 0 fails the test with what was printed.
     """
 
-    def run(*words, check: bool = True, timeout: float = 120, **how) -> Stage:
-        done = start_stage(*words, **how)
+    def run(*command, check: bool = True, timeout: float = 120, **how) -> Stage:
+        done = start_stage(*command, **how)
         done.wait(timeout)
         if check and done.returncode:
             pytest.fail(repr(done))
@@ -243,9 +243,9 @@ def load_stage(name: str):
 
 def patch_name(patch: pytest.MonkeyPatch, name: str, value, *modules) -> None:
     """Replace a name of common wherever it is used: in common itself and in the stages that import it."""
-    found = [module for module in (common, *modules) if hasattr(module, name)]
-    assert found, f"nobody has {name} any more"
-    for module in found:
+    users = [module for module in (common, *modules) if hasattr(module, name)]
+    assert users, f"nobody has {name} any more"
+    for module in users:
         patch.setattr(module, name, value)
 
 
@@ -256,8 +256,8 @@ class Done:
     stderr: str
 
 
-def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, words, stop_after: int = 0, pictures: bool = False) -> Done:
-    """stage.main() with these words on its command line, without pictures of curves and without signal handlers.
+def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, flags, stop_after: int = 0, pictures: bool = False) -> Done:
+    """stage.main() with these flags on its command line, without pictures of curves and without signal handlers.
 
     stop_after: the step during which it believes that SIGTERM arrives.
     """
@@ -274,7 +274,7 @@ def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, words, stop_after: in
             patch.setattr(common.Run, "count_images", count_images_and_stop)
         if not pictures:
             patch_name(patch, "draw_curves", lambda out: None, stage)
-        patch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, words)])
+        patch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, flags)])
         printed = capsys.readouterr if capsys else lambda: ("", "")
         printed()
         try:
@@ -291,29 +291,29 @@ def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, words, stop_after: in
 def call_main(monkeypatch, capsys):
     """call_main("03_balance", flag, value, ...) -> Done(returncode, stdout, stderr); see call_main_of."""
 
-    def call(name: str, *words, **how) -> Done:
-        return call_main_of(load_stage(name), monkeypatch, capsys, words, **how)
+    def call(name: str, *flags, **how) -> Done:
+        return call_main_of(load_stage(name), monkeypatch, capsys, flags, **how)
 
     return call
 
 
-def assert_mistake(done, *words) -> str:
-    """Status 2 and one line on stderr with these words; returns the line."""
+def assert_mistake(done, *named) -> str:
+    """Status 2 and one line on stderr with these names; returns the line."""
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done
-    assert all(str(word) in lines[0] for word in words), (lines, words)
+    assert all(str(name) in lines[0] for name in named), (lines, named)
     return lines[0]
 
 
 @pytest.fixture
 def mistake(capsys):
-    """mistake(call, word, ...): the call ends the program with status 2 and one line that has these words."""
+    """mistake(call, name, ...): the call ends the program with status 2 and one line that has these names."""
 
-    def check(call, *words) -> str:
+    def check(call, *named) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             call()
-        return assert_mistake(Done(stop.value.code, *capsys.readouterr()), *words)
+        return assert_mistake(Done(stop.value.code, *capsys.readouterr()), *named)
 
     return check
 

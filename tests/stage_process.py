@@ -12,8 +12,8 @@ import sys
 import traceback
 
 
-def run_file(words: list, env: dict, cwd: str, outputs: tuple, path: list, file_size: int, own_python: bool) -> None:
-    """Run words[0] as __main__, or the program after -c, and end with its exit status.
+def run_file(command: list, env: dict, cwd: str, outputs: tuple, path: list, file_size: int, own_python: bool) -> None:
+    """Run command[0] as __main__, or the program after -c, and end with its exit status.
 
     outputs: the files that stdout and stderr are appended to. path: sys.path of a plain Python.
     file_size: the largest file that may be written, in bytes, or -1. own_python: in a Python of its own.
@@ -26,12 +26,12 @@ def run_file(words: list, env: dict, cwd: str, outputs: tuple, path: list, file_
     os.environ.update(env)
     os.chdir(cwd)
     if own_python:
-        os.execv(sys.executable, [sys.executable, *words])
+        os.execv(sys.executable, [sys.executable, *command])
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     for package in env.get("WITHOUT", "").split():
         sys.modules[package] = None  # as if it was not installed
-    sys.path[:] = [os.path.dirname(os.path.abspath(words[0])), *path]
+    sys.path[:] = [os.path.dirname(os.path.abspath(command[0])), *path]
     if file_size >= 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
     import torch
@@ -39,12 +39,12 @@ def run_file(words: list, env: dict, cwd: str, outputs: tuple, path: list, file_
     torch.set_num_threads(1)
     status = 0
     try:
-        if words[0] == "-c":
-            sys.argv = ["-c", *words[2:]]
-            exec(words[1], {"__name__": "__main__"})
+        if command[0] == "-c":
+            sys.argv = ["-c", *command[2:]]
+            exec(command[1], {"__name__": "__main__"})
         else:
-            sys.argv = words
-            runpy.run_path(words[0], run_name="__main__")
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):

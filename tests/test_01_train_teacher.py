@@ -51,8 +51,8 @@ def planned(call_main, monkeypatch):
 
     monkeypatch.setattr(common.Run, "steps", stop)
 
-    def plan_of(*words):
-        done = call_main(*words)
+    def plan_of(*flags):
+        done = call_main(*flags)
         assert done.returncode == 0 and runs, done
         run = runs.pop()
         return sum(run.num_asked), run.plan, run.view

@@ -85,8 +85,8 @@ def test_of_a_file_made_elsewhere_the_missing_flags_are_named(tiny_data, call_ma
     for name in needed:
         others = [word for flag in needed.items() if flag[0] != name for word in flag]
         assert_mistake(call_main(*flags, *others, "--out", tmp_path / "x"), name)
-    words = [word for flag in needed.items() for word in flag]
-    assert call_main(*flags, *words, "--out", tmp_path / "flags").returncode == 0
+    more = [word for flag in needed.items() for word in flag]
+    assert call_main(*flags, *more, "--out", tmp_path / "flags").returncode == 0
     assert call_main(*flags, "--teacher", teacher, "--out", tmp_path / "teacher").returncode == 0
     assert_same_weights(tmp_path / "flags" / "model.pt", tmp_path / "teacher" / "model.pt")
 
@@ -202,8 +202,8 @@ def test_the_student_learns_from_soft_and_hard_labels(labels, tiny_data, call_ma
         assert np.mean(last) < 0.8 * np.mean(first), name
     assert lines[-1]["val_top1"] >= 75
     for name, temperature in (("hard", 0), ("cold", 0.5)):
-        words = ["--steps", 1, "--temperature", temperature, "--out", tmp_path / name]
-        assert call_main(*flags, *words).returncode == 0
+        more = ["--steps", 1, "--temperature", temperature, "--out", tmp_path / name]
+        assert call_main(*flags, *more).returncode == 0
     first = [metrics_of(tmp_path / name)[0]["loss_unlabeled"] for name in ("hard", "cold", "soft")]
     assert len(set(first)) == 3  # the same images and weights, three kinds of targets
 

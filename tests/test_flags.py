@@ -56,8 +56,8 @@ def weights_of(tiny_data, tmp_path_factory):
             if flag:
                 flags.pop(flag, None)
                 flags[flag] = value
-            words = [word for item in flags.items() for word in item if word is not None]
-            assert call_main_of(load_stage(stage), patch, None, words).returncode == 0, (stage, flag)
+            command = [word for item in flags.items() for word in item if word is not None]
+            assert call_main_of(load_stage(stage), patch, None, command).returncode == 0, (stage, flag)
             weights[stage, flag] = checkpoint_of(out / "model.pt")["model"]
         return weights[stage, flag]
 
@@ -86,9 +86,9 @@ def test_a_flag_changes_no_bit_of_the_result(flag, case, weights_of):
     assert equal(weights_of(stage), weights_of(stage, flag, value))
 
 
-def args_of(stage, monkeypatch, *words):
+def args_of(stage, monkeypatch, *given):
     needed = {"04_train_student": ["--teacher", "x"], "05_fixres_finetune": ["--checkpoint", "x", "--out", "x"]}
-    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *needed.get(stage, []), *map(str, words)])
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *needed.get(stage, []), *map(str, given)])
     return load_stage(stage).parse_args()
 
 
@@ -121,8 +121,8 @@ def test_the_last_of_epochs_and_steps_counts(stage, monkeypatch, tmp_path):
         (recipe, "--epochs", 2): 6,
         (recipe, "--steps", 7): 7,
     }
-    for words, steps in cases.items():
-        assert common.plan_of(args_of(stage, monkeypatch, *words), 1, 24).total_steps == steps, words
+    for given, steps in cases.items():
+        assert common.plan_of(args_of(stage, monkeypatch, *given), 1, 24).total_steps == steps, given
 
 
 # The official script (local_scripts/imagenet/train.sh:37-76), 350 epochs but for --train_ratio=2, and the paper's
@@ -139,14 +139,14 @@ def test_recipes_are_official():
     assert common.RECIPES == OFFICIAL_RECIPES
 
 
-@pytest.mark.parametrize(("size", "words", "expected"), [(64, [], 0.7), (65, [], 0.08), (64, [0.3], 0.3), (65, [0], 0)])
-def test_up_to_64_pixels_the_smallest_crop_is_larger(size, words, expected, monkeypatch):
-    args = args_of(TRAININGS[0], monkeypatch, *[word for value in words for word in ("--min-crop-area", value)])
+@pytest.mark.parametrize(("size", "given", "expected"), [(64, [], 0.7), (65, [], 0.08), (64, [0.3], 0.3), (65, [0], 0)])
+def test_up_to_64_pixels_the_smallest_crop_is_larger(size, given, expected, monkeypatch):
+    args = args_of(TRAININGS[0], monkeypatch, *[word for value in given for word in ("--min-crop-area", value)])
     assert common.setup_of(args, {}, {}, size).crop.min_area == expected
 
 
 @pytest.mark.parametrize(
-    ("words", "of_teacher", "of_init", "expected"),
+    ("given", "of_teacher", "of_init", "expected"),
     [
         ([], None, None, None),
         (["--small-images"], None, None, True),
@@ -156,11 +156,11 @@ def test_up_to_64_pixels_the_smallest_crop_is_larger(size, words, expected, monk
         ([], False, True, True),
     ],
 )
-def test_small_images_get_their_noise_in_place_of_crops(words, of_teacher, of_init, expected, monkeypatch):
+def test_small_images_get_their_noise_in_place_of_crops(given, of_teacher, of_init, expected, monkeypatch):
     """A flag comes before --init, and that before the teacher. Where the images are mirrored, they are so once."""
     view = common.View.default(32)._asdict()
     teacher, init = ({"arch_options": {"small_images": small}, **view} for small in (of_teacher, of_init))
-    args = args_of(TRAININGS[1], monkeypatch, "--no-hflip", "--arch", CHEAP, "--num-ops", 0, *words)
+    args = args_of(TRAININGS[1], monkeypatch, "--no-hflip", "--arch", CHEAP, "--num-ops", 0, *given)
     setup = common.setup_of(args, teacher, {} if of_init is None else init, 32)
     calls = []
     monkeypatch.setattr(common, "small_image_noise", lambda images, hflip, generator: calls.append(hflip))

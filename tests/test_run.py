@@ -123,23 +123,23 @@ def test_a_signal_during_the_last_evaluation_ends_a_finished_run(tiny_data, call
 
 def test_a_finished_run_says_so_as_long_as_its_inputs_are_what_they_were(tiny_data, call_main, tmp_path):
     data, init = shutil.copytree(tiny_data, tmp_path / "data"), save_model(tmp_path / "init.pt")
-    out, other = tmp_path / "t", shutil.copy(init, tmp_path / "other.pt")
+    out, same = tmp_path / "t", shutil.copy(init, tmp_path / "same.pt")
     flags = short_run("01_train_teacher", data, out, "--epochs", 0.3)
     assert call_main(*flags, "--init", init).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
-    def assert_finished(*words):
-        done = call_main(*flags, *words)
+    def assert_finished(*more):
+        done = call_main(*flags, *more)
         assert done.returncode == 0 and "is finished" in done.stdout and not done.stderr, done
 
     assert_finished("--init", init, "--workers", 1, "--save-every", 7)
-    assert_finished("--init", other)  # the same content
+    assert_finished("--init", same)  # the same content
     save_model(init, seed=1)
     assert_mistake(call_main(*flags, "--init", init), "--init", out)
     assert_mistake(call_main(*flags), "--init")
     init.unlink()
     assert_finished("--init", init)  # cleared away since
-    shutil.copy(other, init)
+    shutil.copy(same, init)
     shutil.copy(data / "val" / "disc" / "0.png", data / "train" / "disc" / "new.png")
     assert_mistake(call_main(*flags, "--init", init), "train", out)
     assert_mistake(call_main(*flags, "--init", init, "--label-smoothing", 0.2), "--label-smoothing 0.1", "0.2")
@@ -213,10 +213,10 @@ def test_a_second_run_on_a_folder_stops_at_once(tiny_data, call_main, tmp_path):
     (tmp_path / "t").mkdir()
     with subprocess.Popen(
         [sys.executable, "-IS", "-c", HOLD, tmp_path / "t" / ".lock"], stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout.readline() == b"locked\n"
+    ) as holder:
+        assert holder.stdout.readline() == b"locked\n"
         assert_mistake(call_main(*short_run("01_train_teacher", tiny_data, tmp_path / "t")), tmp_path / "t")
-        other.kill()
+        holder.kill()
 
 
 def test_a_diverged_run_ends_with_3_and_saves_nothing_of_it(tiny_data, call_main, tmp_path):
@@ -253,10 +253,10 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tiny_data, run_st
 
 def test_every_stage_and_every_stream_has_its_own_random_numbers(tiny_data, call_main, tmp_path, monkeypatch):
     """And all of them are others for another seed, and another name of a seed."""
-    words, seed_words = {}, common.seed_words
+    seeds, seed_words = {}, common.seed_words
 
     def seed_words_watched(seed, stream, *numbers):
-        words.setdefault((seed, stream), set()).add(tuple(seed_words(seed, stream, *numbers)))
+        seeds.setdefault((seed, stream), set()).add(tuple(seed_words(seed, stream, *numbers)))
         return seed_words(seed, stream, *numbers)
 
     monkeypatch.setattr(common, "seed_words", seed_words_watched)
@@ -265,13 +265,13 @@ def test_every_stage_and_every_stream_has_its_own_random_numbers(tiny_data, call
             out = tmp_path / stage / seed
             assert call_main(*short_run(stage, tiny_data, out, "--steps", 2, "--seed", seed)).returncode == 0
     for seed in ("0", "1", "0:student1"):
-        streams = {stream for of_seed, stream in words if of_seed == seed}
+        streams = {stream for of_seed, stream in seeds if of_seed == seed}
         assert streams == {f"{kind} {what}" for kind, what in (
             ("teacher", "weights"), ("teacher", "noise"), ("teacher labeled", "order"), ("teacher labeled", "crop"),
             ("student", "weights"), ("student", "noise"), ("student labeled", "order"), ("student labeled", "crop"),
             ("student unlabeled", "order"), ("student unlabeled", "crop"))}  # fmt: skip
-    assert all(len(keys) == 2 for (_, stream), keys in words.items() if "noise" in stream)  # one a step
-    drawn = [key for keys in words.values() for key in keys]
+    assert all(len(keys) == 2 for (_, stream), keys in seeds.items() if "noise" in stream)  # one a step
+    drawn = [key for keys in seeds.values() for key in keys]
     assert len(set(drawn)) == len(drawn)
 
 
@@ -300,15 +300,15 @@ def test_two_processes_and_parts_of_a_step_learn_as_one(stage, tiny_data, run_st
         printed = run_stage(f"{stage}.py", *flags, *more, "--out", tmp_path / name, **how).stdout
         assert printed.count("2 val images are unreadable") == (1 if name == "two" else 2)  # evaluations
         assert printed.count("unreadable, left out") == (0 if name == "two" else num_bad)
-    start, one = (checkpoint_of(tmp_path / name / "model.pt")["model"] for name in ("start", "one"))
+    start, alone = (checkpoint_of(tmp_path / name / "model.pt")["model"] for name in ("start", "one"))
     lines = metrics_of(tmp_path / "one")
     assert lines[5]["unreadable"] == num_bad
     assert len({round(line["loss"], 3) for line in lines[:6]}) == 6, "it does not learn"
     for name in ("two", "two in parts"):
         weights = checkpoint_of(tmp_path / name / "model.pt")["model"]
-        assert any(not torch.equal(one[key], weights[key]) for key in one), "they were the same steps"
+        assert any(not torch.equal(alone[key], weights[key]) for key in alone), "they were the same steps"
         for key in start:
-            assert (weights[key] - one[key]).norm() < 0.05 * (one[key] - start[key]).norm(), key
+            assert (weights[key] - alone[key]).norm() < 0.05 * (alone[key] - start[key]).norm(), key
         for line, expected in zip(metrics_of(tmp_path / name), lines, strict=True):
             assert line.keys() == expected.keys() and line.get("unreadable") == expected.get("unreadable")
             for key in line.keys() & {"loss", "loss_labeled", "loss_unlabeled", "val_loss", "val_top1"}:
