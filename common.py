@@ -1860,6 +1860,8 @@ def previous_run(args: argparse.Namespace) -> dict | None:
     if not path.exists():
         return None
     checkpoint = read_checkpoint(path)
+    if checkpoint["format"] == OLD_FORMAT:
+        fail(f"--out {args.out} holds a run of an earlier version: it can be read, not continued; choose another")
     before, flags = checkpoint["args"], flags_of(args)
     for name in sorted(before.keys() | flags.keys()):
         old, new = before.get(name), flags.get(name)
@@ -1883,7 +1885,7 @@ def compare_inputs(args: argparse.Namespace, resumed: dict | None, **images: Ima
     inputs = {role: identity(thing) for role, thing in things.items()}
     before = resumed.get("inputs", inputs) if resumed else inputs
     changed = [role for role in before.keys() | inputs.keys() if before.get(role) != inputs.get(role)]
-    if changed and resumed["format"] == CHECKPOINT_FORMAT:
+    if changed:
         flags = ", ".join(f"--{role.replace('_', '-')}" if role in ROLES else role for role in sorted(changed))
         fail(f"{args.out} was begun with other files as {flags}: put them back, or choose another --out")
     if resumed and (args.out / "model.pt").exists():
