@@ -1,6 +1,6 @@
-"""The models against torchvision's and timm's, the noise inside them, the 32-pixel variant, folded batch norms;
-weights of this toolkit, torchvision and timm: what fits, what is refused by name; what a model's recipe is."""
+"""Models against torchvision's and timm's, the noise inside them, folded batch norms; which weights fit; recipes."""
 
+import re
 from argparse import Namespace
 
 import pytest
@@ -59,27 +59,15 @@ def test_parameter_count(arch):
     assert sum(p.numel() for p in on_meta(arch).parameters()) == PARAMETERS[arch]
 
 
-def test_table_has_every_model_and_its_resolution():
-    assert list(EFFICIENTNETS) == [*SMALL, "efficientnet_l0", "efficientnet_l1", "efficientnet_l2"]
-    assert [EFFICIENTNETS[arch][2] for arch in SMALL] == [224, 240, 260, 300, 380, 456, 528, 600]
-    assert [EFFICIENTNETS[arch][3] for arch in SMALL] == [0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]
-    assert EFFICIENTNETS["efficientnet_l2"] == (4.3, 5.3, 475, 0.5)
+def shapes_of(weights):
+    return [(name, tensor.shape) for name, tensor in weights.items()]
 
 
 def layers_of(model):
-    """What makes each layer with weights what it is, in order."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            bias = module.bias is not None
-            found.append((*module.weight.shape, module.stride, module.padding, module.dilation, module.groups, bias))
-        elif isinstance(module, nn.BatchNorm2d):
-            found.append((module.num_features, module.eps))
-        elif isinstance(module, nn.Linear):
-            found.append(tuple(module.weight.shape))
-        elif isinstance(module, nn.Dropout):
-            found.append(module.p)
-    return found
+    """Each layer with weights, and each dropout, as it prints itself: shape, stride, padding, eps."""
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.Dropout)
+    printed = [module.extra_repr() for module in model.modules() if isinstance(module, kinds)]
+    return [re.sub("momentum=[^,]+", "", layer) for layer in printed]
 
 
 @pytest.mark.parametrize("arch", SMALL)
@@ -87,12 +75,11 @@ def test_every_layer_is_torchvisions(arch):
     with torch.device("meta"):
         oracle = torchvision.models.get_model(arch, weights=None)
     model = on_meta(arch)
-    names = [(name, tensor.shape) for name, tensor in oracle.state_dict().items()]
-    assert [(name, tensor.shape) for name, tensor in model.state_dict().items()] == names
+    assert shapes_of(model.state_dict()) == shapes_of(oracle.state_dict())
     assert layers_of(model) == layers_of(oracle)
 
 
-@pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b4", "efficientnet_b5"])  # from B5 on another eps
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b5"])  # from B5 on another eps
 def test_torchvisions_weights_fit_as_they_are_and_ours_fit_torchvision(arch):
     torch.manual_seed(0)
     oracle = torchvision.models.get_model(arch, weights=None)
@@ -110,14 +97,13 @@ def test_torchvisions_weights_fit_as_they_are_and_ours_fit_torchvision(arch):
 def test_timms_names_and_shapes_are_ours(arch):
     with torch.device("meta"):
         oracle = timm.create_model(arch, pretrained=False)
-    model, theirs = on_meta(arch), own_names(oracle.state_dict())
-    ours = model.state_dict()  # timm has the same order
-    assert [(name, tensor.shape) for name, tensor in ours.items()] == [(name, t.shape) for name, t in theirs.items()]
-    strides, eps = (
-        [[getattr(module, name) for module in net.modules() if isinstance(module, kind)] for net in (model, oracle)]
-        for kind, name in ((nn.Conv2d, "stride"), (nn.BatchNorm2d, "eps"))
-    )
-    assert strides[0] == strides[1] and eps[0] == eps[1] and set(eps[0]) == {1e-3}
+    model = on_meta(arch)
+    assert shapes_of(model.state_dict()) == shapes_of(own_names(oracle.state_dict()))  # in order
+    for kind, name in ((nn.Conv2d, "stride"), (nn.BatchNorm2d, "eps")):
+        ours, theirs = (
+            [getattr(module, name) for module in net.modules() if isinstance(module, kind)] for net in (model, oracle)
+        )
+        assert ours == theirs, name
 
 
 @pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b2", "efficientnet_b5"])
@@ -127,9 +113,7 @@ def test_tf_logits_equal_timms(arch):
     randomise_batch_norms(oracle)
     model = build_model(f"tf_{arch}")
     load_weights(model, oracle.state_dict())  # by timm's names
-    for ours, theirs in zip(model.state_dict().values(), oracle.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert_same_logits(model, oracle, (64, 64), (65, 51), *([(65, 65), (50, 67)] if arch == "efficientnet_b0" else []))
+    assert_same_logits(model, oracle, (64, 64), (65, 51))
 
 
 def test_l2s_depth_at_a_fifth_of_b0s_width_equals_timms(monkeypatch):
@@ -155,81 +139,51 @@ def test_drop_path_grows_linearly_over_the_blocks(arch, num):
     assert rates[-1] == pytest.approx(0.5 * (num - 1) / num)
 
 
-def skipping_block():
-    """A block with a skip that drops half of the images, its batch norms frozen, so that only the drop is random."""
+def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
+    """Of a block with a skip, whose batch norms are frozen: only the drop is random."""
     torch.manual_seed(0)
     model = build_model("efficientnet_b0", drop_path=0.5)
-    block = [m for m in model.modules() if getattr(m, "has_skip", False)][-1]
-    block.eval()
-    block.training = True
-    return block, torch.randn(1, block.block[-1][0].out_channels, 3, 3)
-
-
-def test_stochastic_depth_keeps_the_mean_and_drops_whole_images():
-    block, x = skipping_block()
-    passes = 2000
+    block = [module for module in model.modules() if getattr(module, "has_skip", False)][-1].eval()
+    x = torch.randn(1, block.block[-1][0].out_channels, 3, 3)
     with torch.no_grad():
-        out = block(x.expand(passes, -1, -1, -1))
-        full = block.eval()(x)
-    residual = (out - x).flatten(1)
+        full = (block(x) - x).flatten(1)
+        block.training = True
+        residual = (block(x.expand(2000, -1, -1, -1)) - x).flatten(1)
     dropped = (residual == 0).all(1)
-    assert ((residual != 0).any(1) | dropped).all()
     assert dropped.float().mean().item() == pytest.approx(block.drop_path, abs=0.04)
     kept = residual[~dropped] * (1 - block.drop_path)
-    torch.testing.assert_close(kept, (full - x).flatten(1).expand_as(kept), rtol=1e-3, atol=1e-5)
-    scale = (full - x).abs().max()
-    assert (out.mean(0) - full[0]).abs().max() < 0.09 * scale  # 4 sigma of the mean of 2000 drops
+    torch.testing.assert_close(kept, full.expand_as(kept), rtol=1e-3, atol=1e-5)
 
 
-def test_nothing_is_random_in_eval_and_something_in_training():
+@pytest.mark.parametrize("rates", [{"dropout": 0.5, "drop_path": 0}, {"dropout": 0, "drop_path": 0.5}])
+def test_each_noise_is_random_in_training_and_absent_in_eval(rates):
     torch.manual_seed(0)
-    model = build_model("efficientnet_b0", 5)
+    model = build_model("efficientnet_b0", 5, **rates)
     images = torch.randn(8, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(model.eval()(images), model(images))
-        for module in model.modules():  # batch norm on its running statistics: what is left is dropout and drop_path
-            module.training = not isinstance(module, torch.nn.BatchNorm2d)
-        assert not torch.equal(model(images), model(images))
-
-
-@pytest.mark.parametrize("rate", [0.2, 0.5])
-def test_dropout_before_the_classifier_keeps_the_mean(rate):
-    torch.manual_seed(0)
-    classifier = build_model("efficientnet_b0", 5, dropout=rate).classifier.train()
-    x, passes = torch.rand(1280), 4000
-    with torch.no_grad():
-        dropped = classifier[0](torch.ones(passes, 1280))
-        zeros, expected_error = (dropped == 0).double().mean().item(), (rate * (1 - rate) / dropped.numel()) ** 0.5
-        assert abs(zeros - rate) < 4 * expected_error
-        assert dropped.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
-        mean = classifier(x.repeat(passes, 1)).mean(0)
-        sigma = ((classifier[1].weight * x).square().sum(1) * rate / (1 - rate) / passes).sqrt()
-        full = classifier.eval()(x)
-    assert (sigma > 0).all() and ((mean - full).abs() < 4 * sigma).all()
-    assert torch.equal(full, classifier[1](x)), "dropout in eval"
+        clean = model.eval()(images)
+        assert torch.equal(model(images), clean)
+        for module in model.modules():  # batch norm on its running statistics
+            module.training = not isinstance(module, nn.BatchNorm2d)
+        first, second = model(images), model(images)
+    assert not torch.equal(first, second) and not torch.equal(first, clean)
 
 
 # options
 
 
 @pytest.mark.parametrize(
-    ("small", "sizes"), [(False, [16, 16, 8, 4, 2, 2, 1, 1, 1]), (True, [16, 16, 16, 16, 8, 8, 4, 4, 4])]
+    ("small", "expected"), [(False, [16, 16, 8, 4, 2, 2, 1, 1, 1]), (True, [16, 16, 16, 16, 8, 8, 4, 4, 4])]
 )
-def test_small_images_keeps_the_resolution_of_stages_2_and_3(small, sizes):
-    model = build_model("efficientnet_b0", small_images=small).eval()
-    x, found = torch.zeros(1, 3, 32, 32), []
-    with torch.no_grad():
-        for stage in model.features:
-            x = stage(x)
-            found.append(x.shape[-1])
-    assert found == sizes
-
-
-def test_small_images_has_the_same_weights():
-    shapes = [
-        [(n, t.shape) for n, t in on_meta("efficientnet_b0", small_images=s).state_dict().items()] for s in (0, 1)
-    ]
-    assert shapes[0] == shapes[1]
+def test_small_images_keeps_the_resolution_of_stages_2_and_3_and_the_weights(small, expected):
+    model = on_meta("efficientnet_b0", small_images=small).eval()
+    x = torch.zeros(1, 3, 32, 32, device="meta")
+    sizes = []
+    for stage in model.features:
+        x = stage(x)
+        sizes.append(x.shape[-1])
+    assert sizes == expected
+    assert shapes_of(model.state_dict()) == shapes_of(on_meta("efficientnet_b0").state_dict())
 
 
 def test_options_none_mean_the_models_own():
@@ -276,21 +230,33 @@ def test_unknown_names_and_options_are_value_errors(arch, options):
 
 # folded batch norms
 
+NORMS_LEFT = {
+    "tf_efficientnet_b0": 0,
+    "resnet18": 0,
+    "densenet121": 62,  # most of its norms come before the convolutions
+    "convnext_tiny": 0,  # it has none
+    "timm/resnet50": 0,
+    # A BatchNormAct2d has an activation inside: folding it away once moved logits by 1,400.
+    "timm/efficientnet_b0": 49,
+    "timm/resnetv2_50": 49,
+    "timm/lambda_resnet26t": 37,  # its convolution qkv is followed by two norms, of q and of v
+}
 
-@pytest.mark.parametrize("arch", ["tf_efficientnet_b0", "resnet18", "densenet121", "convnext_tiny"])
+
+@pytest.mark.parametrize("arch", NORMS_LEFT)
 def test_folded_batch_norms_are_gone_and_the_logits_the_same(arch):
-    """A DenseNet's norms come before its convolutions, but for a few; a ConvNeXt has none."""
     torch.manual_seed(0)
-    model, images = build_model(arch, 5), torch.randn(2, 3, 80, 80)
-    randomise_batch_norms(model, 80)
-    num_norms = {"tf_efficientnet_b0": 0, "resnet18": 0, "densenet121": 62, "convnext_tiny": 0}
+    model = build_model(arch, 5, img_size=64 if "lambda" in arch else None)
+    randomise_batch_norms(model)
+    images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         expected = model(images)
         fuse_batch_norms(model.train())
         logits = model(images)
     assert (expected[0] - expected[1]).abs().max() > 1e-2 * expected.abs().max()
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == num_norms[arch]
+    num_norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert num_norms == NORMS_LEFT[arch]
 
 
 # weights: there and back, names and containers
@@ -303,10 +269,6 @@ def small_model(seed=0, arch="efficientnet_b0"):
     return model
 
 
-def copy_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def test_from_timm_through_a_checkpoint_is_bitwise(tmp_path):
     theirs, ours = timm.create_model("tf_efficientnet_b0", num_classes=3), build_model("tf_efficientnet_b0", 3)
     randomise_batch_norms(theirs)
@@ -317,11 +279,9 @@ def test_from_timm_through_a_checkpoint_is_bitwise(tmp_path):
     assert {p.device.type for p in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
     fused, _ = load_model(tmp_path / "model.pt", fuse=True)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
-    assert_same_logits(loaded, theirs, (65, 51))
-    assert_same_logits(fused, theirs, (65, 51))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
 def test_prefixes_of_wrappers_are_cut_off(prefix):
     theirs, model = timm.create_model("tf_efficientnet_b0", num_classes=3), build_model("tf_efficientnet_b0", 3)
     load_weights(model, {prefix + name: tensor for name, tensor in theirs.state_dict().items()})
@@ -413,8 +373,9 @@ HEADS += [("timm/levit_128s", "head.linear head_dist.linear"), ("timm/convformer
 @pytest.mark.parametrize(("arch", "heads"), HEADS)
 def test_a_new_head_starts_at_zero_and_learns_and_all_else_is_loaded(arch, heads):
     torch.manual_seed(0)
-    source, model = build_model(arch, 11), build_model(arch, 3)
-    given = copy_of(source)
+    model = build_model(arch, 3)
+    given = build_model(arch, 11).state_dict()
+    before = {name: tensor.clone() for name, tensor in given.items()}
     heads = tuple(heads.split())
     assert tuple(head_names(model)) == heads
     with pytest.raises(ValueError, match=heads[0]):
@@ -423,7 +384,7 @@ def test_a_new_head_starts_at_zero_and_learns_and_all_else_is_loaded(arch, heads
     for name, tensor in model.state_dict().items():
         expected = torch.zeros_like(tensor) if name.rpartition(".")[0] in heads else given[name]
         assert torch.equal(tensor, expected), name
-    assert_same_weights(source.state_dict(), given)
+    assert_same_weights(given, before)
     size = 224 if "levit" in arch else 64
     logits = model.eval()(torch.randn(2, 3, size, size))
     assert not logits.any()
@@ -458,5 +419,8 @@ def test_b0_and_b1_have_no_rand_augment_unless_a_flag_asks_for_it():
 
 
 def test_resolutions():
-    assert [resolution_of(arch) for arch in ("efficientnet_b0", "tf_efficientnet_b7", "resnet50")] == [224, 600, 224]
+    resolutions = [224, 240, 260, 300, 380, 456, 528, 600]
+    assert [resolution_of(arch) for arch in SMALL] == resolutions
+    assert resolution_of("efficientnet_l2") == 475
+    assert resolution_of("resnet50") == 224
     assert resolution_of("timm/tf_efficientnet_b3") == 300
