@@ -150,13 +150,11 @@ def test_wrong_folders_are_one_line_and_status_2(tmp_path, mistake, splits, spli
 
 def test_images_by_class_raises_a_sentence(tmp_path):
     """For folders that are not a data directory's: those of released sets."""
-    data = folders(tmp_path, set={"cat": 1, "wolf": 2})
-    images, labels, classes = images_by_class(data / "set", ["wolf", "dog", "cat"])
-    assert classes == ["wolf", "dog", "cat"] and labels.tolist() == [2, 0, 0] and len(images) == 3
+    folders(tmp_path, set={"cat": 1, "wolf": 2})
     with pytest.raises(ValueError, match="wolf"):
-        images_by_class(data / "set", ["cat"])
-    with pytest.raises(ValueError, match="no class folders"):
-        images_by_class(data / "nowhere")
+        images_by_class(tmp_path / "set", ["cat"])
+    with pytest.raises(ValueError, match="nowhere"):
+        images_by_class(tmp_path / "nowhere")
 
 
 # what is held out
