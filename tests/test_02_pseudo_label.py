@@ -1,4 +1,4 @@
-"""Stage 02: labels that are the teacher's, rows that never shift, runs that are killed, copies of val, relabelling."""
+"""Stage 02: the teacher's labels, rows that never shift, killed runs, copies of val, relabelling."""
 
 import csv
 import json
@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, CLASSES, ROOT, assert_mistake, encoded, load_stage, make_tar, noise_image, save_model
-from conftest import write_files
+from conftest import CHEAP, CLASSES, ROOT, assert_mistake, checkpoint_of, encoded, load_stage
+from conftest import make_tar, noise_image, save_model, write_files
 from PIL import Image
 
 import common
@@ -90,14 +90,12 @@ def test_labels_are_the_teachers_on_the_clean_view(own_teacher, tiny_data, run_s
     logits = logits_by_hand(own_teacher, [images.name(row) for row in chosen])
     np.testing.assert_allclose(got["val_logits"], logits, rtol=1e-3, atol=2e-3)
     assert got["class_counts"].tolist() == [8, 8, 8] and got["classes"].tolist() == [c.encode() for c in CLASSES]
-    with h5py.File(tmp_path / "l.h5") as file:
-        for name in file.keys() - {"classes"}:
-            assert file[name].chunks is None and file[name].id.get_offset() % 4096 == 0, name
-        attrs = dict(file.attrs)
-    expected = {"format": "noisy-student-labels-2", "arch": CHEAP, "image_size": 32, "crop_mode": "center"}
-    expected |= {"precision": "fp32", "data": str(tiny_data), "root": str(tiny_data / "unlabeled")}
+    attrs = common.open_label_file(tmp_path / "l.h5").attrs
+    expected = {"arch": CHEAP, "image_size": 32, "crop_mode": "center", "precision": "fp32"}
+    expected |= {"data": str(tiny_data), "root": str(tiny_data / "unlabeled")}
     expected |= {"teacher": str(own_teacher), "teacher_sha256": common.file_sha256(own_teacher)}
-    assert expected.items() <= attrs.items() and "dropout" in json.loads(attrs["arch_options"])
+    expected |= {"arch_options": json.dumps(checkpoint_of(own_teacher)["arch_options"])}
+    assert expected.items() <= attrs.items()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", attrs["created"])
 
 
@@ -134,8 +132,9 @@ def test_bad_files_never_shift_a_row(random_teacher, label, tmp_path):
     assert done.returncode == 0 and str(both / "bomb.png") in done.stdout
     assert label(random_teacher, alone, tmp_path / "alone.h5").returncode == 0
     got, expected = read(tmp_path / "both.h5"), read(tmp_path / "alone.h5")
-    assert [os.fsdecode(p) for p in got["path"]] == sorted([*good, *bad, "dangling.jpg"], key=os.fsencode)
-    is_bad = np.array([os.fsdecode(path) not in good for path in got["path"]])
+    paths = [os.fsdecode(path) for path in got["path"]]
+    assert paths == sorted([*good, *bad, "dangling.jpg"], key=os.fsencode)
+    is_bad = np.array([path not in good for path in paths])
     assert (got["status"] == np.where(is_bad, 2, 1)).all() and (got["label"][is_bad] == -1).all()
     assert np.isnan(got["logits"][is_bad]).all() and (np.isnan(got["confidence"]) == is_bad).all()
     assert (got["path"][~is_bad] == expected["path"]).all()
@@ -256,24 +255,23 @@ def check_rows(path: Path, whole: dict) -> int:
 
 
 @pytest.mark.xdist_group("kill 02")
-@pytest.mark.parametrize("numbers", [(1, 2, 3, 1, 2)])
-def test_killed_at_any_time_it_ends_as_if_nothing_had_been(numbers, slow_run, start_stage, tmp_path):
-    """A run of each of these numbers of processes is killed after some progress."""
-    (flags, whole), out = slow_run, tmp_path / "l.h5"
-    out.with_suffix(".py").write_text(WATCHED.format(rows=16, seconds=0.05, wait=0))  # the rows as without
+def test_killed_at_any_time_it_ends_as_if_nothing_had_been(slow_run, start_stage, tmp_path):
+    """Runs of 1, 2 and 3 processes are killed after some progress each."""
+    (flags, whole), out, watched = slow_run, tmp_path / "l.h5", tmp_path / "stage.py"
+    watched.write_text(WATCHED.format(rows=16, seconds=0.05, wait=0))  # the rows as without
     process = start_stage(STAGE, *flags, out)
     process.wait_until(out.exists)
     process.kill()
     before = check_rows(out, whole)  # the file is complete from the first moment
-    for nproc in numbers:
-        goal = before + NUM // (len(numbers) + 3)
-        process = start_stage(out.with_suffix(".py"), *flags, out, nproc=nproc, PYTHONPATH=ROOT)
+    for nproc in (1, 2, 3, 1, 2):
+        process = start_stage(watched, *flags, out, nproc=nproc, PYTHONPATH=ROOT)
+        goal = before + NUM // 8
         process.wait_until(lambda goal=goal: np.count_nonzero(read(out)["status"]) >= goal)
         process.kill()
         done = check_rows(out, whole)
-        assert before < done < NUM, "the kill came too late to test anything"  # and what was done stays done
+        assert before < done < NUM, "the kill came too late to test anything"
         before = done
-    assert start_stage(STAGE, *flags, out, nproc=numbers[-1]).wait() == 0 and check_rows(out, whole) == NUM
+    assert start_stage(STAGE, *flags, out, nproc=2).wait() == 0 and check_rows(out, whole) == NUM
 
 
 @pytest.mark.xdist_group("kill 02")
@@ -289,54 +287,53 @@ def test_sigterm_keeps_all_that_was_done(nproc, launcher, slow_run, start_stage,
     assert 30 < check_rows(out, whole) < NUM
 
 
-def select(out: Path, source: Path, rows: list[int], copies: list[int], labels=None, **attrs) -> Path:
-    """A selection of these rows, as stage 03 writes it; `labels`: of a top-p selection."""
-    columns = {name: values[rows] for name, values in read(source).items() if name in COLUMNS}
-    columns["copies"] = np.array(copies)
-    if labels:
-        columns["label"] = np.array(labels)
-        del columns["logits"]
-    attrs |= {"root": common.open_label_file(source).attrs["root"], "teacher_sha256": "old", "seed": 3}
-    with common.new_label_file(out, len(rows), columns["path"].itemsize, CLASSES, columns, **attrs) as file:
-        for name, values in columns.items():
-            file[name][:] = values.astype(file[name].dtype)
-    return out
+@pytest.fixture
+def select(own_teacher, tiny_data, label, call_main, tmp_path, monkeypatch):
+    """select(flag, value, ...) -> balanced.h5: stage 03 on what own_teacher says of tiny_data."""
+    monkeypatch.setattr(load_stage("03_balance"), "draw", lambda *args: None)
+
+    def call(*flags) -> Path:
+        labels, out = tmp_path / "l.h5", tmp_path / "balanced.h5"
+        assert label(own_teacher, tiny_data / "unlabeled", labels).returncode == 0
+        assert call_main("03_balance", labels, "--out", out, *flags).returncode == 0
+        return out
+
+    return call
 
 
-def test_a_selection_is_labelled_again(own_teacher, tiny_data, label, tmp_path):
-    """By the same teacher: the same rows, copies and labels. By another: what that one says of these images."""
-    labelled, rows, copies = tmp_path / "l.h5", [2, 3, 7, 11, 12], [1, 4, 1, 2, 9]
-    assert label(own_teacher, tiny_data / "unlabeled", labelled).returncode == 0
-    attrs = {"method": "noisy-student", "threshold": 0.25, "per_class": 9, "files": '["a.h5"]'}
-    selection, old = select(tmp_path / "balanced.h5", labelled, rows, copies, **attrs), read(labelled)
+def test_a_selection_is_labelled_again(own_teacher, tiny_data, label, select, tmp_path):
+    """By the same teacher: the same rows, copies and labels. By another: what that one says."""
+    selection = select("--threshold", 0.25, "--per-class", 9)
+    old, attrs = read(selection), common.open_label_file(selection).attrs
     better = save_model(tmp_path / "better.pt", data=str(tiny_data), seed=1)
-    for name, teacher in (("same", own_teacher), ("better", better)):
-        out = tmp_path / f"{name}.h5"
+    kept = ("method", "threshold", "per_class", "seed", "files")
+    for teacher in (own_teacher, better):
+        out = tmp_path / f"{teacher.stem}.h5"
         for _ in range(2):
             assert label(teacher, selection, out).returncode == 0
-        got, expected = read(out), attrs | {"seed": 3, "teacher_sha256": common.file_sha256(teacher)}
-        assert expected.items() <= common.open_label_file(out).attrs.items() and len(got["val_label"]) > 0
-        assert got["copies"].dtype == np.uint32 and got["copies"].tolist() == copies and (got["status"] == 1).all()
-        assert (got["path"] == old["path"][rows]).all()
-        logits = logits_by_hand(teacher, [tiny_data / "unlabeled" / os.fsdecode(path) for path in got["path"]])
+        got, new_attrs = read(out), common.open_label_file(out).attrs
+        assert all(new_attrs[name] == attrs[name] for name in kept)
+        assert new_attrs["teacher_sha256"] == common.file_sha256(teacher)
+        assert_same_labels(got, old, ("path", "copies", "status"))
+        names = [tiny_data / "unlabeled" / os.fsdecode(path) for path in got["path"]]
+        logits = logits_by_hand(teacher, names)
         np.testing.assert_allclose(got["logits"], logits, rtol=1e-3, atol=2e-3)
-        assert (got["label"] == logits.argmax(1)).all()
-        assert (got["label"] == old["label"][rows]).all() == (teacher == own_teacher)
-    select(selection, labelled, rows, copies[::-1], **attrs)  # another one under the same name
+        assert (got["label"] == logits.argmax(1)).all() and len(got["val_label"]) > 0
+        assert (got["label"] == old["label"]).all() == (teacher == own_teacher)
+    select("--threshold", 0.25, "--per-class", 10)  # another one under the same name
     assert_mistake(label(better, selection, out), "--unlabeled", out)
 
 
-def test_a_top_p_selection_keeps_its_labels(own_teacher, tiny_data, label, tmp_path):
+def test_a_top_p_selection_keeps_its_labels(own_teacher, label, select, tmp_path):
     """An image may stand in it under several classes; `confidence` is that of the class that is kept."""
-    labelled, rows, kept = tmp_path / "l.h5", [2, 2, 7, 11], [0, 2, 1, 0]
-    assert label(own_teacher, tiny_data / "unlabeled", labelled).returncode == 0
-    selection = select(tmp_path / "top.h5", labelled, rows, [1] * 4, kept, method="top-p", top_p=2)
+    selection = select("--method", "top-p", "--top-p", 2, "--per-class", 9)
     assert label(own_teacher, selection, tmp_path / "n.h5").returncode == 0
-    got, logits = read(tmp_path / "n.h5"), read(labelled)["logits"][rows].astype(np.float32)
-    assert got["label"].tolist() == kept and got["copies"].tolist() == [1] * 4
-    np.testing.assert_allclose(got["logits"], logits, atol=2e-3)
-    probs = torch.tensor(logits).softmax(1).numpy()
-    np.testing.assert_allclose(got["confidence"], probs[np.arange(4), kept], atol=2e-3)
+    got, old = read(tmp_path / "n.h5"), read(selection)
+    assert len(np.unique(got["path"])) < len(got["path"])
+    assert_same_labels(got, old, ("path", "label", "copies"))
+    probs = torch.tensor(got["logits"]).float().softmax(1).numpy()
+    np.testing.assert_allclose(got["confidence"], probs[np.arange(len(probs)), got["label"]], atol=2e-3)
+    np.testing.assert_allclose(got["confidence"], old["confidence"], atol=2e-3)
     others = save_model(tmp_path / "others.pt", classes=["x", "y"])
     assert_mistake(label(others, selection, tmp_path / "o.h5"), "--teacher", selection)
 
@@ -368,15 +365,15 @@ def test_copies_of_val_images_are_left_out(with_copies, label, tmp_path):
     assert_same_labels(rows, tmp_path / "n.h5", (*COLUMNS, "val_logits", "val_label"))
 
 
-@pytest.mark.parametrize("folder", ["val", "val/disc", "val/disc/0.png"])
-def test_val_itself_is_labelled_when_it_is_asked_for(folder, with_copies, label, tmp_path):
+@pytest.mark.parametrize(("folder", "num"), [("val", 12), ("val/disc", 4), ("val/disc/0.png", 1)])
+def test_val_itself_is_labelled_when_it_is_asked_for(folder, num, with_copies, label, tmp_path):
+    """Also when the file of its labels is labelled again."""
     data, teacher = with_copies
-    is_image = folder.endswith(".png")
-    for unlabeled, out in ((data / folder, tmp_path / "l.h5"), (tmp_path / "l.h5", tmp_path / "again.h5")):
+    labels, again = tmp_path / "l.h5", tmp_path / "again.h5"
+    for unlabeled, out in ((data / folder, labels), (labels, again)):
         assert label(teacher, unlabeled, out).returncode == 0
-        got = read(out)
-        assert len(got["status"]) == (1 if is_image else len(list((data / folder).rglob("*.png"))))
-        assert (got["status"] == 1).all() and ("val_logits" in got) == (not is_image or unlabeled.suffix == ".h5")
+        assert read(out)["status"].tolist() == [common.DONE] * num
+    assert ("val_logits" in read(labels)) == (num > 1) and "val_logits" in read(again)
 
 
 def test_without_val_the_held_out_tenth_takes_its_place(with_copies, label, tmp_path):
