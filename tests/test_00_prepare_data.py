@@ -1,11 +1,12 @@
 """00: what is drawn, what is made of a downloaded set, and that nothing is overwritten. No network is used."""
 
 import csv
-import types
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torchvision
 from conftest import assert_mistake, load_stage
 from PIL import Image
 
@@ -14,7 +15,7 @@ prepare = load_stage("00_prepare_data")
 
 @pytest.fixture
 def run(call_main, monkeypatch):
-    """run("demo", "--out", ...) -> Done: stage 00 in this process, with a demo of 40 + 20 images."""
+    """run("demo", "--out", ...): stage 00 in this process, with a demo of 40 + 20 images."""
     monkeypatch.setitem(prepare.DEMO, "unlabeled", 40)
     monkeypatch.setitem(prepare.DEMO, "val_per_class", 2)
     return lambda *flags: call_main("00_prepare_data", *flags)
@@ -32,8 +33,8 @@ def truth_of(folder):
 def test_the_demo_is_as_described_and_the_same_each_time(run, tmp_path, monkeypatch):
     monkeypatch.setitem(prepare.DEMO, "unlabeled", 400)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        done = run("demo", "--out", tmp_path / name, "--labels-per-class", 3, "--seed", seed)
-        assert done.returncode == 0
+        flags = ["--labels-per-class", 3, "--seed", seed]
+        assert run("demo", "--out", tmp_path / name, *flags).returncode == 0
     a = tmp_path / "a"
     assert contents(a) == contents(tmp_path / "b")
     assert contents(a)["train/disc/00002.jpg"] != contents(tmp_path / "c")["train/disc/00002.jpg"]
@@ -92,38 +93,33 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-class Downloaded:
-    """Stands for torchvision.datasets: STL-10 has unlabelled images of its own, whose classes nobody knows."""
+def cifar(root, train, download):
+    num = 20 if train else 6
+    images = np.random.default_rng(train).integers(0, 256, (num, 32, 32, 3), dtype=np.uint8)
+    return SimpleNamespace(classes=["cat", "dog"], data=images, targets=[i % 2 for i in range(num)])
 
-    @staticmethod
-    def cifar(root, train, download):
-        num = 20 if train else 6
-        images = np.random.default_rng(train).integers(0, 256, (num, 32, 32, 3), dtype=np.uint8)
-        return types.SimpleNamespace(classes=["cat", "dog"], data=images, targets=[i % 2 for i in range(num)])
 
-    @staticmethod
-    def stl(root, split, download):
-        num = {"train": 10, "test": 4, "unlabeled": 7, "extra": 7}[split]
-        labels = np.full(num, -1) if split == "unlabeled" else np.arange(num) % 2
-        images = np.random.default_rng(num).integers(0, 256, (num, 3, 96, 96), dtype=np.uint8)
-        return types.SimpleNamespace(classes=["cat", "dog"], data=images, labels=labels)
+def stl(root, split, download):
+    """STL-10 has unlabelled images of its own, whose classes nobody knows."""
+    num = {"train": 10, "test": 4, "unlabeled": 7, "extra": 7}[split]
+    labels = np.full(num, -1) if split == "unlabeled" else np.arange(num) % 2
+    images = np.random.default_rng(num).integers(0, 256, (num, 3, 96, 96), dtype=np.uint8)
+    return SimpleNamespace(classes=["cat", "dog"], data=images, labels=labels)
 
 
 @pytest.fixture
-def fake_torchvision(monkeypatch):
-    import torchvision
-
-    datasets = types.SimpleNamespace(CIFAR10=Downloaded.cifar, STL10=Downloaded.stl, SVHN=Downloaded.stl)
-    monkeypatch.setattr(torchvision, "datasets", datasets)
-    return datasets
+def datasets(monkeypatch):
+    """Stands for torchvision.datasets."""
+    monkeypatch.setattr(torchvision, "datasets", SimpleNamespace(CIFAR10=cifar, STL10=stl, SVHN=stl))
+    return torchvision.datasets
 
 
-def test_labels_per_class_makes_the_rest_of_train_unlabeled(run, tmp_path, fake_torchvision):
+def test_labels_per_class_makes_the_rest_of_train_unlabeled(run, tmp_path, datasets):
     assert run("cifar10", "--out", tmp_path / "c", "--labels-per-class", 3).returncode == 0
     assert {len(list(folder.iterdir())) for folder in (tmp_path / "c" / "train").iterdir()} == {3}
     truth = truth_of(tmp_path / "c")
     assert len(truth) == 14 and sorted(truth.values()) == ["cat"] * 7 + ["dog"] * 7
-    source = Downloaded.cifar("", True, True)
+    source = cifar("", True, True)
     for name, label in truth.items():  # pixels and classes still belong together
         pixels = np.asarray(Image.open(tmp_path / "c" / "unlabeled" / name))
         index = (source.data == pixels).all((1, 2, 3)).argmax()
@@ -133,16 +129,16 @@ def test_labels_per_class_makes_the_rest_of_train_unlabeled(run, tmp_path, fake_
 
 
 @pytest.mark.parametrize("name, flags, known", [("stl10", ("--labels-per-class", 4), 2), ("svhn", (), 7)])
-def test_the_truth_is_that_of_the_known_classes(run, tmp_path, fake_torchvision, name, flags, known):
+def test_the_truth_is_that_of_the_known_classes(run, tmp_path, datasets, name, flags, known):
     assert run(name, "--out", tmp_path / "s", *flags).returncode == 0
     assert len(list((tmp_path / "s" / "unlabeled").iterdir())) == (9 if flags else 7)
     assert len(truth_of(tmp_path / "s")) == known
 
 
-def test_a_failed_download_is_one_line(run, tmp_path, fake_torchvision):
+def test_a_failed_download_is_one_line(run, tmp_path, datasets):
     def no_network(*args, **kwargs):
         raise OSError("<urlopen error\n name resolution>")
 
-    fake_torchvision.CIFAR10 = no_network
+    datasets.CIFAR10 = no_network
     assert_mistake(run("cifar10", "--out", tmp_path / "c"), "cifar10")
     assert not (tmp_path / "c").exists()
