@@ -1,0 +1,199 @@
+"""What people met with tools like this one: flawed data, leftovers of a launcher, signals, dead loaders."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHEAP, CLASSES, ROOT, assert_mistake, encoded, make_tar, noise_image, save_model, write_files
+
+import common
+
+TRAIN = ["--arch", CHEAP, "--image-size", 32, "--batch-size", 8, "--steps", 2]
+
+
+def folders_of(root, names, num=2):
+    seeds = iter(range(1000))
+    files = {f"{name}/{i}.png": encoded(noise_image(8, 8, next(seeds)), "PNG") for name in names for i in range(num)}
+    return write_files(root, files)
+
+
+# names of classes and files
+
+
+def test_one_class_is_one_folder_too_many(tmp_path, mistake):
+    data = folders_of(tmp_path, ["train/images/cat", "train/images/dog"])
+    line = mistake(lambda: common.labeled_images(data, "train"), data / "train", "images")
+    assert "cat, dog" in line
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("é", unicodedata.normalize("NFD", "é"))])
+def test_two_spellings_of_a_class_are_a_mistake(tmp_path, mistake, names):
+    data = folders_of(tmp_path, [f"train/{name}" for name in (*names, "dog")])
+    mistake(lambda: common.labeled_images(data, "train"), data / "train", names[0])
+
+
+def test_a_name_is_the_same_in_both_spellings_of_unicode(tmp_path):
+    composed, decomposed = "café", unicodedata.normalize("NFD", "café")
+    data = folders_of(tmp_path, [f"train/{decomposed}", "train/dog", f"val/{composed}", "val/dog"])
+    _, labels, classes = common.labeled_images(data, "train")
+    assert classes == [composed, "dog"] and sorted(labels.tolist()) == [0, 0, 1, 1]
+    assert common.labeled_images(data, "val", classes)[1].tolist() == [0, 0, 1, 1]
+
+
+def test_what_file_managers_leave_behind_is_left_out(tmp_path, capsys):
+    picture = encoded(noise_image(8, 8), "PNG")
+    junk = [
+        "@eaDir/b.png/THUMB.jpg",
+        "__MACOSX/._b.png",
+        "#recycle/c.jpg",
+        "lost+found/d.jpg",
+        ".ipynb_checkpoints/e.jpg",
+    ]
+    folder = write_files(tmp_path / "unlabeled", dict.fromkeys(["a.png", "Thumbs.db", *junk], picture))
+    make_tar(folder / "s.tar", dict.fromkeys(["f.png", "__MACOSX/g.png", "x/@eaDir/h.png"], picture))
+    assert common.list_images(folder).path.tolist() == [b"a.png", b"s.tar/f.png"]
+    assert "4 folders" in (line := capsys.readouterr().out) and "@eaDir" in line
+    folders_of(tmp_path, ["train/cat", "train/dog", "train/@eaDir"])
+    assert common.labeled_images(tmp_path, "train")[2] == ["cat", "dog"]
+
+
+# copies
+
+
+@pytest.mark.parametrize("num, is_mistake", [(1, False), (2, True)])
+def test_copies_of_val_in_train(tmp_path, capsys, mistake, num, is_mistake):
+    data = folders_of(tmp_path, ["train/cat", "train/dog", "val/cat", "val/dog"], num=30)  # 2 percent of 60: 1.2
+    for i in range(num):
+        shutil.copy(data / f"val/cat/{i}.png", data / f"train/cat/copy{i}.png")
+    train, labels, classes = common.labeled_images(data, "train")
+    val, _, _ = common.labeled_images(data, "val", classes)
+    if is_mistake:
+        mistake(lambda: common.check_copies(train, labels, val), "val/cat/0.png = ", "copy1.png")
+    else:
+        common.check_copies(train, labels, val)
+        assert "copy0.png" in capsys.readouterr().out
+
+
+def test_one_image_under_two_classes_is_told(tiny_data, tmp_path, call_main):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    shutil.copy(data / "train/disc/1.png", data / "train/square/also.png")
+    done = call_main("01_train_teacher", "--data", data, "--out", tmp_path / "t", *TRAIN)
+    lines = [line for line in done.stdout.splitlines() if "also.png" in line]
+    assert done.returncode == 0 and len(lines) == 1 and "1 images are under two classes" in lines[0]
+
+
+# the unlabelled folder after stage 02 has begun
+
+
+@pytest.fixture
+def labelled(tiny_data, tmp_path, call_main):
+    """(label, folder): label() runs 02 on a copy of the unlabelled images."""
+    teacher = save_model(tmp_path / "t.pt", data=str(tiny_data))
+    folder = shutil.copytree(tiny_data / "unlabeled", tmp_path / "unlabeled")
+
+    def label(folder):
+        return call_main("02_pseudo_label", "--teacher", teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5")
+
+    assert label(folder).returncode == 0
+    return label, folder
+
+
+def test_images_that_came_later_are_told(labelled):
+    label, folder = labelled
+    shutil.copy(folder / "part0/000.png", folder / "new.png")
+    assert "1 images came after" in label(folder).stdout
+
+
+def test_moved_images_are_followed(labelled, tmp_path):
+    label, folder = labelled
+    with common.h5py.File(tmp_path / "l.h5", "r+") as file:
+        file["status"][3] = common.TODO  # something is left to do
+    moved = folder.rename(tmp_path / "moved")
+    assert "have moved" in label(moved).stdout
+    labels = common.open_label_file(tmp_path / "l.h5")
+    assert (labels.column("status") == common.DONE).all() and labels.images.root == str(moved)
+    other = shutil.copytree(moved / "part0", tmp_path / "other")  # not the same paths
+    assert_mistake(label(other), "--unlabeled")
+
+
+# the environment, signals, loaders
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}])
+@pytest.mark.parametrize("stage", ["00_prepare_data.py", "02_pseudo_label.py", "03_balance.py"])
+def test_some_of_torchruns_variables_are_a_mistake(run_stage, stage, environment):
+    assert_mistake(run_stage(stage, check=False, **environment), "unset RANK")
+
+
+def test_a_rank_beyond_the_world_is_a_mistake(run_stage):
+    places = {"RANK": 2, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    assert_mistake(run_stage("03_balance.py", check=False, **places), "unset RANK")
+
+
+def test_ctrl_c_before_the_first_step_is_quiet(start_stage, tmp_path):
+    os.mkfifo(tmp_path / "teacher.pt")  # reading it waits
+    stage = start_stage("04_train_student.py", "--teacher", tmp_path / "teacher.pt", "--out", tmp_path / "s")
+    stage.wait_until((tmp_path / "s" / ".lock").exists)
+    os.kill(stage.pids[0], signal.SIGINT)
+    assert stage.wait() == 143 and stage.stderr == ""
+
+
+STUCK = """
+import signal, sys, time
+sys.path.insert(0, {root!r})
+import common
+stop = common.StopSignal()
+print("ready", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+def test_a_second_signal_ends_a_stage_at_once():
+    code = STUCK.format(root=str(ROOT))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(2):  # torchrun passes a signal on: both come within milliseconds, and count as one
+            process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 143
+
+
+class Dead(common.ImageDataset):
+    def __getitem__(self, key):
+        os._exit(1)
+
+
+def test_dead_loaders_are_one_line(tiny_data, mistake):
+    images = common.list_images(tiny_data / "unlabeled")
+    dataset = Dead(images, clean=common.View.default(32))
+    processes = common.Processes(torch.device("cpu"), 0, 1, workers=1)
+    mistake(lambda: list(common.load_batches(dataset, [[0, 1]], processes)), "--workers", "--shm-size")
+
+
+def test_a_damaged_download_is_named(tmp_path, monkeypatch, mistake):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    file = tmp_path / "checkpoints" / "mobilenet_v3_small-047dcff4.pth"
+    write_files(tmp_path, {f"checkpoints/{file.name}": b"half of it"})
+    mistake(lambda: common.published_weights("mobilenet_v3_small", None), "--init published", file, "delete")
+
+
+def test_a_run_that_chooses_does_so_on_half_of_val(tiny_data, tmp_path, planned):
+    """06 --val-half judge, run.sh's table, measures on the other half."""
+    flags = ["--data", tiny_data, "--out", tmp_path, *TRAIN]
+    run = planned("01_train_teacher", *flags, "--patience", 3)
+    run.evaluate_average()
+    images, labels = run.val
+    half = ~common.judged_half(images)
+    assert 0 < half.sum() < len(half)
+    expected = common.evaluate(run.averaged, images[half], labels[half], run.view, run.processes, run.precision)
+    assert run.judged == [expected["val_loss"]] and len(CLASSES) * 4 == len(images)
+    assert not np.isclose(run.metrics["val_loss"], expected["val_loss"])  # what is reported is of all
