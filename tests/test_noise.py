@@ -16,7 +16,7 @@ import common
 import draw_noise
 from common import RAND_AUGMENT_OPS, load_image, rand_augment, small_image_noise
 
-SIZES = [(1, 2), (5, 3), (32, 32), (33, 47), (101, 70)]  # height, width
+SIZES = [(1, 2), (5, 3), (32, 32), (33, 47), (64, 80), (70, 65)]  # height, width
 MAGNITUDES = [0, 5, 9, 10, 15, 27]
 OFFICIAL = [
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color", "Contrast", "Brightness",
@@ -127,7 +127,7 @@ def matrix_of(name, magnitude, sign, size):
     """Output pixel -> input pixel, in pixel indices, of the official ops."""
     height, width = size
     by_level = sign * magnitude / 10
-    pixels = 100 if min(size) > 64 else min(size) // 8
+    pixels = 100 if min(size) > 64 else min(size) // 8  # official: 100, for ImageNet
     if name == "Rotate":
         angle = math.radians(30 * by_level)
         cos, sin = math.cos(angle), math.sin(angle)
@@ -170,15 +170,6 @@ def test_geometric_op_equals_pillows_in_every_pixel(name, size, sign):
                 np.testing.assert_array_equal(mine, image)
 
 
-@pytest.mark.parametrize(("size", "shift"), [((64, 200), 8), ((65, 200), 100), ((224, 224), 100)])
-def test_translation_in_pixels(size, shift):
-    """Up to 64 pixels an eighth of them, above 100 (official, for ImageNet); for sign +1 to the left."""
-    image = pictures(size)[0]
-    expected = np.full_like(image, 128)
-    expected[:, :-shift] = image[:, shift:]
-    np.testing.assert_array_equal(run_op("TranslateX", image[None], 10)[0], expected)
-
-
 def cut(image, center, half):
     """In place, as numpy cuts a slice at the far edge."""
     y, x = center
@@ -202,7 +193,6 @@ def test_cutout_is_a_grey_square_around_a_uniform_pixel(size, magnitude, half):
 
 
 # how they are drawn, and what a result must not depend on
-
 
 NOISES = [rand_augment, lambda images, generator: small_image_noise(images, True, generator)]
 
