@@ -31,7 +31,7 @@ from common import at_least, fail, print0
 from common import init_processes  # processes
 from common import initial_weights  # weights
 from common import normalize, view_of  # views
-from common import ImageList, labeled_images  # listing
+from common import ImageList, check_copies, labeled_images  # listing
 from common import plan_of  # optimization
 from common import compare_inputs, previous_run  # checkpoints
 from common import check_parts, model_of, setup_of  # training
@@ -105,7 +105,8 @@ def main() -> None:
     initial = initial_weights(args.init, args.arch, args.image_size) if args.init else {}
     (train_images, labels), (val_images, val_labels), classes = labeled_data(args, initial)
     inputs = compare_inputs(args, resumed, train=train_images, val=val_images)
-    targets = torch.from_numpy(labels)  # int64 (images,)
+    check_copies(train_images, labels, val_images)
+    all_targets = torch.from_numpy(labels)  # int64 (images,)
 
     # What the flags and the weights to start from say about the model and its images.
     usual = initial.get("image_size") or view_of(args.arch or "efficientnet_b0").image_size
@@ -116,8 +117,8 @@ def main() -> None:
     num_labeled = args.batch_size + round(args.ratio * args.batch_size)
     check_parts(num_labeled, f"--batch-size {args.batch_size} --ratio {args.ratio:g}", args, processes)
 
-    # The model, and the books of its training. An epoch is counted in --batch-size images, without those of --ratio: so
-    # a student with the same flags takes as many steps.
+    # The model and its training run. An epoch is counted in --batch-size images, without those of --ratio: so a student
+    # with the same flags takes as many steps.
     model, header, origin = model_of("teacher", setup, labels, classes, args)
     header["inputs"] = inputs
     if args.data:
@@ -133,12 +134,12 @@ def main() -> None:
 
     # Train.
     labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=setup.crop)
-    for batch in run.steps(labeled_batches):  # sets the rate, seeds the noise
+    for labeled in run.steps(labeled_batches):  # sets the rate, seeds the noise
         # The noise is drawn on the whole batch, as uint8 (n, 3, H, W), on the device.
-        images = batch.views[-1].to(processes.device, non_blocking=True)
+        images = labeled.views[-1].to(processes.device, non_blocking=True)
         images = setup.noise(images, run.generator)
         # y of the readable images, int64 (n,); an unreadable image has no place in the batch.
-        target = targets[batch.rows].to(processes.device, non_blocking=True)
+        target = all_targets[labeled.rows].to(processes.device, non_blocking=True)
         for part_target, part_images in run.parts(target, images):
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
                 logits = run.ddp_model(normalize(part_images, view)).float()

@@ -20,9 +20,11 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 
@@ -109,6 +111,23 @@ def create_output(path: Path, images: ImageList, source: LabelFile | None, check
     with new_label_file(path, len(images), width, classes, names, **attrs) as file:
         for name, values in columns.items():
             file[name][:] = values.view(file[name].dtype)  # HDF5's text has a dtype of its own
+
+
+def follow_images(path: Path, folder: str, data: str | Path | None) -> None:
+    """Tell of images that came after the listing, and store where they are now if they were moved."""
+    labels = open_label_file(path)
+    if len(labels) > 1_000_000:  # listing takes long
+        return
+    images = unlabeled_images(folder, data)
+    listed = set(labels.column("path").tolist())
+    num_new = len(set(images.path.tolist()) - listed)
+    is_moved = labels.attrs.get("unlabeled") not in (folder, None)
+    if is_moved and num_new == 0 and len(images) == len(listed):
+        print0(f"{path}: the images have moved to {folder}")
+        with h5py.File(path, "r+", locking=False) as file:
+            file.attrs.update(root=images.root, unlabeled=folder)
+    elif num_new:
+        print0(f"{num_new} images came after {path} was begun, and are not labelled: choose another --out")
 
 
 def is_todo(path: Path, settings: dict[str, str]) -> np.ndarray:
@@ -239,6 +258,10 @@ def main() -> None:
     settings = {"teacher_sha256": identity(args.teacher)}
     settings["unlabeled"] = identity(Path(unlabeled)) if source else unlabeled
     settings["precision"] = precision_of(args.precision, processes.device)
+    if not processes.is_main:
+        del settings["unlabeled"]  # rank 0 compares it, and may store another
+    elif args.out.exists() and os.path.isdir(unlabeled):
+        follow_images(args.out, unlabeled, data)
     if args.out.exists() and not is_todo(args.out, settings).any():
         print0(f"{args.out} is finished")
     else:
@@ -259,6 +282,8 @@ def main() -> None:
             time.sleep(0.2)
 
         labels = open_label_file(args.out)
+        if os.path.isdir(unlabeled):  # where the images are now
+            labels = replace(labels, attrs=labels.attrs | {"root": unlabeled})
         held_out = frozenset()
         folder = Path(labels.images.root if source else unlabeled).resolve()
         if not data:

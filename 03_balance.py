@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import RATE, argument_parser, at_least, fail, is_rank0, print0, write_atomically  # program
+from common import RATE, argument_parser, at_least, fail, is_rank0, nfc, print0  # program
+from common import write_atomically
 from common import DONE, TODO, LabelFile, check_label_rows, new_label_file, open_label_file  # label files
 from common import wilson  # training
 from common import pyplot, save_figure  # pictures
@@ -45,8 +46,8 @@ def parse_args() -> argparse.Namespace:
     add("--method", choices=methods, default=methods[0], help="top-p: the billion-scale selection")
     threshold = at_least(0, high=1, words=("auto",))
     add("--threshold", type=threshold, default="auto", help="keep confidence above it (paper: 0.3)")
-    add("--min-precision", type=RATE, default=0.9, help="auto: share of val above that is right")
-    add("--min-share", type=RATE, default=0.67, help="auto: share of val that is above")
+    add("--min-precision", type=RATE, default=0.9, help="auto: least precision on val")
+    add("--min-share", type=RATE, default=0.67, help="auto: least share of val above it")
     per_class = at_least(1, int, 2**31 - 1, words=("auto", "all"))
     add("--per-class", type=per_class, default="auto", help="K; auto: median, <= 130,000; all: any")
     add("--top-p", type=at_least(1, int), default=10, help="classes that an image counts for")
@@ -83,12 +84,14 @@ class Table:
         return (chunk for chunk in chunks if len(chunk[0]))
 
     def columns(self, name: str, rows: np.ndarray) -> list[np.ndarray]:
-        """The values in the rows of a chunk, of each teacher. Copies: no file stays mapped."""
+        """An array for each teacher: the values in the rows of a chunk. Copies: no file stays mapped."""
         if self.is_mean:
             return [file.column(name)[rows] for file in self.files]
-        k = np.searchsorted(self.starts, rows[0], side="right") - 1
+        k = np.searchsorted(self.starts, rows[0], side="right") - 1  # the file that these rows are of
         values = self.files[k].column(name)[rows - self.starts[k]]
-        return [np.strings.add(self.prefixes[k], values) if name == "path" else values]
+        if name == "path":  # relative to the common root
+            values = np.strings.add(self.prefixes[k], values)
+        return [values]
 
     def probs(self, logits: list[np.ndarray]) -> torch.Tensor:
         """float32 (n, C): the softmax of each teacher's logits, averaged. Classes go by name."""
@@ -177,9 +180,9 @@ def check_disjoint(table: Table) -> None:
 
 
 def calibrate(confidence: np.ndarray, right: np.ndarray, args: argparse.Namespace) -> dict:
-    """The lowest threshold above which --min-precision are `right`, else the most precise one.
+    """The lowest threshold with a precision of at least --min-precision, else the most precise one.
 
-    Only those that leave --min-share of the images count: of a few, all may be right by luck.
+    Thresholds that keep less than --min-share of the images are ignored: a few may all be right by luck.
     """
     curve = []
     for step in range(100):
@@ -200,7 +203,7 @@ def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]
     logits, true = table.val()
     if len(true) < 20:
         threshold = 0.3 if len(table.classes) >= 100 else 0.5
-        print0(f"threshold {threshold}: nothing was measured, for want of 20 labels of val")
+        print0(f"threshold {threshold}: not measured, there are fewer than 20 labels of val")
         return threshold, {}
     confidence, label = (tensor.numpy() for tensor in table.probs(logits).max(1))
     report = calibrate(confidence, label == true, args)
@@ -255,8 +258,9 @@ class BestOfClasses:
             surplus = len(of_class) - self.per_class
             if surplus >= 0:
                 rank = ranked(score[of_class])
-                kept[of_class] = rank >= np.partition(rank, surplus)[surplus]
-                self.cutoff[c] = score[of_class[kept[of_class]]].min()
+                is_best = rank >= np.partition(rank, surplus)[surplus]
+                kept[of_class] = is_best
+                self.cutoff[c] = score[of_class[is_best]].min()
         self.chunks = [(row[kept], label[kept], score[kept])]
         self.num_new = 0
         return self.chunks[0]
@@ -339,8 +343,8 @@ def read_truth(path: Path, classes: list[str]) -> dict[bytes, int]:
     number = {name: c for c, name in enumerate(classes)}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # Excel writes a mark
-            lines = [(os.fsencode(line["name"]), line["class"]) for line in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError, csv.Error) as error:
+            lines = [(os.fsencode(line["name"]), nfc(line["class"])) for line in csv.DictReader(file)]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         fail(f"--truth {path}: expected a CSV with the columns name,class ({error!r})")
     return {name: number[true] for name, true in lines if true in number}
 

@@ -36,7 +36,7 @@ from common import at_least, fail, print0
 from common import Processes, init_processes  # processes
 from common import initial_weights  # weights
 from common import View, normalize  # views
-from common import ImageList, labeled_images, unlabeled_images  # listing
+from common import ImageList, check_copies, labeled_images, unlabeled_images  # listing
 from common import Batch, digests_of  # batches
 from common import DONE, TODO, check_label_rows, open_label_file  # label files
 from common import plan_of  # optimization
@@ -48,16 +48,22 @@ from common import Run  # the training run
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument_group("images and labels").add_argument
-    add("--teacher", type=Path, help="labels on the fly; beside --pseudo-labels it only gives the defaults")
+    add("--teacher", type=Path, help="labels on the fly; with --pseudo-labels it only supplies defaults")
     add("--pseudo-labels", type=Path, help="label file of 03 or 02: the unlabelled images and their labels")
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; None: the teacher's own")
-    add("--unlabeled", type=Path, help="their folder; None: where they were labelled, on the fly DATA/unlabeled")
+    add(
+        "--unlabeled", type=Path, help="folder of these images; None: where 02 labelled them, on the fly DATA/unlabeled"
+    )
     add("--out", type=Path, default=Path("runs/student"), help="folder of the results; the same command resumes it")
-    add("--ratio", type=at_least(0), help="unlabelled images a labelled one; None: 1 for B0, 14 for L2, else 3")
+    add("--ratio", type=at_least(0), help="unlabelled images per labelled one; None: 1 for B0, 14 for L2, else 3")
     add("--unlabeled-weight", type=at_least(0), help="w of the loss; None: the ratio (official), 1 if unlabelled only")
     add("--temperature", type=at_least(0), help="T of softmax(logits / T); 0: hard; None: 1, --consistency 10, top-p 0")
-    add("--unlabeled-only", action="store_true", help="pre-train on the selection alone, as the billion-scale recipe")
-    add("--consistency", choices=["kl"], help="(CE + KL(teacher || student at T 10)) / 2; --ratio 0: of one image")
+    add("--unlabeled-only", action="store_true", help="pre-train on the selection alone (billion-scale)")
+    add(
+        "--consistency",
+        choices=["kl"],
+        help="(CE + KL(teacher || student) at T 10) / 2; --ratio 0: both on the labelled images",
+    )
     add_model_flags(parser)
     add_noise_flags(parser)
     add_optimization_flags(parser)
@@ -67,11 +73,11 @@ def parse_args() -> argparse.Namespace:
     if args.label_smoothing is None:
         args.label_smoothing = 0.0 if args.consistency else 0.1
     if not args.teacher and not args.pseudo_labels:
-        fail("--teacher or --pseudo-labels: one of them must say what the unlabelled images show")
+        fail("--teacher or --pseudo-labels: give one of them: the unlabelled images need labels")
     if args.unlabeled_only and not args.pseudo_labels:
         fail("--unlabeled-only needs --pseudo-labels: an epoch is a pass over the selected images")
     if args.consistency and args.temperature == 0:
-        fail("--consistency kl compares probabilities: --temperature 0, hard labels, leaves none")
+        fail("--consistency kl compares probabilities, but --temperature 0 gives hard labels")
     if args.consistency and (args.unlabeled_only or args.unlabeled_weight is not None):
         fail("--consistency kl is the mean of two losses: without --unlabeled-only and --unlabeled-weight")
     if args.consistency and args.ratio == 0 and args.pseudo_labels:
@@ -90,10 +96,9 @@ def noisy_student_loss(
     """(labelled mean + weight * unlabelled mean, the two means) of one part of a process's share of the batch.
 
     logits (n, C), targets int64 (n,); pseudo_logits (m, C), pseudo_targets: probabilities (m, C); n or m may be 0.
-    num_labeled, num_pseudo: n and m in the mean over parts and processes, so that the mean of the losses is that of the
-    step.
-    Only labels that people gave are smoothed here (official main.py:502-541). temperature: the student's outputs are
-    tempered as its teacher's are; with the teacher's alone it would learn to be unsure.
+    num_labeled, num_pseudo: n and m averaged over parts and processes, so that the parts' losses average to the step's.
+    Only human labels are smoothed here (official main.py:502-541). temperature: of the student, as of its teacher. If
+    only the teacher's were above 1, the student would learn to be underconfident.
     """
     labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
     unlabeled = soft_cross_entropy(pseudo_logits / temperature, pseudo_targets).sum() / (num_pseudo or 1)
@@ -103,7 +108,8 @@ def noisy_student_loss(
 def consistency_loss(logits, targets, student_logits, probs, num_labeled, num_pseudo, label_smoothing, temperature):
     """(mean of the two, CE(y, s), KL(p || softmax(s / T))) of one process's share, as `noisy_student_loss` has them.
 
-    probs: the teacher's softmax(t / T). No T squared, as in the Keras example. Its gradient is a tenth of T = 1's.
+    probs: the teacher's softmax(t / T). No T squared, as in the Keras example, so for large T its gradient falls about
+    as 1 / T squared.
     """
     labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
     entropy = -torch.xlogy(probs, probs).sum(1)
@@ -144,24 +150,24 @@ class TeachersLabels:
         if args.ratio != 0:
             self.images = unlabeled_images(args.unlabeled or data / "unlabeled", data)
         self.rows = None  # each image once
-        print0(f"labels come from {args.teacher} on the fly, all of them: no confidence filter, no balance")
+        print0(f"labels come from {args.teacher} on the fly, unfiltered and unbalanced")
 
     def __call__(self, batch: Batch) -> Tensor:
         images = batch.views[0].to(self.device, non_blocking=True)
-        with self.amp, torch.no_grad():  # in as many parts as the student's batch, for the memory
+        with self.amp, torch.no_grad():  # split like the student's batch, to save memory
             parts = images.tensor_split(self.args.accumulate)
             logits = torch.cat([self.teacher(normalize(part, self.view)) for part in parts]).float()
         return pseudo_targets(logits, logits.argmax(1), self.temperature, self.args.label_smoothing)
 
 
 class StoredLabels:
-    """The labels of a file of stage 03 or 02, each row as often as its `copies` say.
+    """The labels of a file of stage 03 or 02, each row repeated `copies` times.
 
     Called with a batch it returns targets (m, C) in the order of `classes`. `source` has the defaults of the student.
     """
 
     view = None  # no clean view is needed
-    rows: np.ndarray  # int64 (M,): of the file, each row as often as its copies say
+    rows: np.ndarray  # int64 (M,): rows of the file, each repeated `copies` times
 
     def __init__(self, args: argparse.Namespace):
         labels = open_label_file(args.pseudo_labels)
@@ -221,19 +227,20 @@ def main() -> None:
     processes = init_processes(args.workers)
     resumed = previous_run(args)
 
-    # What the unlabelled images are said to show, and what the student takes over from its teacher unless a flag says
-    # otherwise: the data, the architecture, the image size and the crop mode.
-    labels_of = StoredLabels(args) if args.pseudo_labels else TeachersLabels(args, processes)
-    source = read_checkpoint(args.teacher) if args.teacher else labels_of.source
+    # The labels of the unlabelled images, and the teacher's settings that the student inherits unless a flag overrides
+    # them: the data, the architecture, the image size and the crop mode.
+    pseudo_labels = StoredLabels(args) if args.pseudo_labels else TeachersLabels(args, processes)
+    source = read_checkpoint(args.teacher) if args.teacher else pseudo_labels.source
 
     # Images and labels.
     data = data_of(args, source)
     train_images, labels, classes = labeled_images(data, "train")
     val_images, val_labels, _ = labeled_images(data, "val", classes)
-    columns = columns_of(classes, labels_of.classes, data)
-    targets = torch.from_numpy(labels)  # int64 (images,)
-    on_the_fly = {} if args.pseudo_labels else {"unlabeled": labels_of.images}
+    columns = columns_of(classes, pseudo_labels.classes, data)
+    all_targets = torch.from_numpy(labels)  # int64 (images,)
+    on_the_fly = {} if args.pseudo_labels else {"unlabeled": pseudo_labels.images}
     inputs = compare_inputs(args, resumed, train=train_images, val=val_images, **on_the_fly)
+    check_copies(train_images, labels, val_images)
 
     # What the flags, the weights to start from and the teacher say about the model and its images.
     initial = initial_weights(args.init, args.arch or source.get("arch"), args.image_size) if args.init else {}
@@ -246,10 +253,10 @@ def main() -> None:
     # A step takes n labelled images and m = ratio x n unlabelled ones.
     num_labeled, num_unlabeled, unlabeled_weight = sizes_of_step(args, recipe.ratio, processes)
     same_images = bool(args.consistency) and not num_unlabeled  # the labelled images carry both losses
-    pseudo_images = train_images if same_images else labels_of.images
-    num_pseudo = len(pseudo_images if labels_of.rows is None else labels_of.rows)
+    pseudo_images = train_images if same_images else pseudo_labels.images
+    num_pseudo = len(pseudo_images if pseudo_labels.rows is None else pseudo_labels.rows)
 
-    # The model, and the books of its training. An epoch is a pass over the labelled images, or over the selected ones.
+    # The model and its training run. An epoch is a pass over the labelled images, or over the selected ones.
     model, header, origin = model_of("student", setup, labels, classes, args)
     header |= {"inputs": inputs, "data": os.path.abspath(data)}  # data: the next student's default
     plan = plan_of(args, recipe.epochs, len(train_images) if num_labeled else num_pseudo)
@@ -258,26 +265,29 @@ def main() -> None:
     noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"
     run.announce(sizes, f"{num_labeled} + {num_unlabeled} a step", noise, origin)
 
-    # Train. An unlabelled image is seen twice where a teacher labels on the fly: whole by the teacher, cropped by the
-    # student. There the images of val are left out too; of the stored labels stage 02 has left them out.
-    clean, crop = labels_of.view, setup.crop  # no clean view: none is made
+    # Train. A teacher that labels on the fly sees each image's clean view; the student sees a random crop. Then images
+    # of val are skipped here; for stored labels stage 02 has skipped them.
+    clean, crop = pseudo_labels.view, setup.crop  # clean: None for stored labels
     held_out = digests_of(val_images) if clean and num_unlabeled else frozenset()
     of_labeled = {"clean": clean if same_images else None, "noised": crop}
-    of_unlabeled = {"clean": clean, "noised": crop, "held_out": held_out, "repeated": labels_of.rows}
+    of_unlabeled = {"clean": clean, "noised": crop, "held_out": held_out, "repeated": pseudo_labels.rows}
     labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)
     unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **of_unlabeled)
-    loss_of = consistency_loss if args.consistency else partial(noisy_student_loss, weight=unlabeled_weight)
-    loss_of = partial(loss_of, label_smoothing=args.label_smoothing, temperature=labels_of.temperature or 1.0)
-    for batch, pseudo in run.steps(labeled_batches, unlabeled_batches):  # sets the rate, seeds the noise
-        # The last view of each image is the student's. Both kinds get the same noise, as one uint8 batch
+    if args.consistency:
+        loss_of = partial(consistency_loss, temperature=pseudo_labels.temperature)
+    else:  # below 1 only the targets are tempered: that sharpens them (UDA, 1904.12848)
+        temperature = max(pseudo_labels.temperature, 1.0)
+        loss_of = partial(noisy_student_loss, weight=unlabeled_weight, temperature=temperature)
+    loss_of = partial(loss_of, label_smoothing=args.label_smoothing)
+    for labeled, unlabeled in run.steps(labeled_batches, unlabeled_batches):  # sets the rate, seeds the noise
+        # The last view of each image is the student's. Both kinds are noised alike, as one uint8 batch
         # (n + m, 3, H, W), the labelled ones first.
-        images = torch.cat([batch.views[-1], pseudo.views[-1]]).to(processes.device, non_blocking=True)
+        images = torch.cat([labeled.views[-1], unlabeled.views[-1]]).to(processes.device, non_blocking=True)
         images = setup.noise(images, run.generator)
         # y of the readable images, int64 (n,); an unreadable image has no place in the batch.
-        target = targets[batch.rows].to(processes.device, non_blocking=True)
-        # y~, probabilities (m, C), the columns in the order of the student's classes: stored ones, or those of a
-        # teacher that sees the clean view. same_images: it labels the labelled images, and they carry both losses.
-        probs = labels_of(batch if same_images else pseudo)[:, columns]
+        target = all_targets[labeled.rows].to(processes.device, non_blocking=True)
+        # y~, probabilities (m, C) in the order of the student's classes; same_images: those of the labelled images.
+        probs = pseudo_labels(labeled if same_images else unlabeled)[:, columns]
         probs = probs.to(processes.device, non_blocking=True)
         # The gradients are set to zero, and both kinds cut into --accumulate parts, which need less memory.
         tensors = target, images[: len(target)], images[len(target) :], probs
@@ -285,15 +295,15 @@ def main() -> None:
             # One forward pass for both kinds, so that batch norm sees both.
             with run.amp:
                 logits = run.ddp_model(normalize(torch.cat([part_labeled, part_unlabeled]), view)).float()
-            # The readable images of the step over (processes x parts): backward divides by the parts, DDP by the
-            # processes, so the gradient is that of the mean over all readable images.
+            # Readable images a part, averaged over parts and processes. backward divides by the parts and DDP by the
+            # processes, so the gradient is that of the mean over all readable images of the step.
             mean_n, mean_m = run.counts
             labeled_logits, pseudo_logits = logits[: len(part_target)], logits[len(part_target) :]
-            if same_images:  # the Keras example: `pseudo` is empty
+            if same_images:  # the Keras example: the labelled logits carry both losses, each a mean over n
                 pseudo_logits, mean_m = logits, mean_n
-            # The weighted sum, which trains; the cross-entropy with y, that with y~ at --temperature.
             losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, mean_n, mean_m)
-            run.backward(losses[0], loss_labeled=losses[1], loss_unlabeled=losses[2])  # the last two are only logged
+            loss, loss_labeled, loss_unlabeled = losses
+            run.backward(loss, loss_labeled=loss_labeled, loss_unlabeled=loss_unlabeled)  # these two are only logged
         run.end_step()  # the optimizer's step and the average of the weights; logs, evaluates, saves where it is time
     run.finish()  # evaluates, draws curves.png, writes model.pt
 

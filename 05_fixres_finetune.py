@@ -27,7 +27,7 @@ from common import COUNT, add_optimization_flags, add_run_flags, argument_parser
 from common import init_processes  # processes
 from common import EfficientNet, MBConv  # models
 from common import View, normalize  # views
-from common import labeled_images  # listing
+from common import check_copies, labeled_images  # listing
 from common import plan_of  # optimization
 from common import compare_inputs, data_of, load_model, previous_run  # checkpoints
 from common import check_parts, evaluate, precision_of, set_bn_momentum  # training
@@ -122,6 +122,7 @@ def main() -> None:
     train_images, labels, classes = labeled_images(data, "train", source["classes"])
     val = labeled_images(data, "val", classes)[:2]
     inputs = compare_inputs(args, resumed, train=train_images, val=val[0])
+    check_copies(train_images, labels, val[0])
     targets = torch.from_numpy(labels)  # int64 (images,)
     old_view = View.of(source)
     old_size = old_view.image_size

@@ -33,8 +33,6 @@ import math
 import os
 import re
 import shutil
-import signal
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property, partial
@@ -1038,8 +1036,6 @@ def report(shown: dict[str, dict], out: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):  # what was measured is saved
-        signal.signal(number, lambda *_: sys.exit(143))
     processes = init_processes(args.workers)
     if args.corrupt:
         libraries()

@@ -9,7 +9,7 @@ weights           state_dicts of this toolkit, torchvision and timm; published w
 noise             RandAugment on whole uint8 batches, and the official noise of small images
 views             decoding a file, the clean (evaluation) view, the random training crop, normalizing
 listing           images in folders and .tar shards, labels from folder names, held-out images
-batches           views as a dataset, unreadable images, which images a step gets in what order, loaders
+batches           views as a dataset, digests of files, which images a step gets in what order, loaders
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
 optimization      the length of a run, the learning rate, RMSprop, weight decay, averaged weights
 checkpoints       model.pt and last.pt: reading, saving, resuming, comparing inputs; metrics.jsonl
@@ -34,6 +34,7 @@ import signal
 import sys
 import tarfile
 import time
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -88,8 +89,28 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # what it tells each process
+
+
+def check_environment() -> None:
+    """End the program where a cluster's launcher left some of torchrun's variables behind."""
+    given = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    if not given:
+        return
+    complete = len(given) == len(TORCHRUN) and "MASTER_ADDR" in os.environ
+    if not complete or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        names = " ".join(given)
+        fail(f"the environment has {given}, but not as torchrun sets them: unset {names}", from_any=True)
+
+
 def argument_parser(description: str) -> OneLineParser:
-    """A parser that shows defaults, reads @FILE, and takes no abbreviated flags: a typo fails."""
+    """A parser that shows defaults, reads @FILE, and takes no abbreviated flags: a typo fails.
+
+    From here on SIGTERM and Ctrl-C end the stage quietly, with status 143.
+    """
+    check_environment()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(143))
     options = {"allow_abbrev": False, "fromfile_prefix_chars": "@"}
     return OneLineParser(description=description, formatter_class=HelpFormatter, **options)
 
@@ -215,7 +236,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb+") as file:
+        with open(temporary, "rb+") as file:  # some systems sync only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:  # no permission, a full disk, a folder of that name
@@ -231,6 +252,11 @@ def optional(module: str, package: str = "", what: str = "this"):
         return importlib.import_module(module)
     except ModuleNotFoundError:
         fail(f"{what} needs a package that is not installed: pip install {package or module}")
+
+
+def nfc(name: str) -> str:
+    """A class's name with composed letters: macOS writes an accent as a character of its own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -308,15 +334,18 @@ def sum_of(processes: Processes, *numbers: float) -> list[float]:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT only set `received`: the process decides where it stops."""
+    """SIGTERM and SIGINT only set `received`: the process decides where it stops. A second one ends it at once."""
 
     def __init__(self):
-        self.received = False
+        self.received, self.since = False, math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
-        self.received = True
+        if time.monotonic() - self.since > 0.5:  # torchrun passes the first one on: that makes two, in milliseconds
+            os._exit(143)
+        if not self.received:
+            self.received, self.since = True, time.monotonic()
 
 
 def progress(iterable: Iterable, name: str, total: int, processes: Processes, start: int = 0):
@@ -391,6 +420,7 @@ EFFICIENTNETS = {name: row[:4] for name, row in MODELS.items()}
 RECIPES = {name: Recipe(*row[4:]) for name, row in MODELS.items()}
 OTHER_RECIPE = Recipe(350, 2, 9, 3)  # RandAugment's own setting for ResNet-50 (1909.13719)
 EPOCHS_FROM_WEIGHTS = 30  # our choice
+MODEL_NOISE = {"dropout": 0.2, "drop_path": 0.2}  # of timm's models, which have none by themselves: B0's
 
 
 def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
@@ -591,7 +621,7 @@ def own_names(weights: dict, like: Iterable[str] = ()) -> dict[str, Tensor]:
             weights = weights[container]
     items = weights.items() if isinstance(weights, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
-        raise ValueError("not a state_dict: not all of it are tensors with names")
+        raise ValueError("not a state_dict: some entries are not named tensors")
     renamed = {re.sub(r"^((module|_orig_mod)\.)+", "", name): weights[name] for name in weights}
     renamed.pop("n_averaged", None)  # of torch's AveragedModel
     if "conv_stem.weight" in renamed and "conv_stem.weight" not in like:
@@ -645,6 +675,7 @@ def published_weights(arch: str, image_size: int | None) -> dict:
     """The published weights of a model, by torchvision's or timm's own download."""
     from torchvision import models
 
+    cache = os.environ.get("HF_HOME", "~/.cache/huggingface")  # timm's
     try:
         if arch.startswith(("timm/", "tf_")):
             name = arch.removeprefix("timm/")
@@ -653,10 +684,13 @@ def published_weights(arch: str, image_size: int | None) -> dict:
             options = img_size_option(f"timm/{name}", view.image_size)  # a ViT's positions are resized
             model = optional("timm").create_model(name, pretrained=True, **options)
         else:
-            view = torchvision_view(models.get_model_weights(arch).DEFAULT)
-            model = models.get_model(arch, weights="DEFAULT")
-    except (OSError, RuntimeError, ValueError) as error:  # no such model, no network
-        fail(f"--init published: cannot get the weights of {arch} ({str(error)[:150]})")
+            weights = models.get_model_weights(arch).DEFAULT
+            cache = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+            view = torchvision_view(weights)
+            model = models.get_model(arch, weights=weights)
+    except Exception as error:  # no such model, no network; of a damaged file unpickling raises anything
+        reason = f"{type(error).__name__}: {str(error)[:150]}"
+        fail(f"--init published: no weights of {arch} ({reason}); a damaged download is in {cache}: delete it")
     return {"arch": arch, "model": model.state_dict(), **view._asdict()}
 
 
@@ -789,7 +823,7 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def source_index(height: int, width: int, matrix: tuple, device: torch.device) -> Tensor:
+def source_pixels(height: int, width: int, matrix: tuple, device: torch.device) -> Tensor:
     """Where each pixel comes from in the flattened image, int64 (H * W,); H * W: from outside."""
     a, b, c, d, e, f = matrix
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -810,7 +844,7 @@ def geometric(matrix: Callable) -> Callable:
         moved = torch.empty_like(images.flatten(2))
         for s in set(sign.tolist()):
             rows = (sign == s).nonzero().squeeze(1)
-            index = source_index(*images.shape[2:], matrix(images, s * magnitude), images.device)
+            index = source_pixels(*images.shape[2:], matrix(images, s * magnitude), images.device)
             values = flat.index_select(0, rows.to(images.device, non_blocking=True))
             if images.device.type == "cpu":  # faster than torch's
                 values = torch.from_numpy(values.numpy().take(index.numpy(), axis=2, mode="clip"))
@@ -1143,6 +1177,8 @@ def normalize(images: Tensor, view: View) -> Tensor:
 
 # ------------------------------------------------- listing --------------------------------------------------
 
+# What file managers and network disks leave behind: thumbnails and deleted files.
+JUNK = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "lost+found", "System Volume Information"}
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 if "AVIF" in FORMATS:
     EXTENSIONS += (".avif",)
@@ -1196,7 +1232,8 @@ def shard_members(root: str, path: str) -> Iterator[tuple[bytes, int, int]]:
             for member in shard:
                 shard.members.clear()  # a shard may have millions
                 base = os.path.basename(member.name).lower()
-                if member.isreg() and base.endswith(EXTENSIONS) and not base.startswith("."):
+                is_junk = base.startswith(".") or not JUNK.isdisjoint(member.name.split("/"))
+                if member.isreg() and base.endswith(EXTENSIONS) and not is_junk:
                     name = os.fsencode(f"{path}/{member.name}")
                     yield name, member.offset_data, member.size
             shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
@@ -1216,8 +1253,10 @@ def list_images(root: str | Path) -> ImageList:
     def not_listed(error: OSError) -> None:
         print0(f"{error.filename} cannot be listed ({error.strerror}): its images are not seen")
 
+    junk = []
     for folder, folders, names in os.walk(root, onerror=not_listed, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        junk += JUNK.intersection(folders)
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in JUNK]
         below = os.path.relpath(folder, root)
         for name in names:
             path = name if below == "." else f"{below}/{name}"
@@ -1229,6 +1268,8 @@ def list_images(root: str | Path) -> ImageList:
                 members += shard_members(root, path)
             elif name.lower().endswith(EXTENSIONS):
                 members.append((os.fsencode(path), 0, 0))
+    if junk:
+        print0(f"{root}: {len(junk)} folders are left out: {', '.join(sorted(set(junk)))}")
     return ImageList.of(root, members)
 
 
@@ -1241,6 +1282,38 @@ def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if held_out[of_class].all():
             held_out[of_class[hashes[of_class].argmax()]] = False
     return held_out
+
+
+def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
+    """Tell of images of val that are in train too, and of images under two classes; many end the program.
+
+    Byte for byte. Only files of equal size are read. Not of more than 200,000 images, where it takes minutes.
+    """
+    if not is_rank0() or len(train) + len(val) > 200_000:
+        return
+    places = {}  # {size in bytes: [(list, row, class)]}
+    for images, kinds in ((val, np.full(len(val), -1)), (train, labels)):
+        for row in range(len(images)):
+            with contextlib.suppress(OSError):
+                size = int(images.size[row]) or os.path.getsize(images.name(row))
+                places.setdefault(size, []).append((images, row, int(kinds[row])))
+    first, copies, twice = {}, [], []
+    for same_size in places.values():
+        if len({kind for _, _, kind in same_size}) > 1:
+            for images, row, kind in same_size:
+                with contextlib.suppress(OSError), images.open(row) as file:
+                    digest = digest_of_bytes(file.read())
+                kind_of_first, name = first.setdefault(digest, (kind, images.name(row)))
+                if kind != kind_of_first:
+                    pairs = copies if kind_of_first < 0 else twice
+                    pairs.append(f"{name} = {images.name(row)}")
+    if twice:
+        print0(f"{len(twice)} images are under two classes, byte for byte: {'; '.join(twice[:3])}")
+    if copies:
+        message = f"{len(copies)} images of train/ are byte for byte images of val/: {'; '.join(copies[:3])}"
+        if len(copies) > len(val) / 50:
+            fail(f"{message}: what is trained on cannot be measured: remove them from one of the two")
+        print0(message)
 
 
 def judged_half(images: ImageList) -> np.ndarray:
@@ -1256,17 +1329,23 @@ def images_by_class(folder: str | Path, classes: list[str] | None = None):
     """(ImageList, labels int64 (N,), classes) of `folder`/<class>/; images beside the folders are left out.
 
     `classes`: the known names in the order of their labels; None: the sorted names of the folders. ValueError where
-    there are no class folders, or one has an unknown name.
+    there are no class folders, two that differ in case alone, or one of an unknown name.
     """
-    entries = os.scandir(folder) if os.path.isdir(folder) else ()
-    names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    entries = list(os.scandir(folder)) if os.path.isdir(folder) else []
+    folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in JUNK]
+    names = sorted(map(nfc, folders))
     if not names:
         raise ValueError(f"{folder}: no class folders in it; expected {folder}/<class>/<image>")
+    for name, next_name in pairwise(sorted(names, key=str.casefold)):
+        if name.casefold() == next_name.casefold():
+            raise ValueError(f"{folder}: {name} and {next_name} look like one class in two spellings")
     classes = classes or names
     if unknown := sorted(set(names) - set(classes)):
-        few = f"{', '.join(unknown[:5])}; known are {', '.join(classes[:5])} ..."
+        missing = sorted(set(classes) - set(names))
+        few = f"{', '.join(unknown[:5])}; without a folder: {', '.join(missing[:5])}"
         raise ValueError(f"{folder} has classes that are unknown: {few}")
-    number = {os.fsencode(name): label for label, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
+    number = {os.fsencode(name): label_of[nfc(name)] for name in folders}
     images = list_images(folder)
     labels = np.array([number.get(p.split(b"/")[0], -1) for p in images.path.tolist()], np.int64)
     return images[labels >= 0], labels[labels >= 0], classes
@@ -1285,6 +1364,10 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
         images, labels, classes = images_by_class(folder, classes)
     except ValueError as error:
         fail(str(error))
+    if len(classes) == 1:
+        inner = sorted(entry.name for entry in os.scandir(folder / classes[0]) if entry.is_dir())
+        hint = f"; its folders look like classes: {', '.join(inner[:5])}" if inner else ""
+        fail(f"{folder} has one class, {classes[0]}: expected two or more{hint}")
     empty = np.setdiff1d(np.arange(len(classes)), labels)
     if split == "train" and len(empty):
         fail(f"{folder}: class {classes[empty[0]]!r} has no images ({' '.join(EXTENSIONS)})")
@@ -1321,7 +1404,7 @@ def unlabeled_images(path: str | Path, data: str | Path | None = None) -> ImageL
             fail(f"--unlabeled {path} holds the labelled images of {labeled}: name another folder")
     images = list_images(path) if path.is_dir() else ()
     if not len(images):
-        fail(f"{path}: no images in it, or no such folder ({' '.join(EXTENSIONS)} and .tar)")
+        fail(f"--unlabeled {path}: no images in it, or no such folder ({' '.join(EXTENSIONS)} and .tar)")
     return images
 
 
@@ -1341,7 +1424,7 @@ def digest_of_bytes(data: bytes) -> bytes:
 
 
 def digests_of(images: ImageList) -> frozenset[bytes]:
-    """The digests of the readable files, by which they are found again under any name."""
+    """The digests of the readable files, so that a renamed copy is recognised."""
     digests = set()
     for row in range(len(images)):
         with contextlib.suppress(OSError), images.open(row) as file:
@@ -1354,7 +1437,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     `clean` and `noised`: each that is given makes one view, in this order. The key of an item is `row` or `(epoch,
     row)`: the random view is a function of (seed, stream, epoch, row) alone, so workers, processes and interruptions do
-    not change it. `repeated` (M,): the images in place of which `images` count, row i being images[repeated[i]].
+    not change it. `repeated` (M,): row i of the dataset is images[repeated[i]].
     `held_out`: the digests of val, whose images have neither views nor an error. A bad image never stops a run, and no
     other takes its place.
     """
@@ -1445,11 +1528,14 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def load_batches(dataset: ImageDataset, keys: Iterable[list], processes: Processes):
-    """A DataLoader that gives a Batch for each list of keys."""
+LOADER_SECONDS = 100  # without a batch: then the loaders are taken for dead
+
+
+def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) -> Iterator[Batch]:
+    """Load a Batch for each list (or range) of keys, which are rows or (epoch, row)."""
     # A fork shares millions of paths, where spawn copies them; libraries of macOS do not survive it.
     context = "fork" if processes.workers and sys.platform == "linux" else None
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=keys,
         num_workers=processes.workers,
@@ -1457,7 +1543,20 @@ def load_batches(dataset: ImageDataset, keys: Iterable[list], processes: Process
         pin_memory=processes.device.type == "cuda",
         multiprocessing_context=context,
         worker_init_fn=ignore_signals,
+        timeout=LOADER_SECONDS if processes.workers else 0,
     )
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            if not processes.workers:
+                raise
+            # Batches travel in /dev/shm, of which a container has 64 MB unless it is told otherwise.
+            fail(f"the loaders have died ({error}): try docker run --shm-size 8g, or --workers 0", from_any=True)
+        if batch is None:
+            return
+        yield batch
 
 
 # ----------------------------------------------- label files ------------------------------------------------
@@ -1508,7 +1607,7 @@ def open_label_file(path: str | Path) -> LabelFile:
                 needed.add("logits")
             if missing := (needed - file.keys()) | ({"root"} - attrs.keys()):
                 fail(f"{path}: lacks {', '.join(sorted(missing))}")
-            classes = [name.decode() for name in file["classes"][:]]
+            classes = [nfc(name.decode()) for name in file["classes"][:]]
             columns = {name: file[name] for name in LABEL_COLUMNS if name in file}
             places = {name: (c.dtype, c.id.get_offset(), c.shape) for name, c in columns.items()}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1850,9 +1949,9 @@ def lock(out: Path) -> None:
 
 
 def previous_run(args: argparse.Namespace) -> dict | None:
-    """The checkpoint of the run that --out holds, None for a new run. Other flags end the program.
+    """The checkpoint of the run that --out holds, None for a new run.
 
-    So does (status 0) a finished run whose inputs have been cleared away.
+    Ends the program if the flags differ from that run's, or (status 0) if it is finished and its inputs are gone.
     """
     if is_rank0():
         lock(args.out)
@@ -1978,12 +2077,16 @@ def model_of(stage: str, setup: Setup, labels: np.ndarray, classes: list[str], a
     options = {"small_images": setup.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     options["zero_init_residual"] = args.zero_init_residual or None
     for name in ("dropout", "drop_path", "zero_init_residual"):
+        is_asked = options[name] is not None
+        if arch.startswith("timm/") and not is_asked:
+            options[name] = MODEL_NOISE.get(name)
         if options[name] is not None and arch.removeprefix("tf_") not in EFFICIENTNETS:
             try:
                 build_model(arch, num_classes, **{name: options[name]})
             except ValueError:  # ResNets, for example, have neither of the first two
-                print0(f"{arch} has no --{name.replace('_', '-')}: it is left out")
                 options[name] = None
+                if is_asked:
+                    print0(f"{arch} has no --{name.replace('_', '-')}: it is left out")
     options |= img_size_option(arch, setup.view.image_size)
     # Teacher, student and the rounds of one --seed must not start from the same weights.
     torch.manual_seed(seed_word(args.seed, f"{stage} weights"))
@@ -1995,9 +2098,18 @@ def model_of(stage: str, setup: Setup, labels: np.ndarray, classes: list[str], a
     origin = "from scratch"
     if setup.initial:
         origin = load_initial_weights(model, setup.initial, args, classes)
+    if not has_noise(model):
+        origin += ", no model noise"
     header = {"stage": stage, "arch": arch, "arch_options": options, "classes": classes}
     header |= {"class_counts": np.bincount(labels, minlength=num_classes).tolist(), "hflip": args.hflip}
     return model, header | setup.view._asdict(), origin
+
+
+def has_noise(model: nn.Module) -> bool:
+    """Whether dropout or stochastic depth is on, by the names of ours, torch's, torchvision's and timm's rates."""
+    names = ("p", "drop_rate", "drop_prob", "drop_path")
+    rates = [getattr(module, name, 0) for module in model.modules() for name in names]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
@@ -2138,7 +2250,7 @@ class Run:
 
     model      the plain module that trains; ddp_model is for the forward pass of the training alone
     averaged   the running average of its weights, which is evaluated and kept; or the model itself
-    generator  for the noise of the step in the works, on the CPU
+    generator  for the current step's noise, on the CPU
     amp        the autocast context of --precision
     counts     readable images of a part, in the mean over parts and processes, of each stream: a sum of
                losses divided by it has the gradient of the mean over all readable images of the step
@@ -2182,7 +2294,7 @@ class Run:
         self.scaler.load_state_dict(training["scaler"])
 
     def save(self, name: str) -> None:
-        """Write last.pt, or a model.pt without what only resuming needs, from rank 0."""
+        """Write last.pt, or a model.pt or best.pt without what only resuming needs, from rank 0."""
         if not self.processes.is_main:
             return
         checkpoint = self.header | {"model": self.averaged.state_dict(), "metrics": self.metrics}
@@ -2245,7 +2357,7 @@ class Run:
     def count_images(self, batches: tuple[Batch, ...]) -> None:
         """Count the readable images of the step over all processes; learn whether one must stop.
 
-        The one exchange of a step beside that of the gradients. It does not wait for GPUs.
+        The only communication in a step besides the gradients'. It does not wait for GPUs.
         """
         errors = {(i, row): text for i, batch in enumerate(batches) for row, text in batch.errors}
         counts = [len(batch.rows) for batch in batches]
@@ -2326,17 +2438,22 @@ class Run:
 
     def evaluate_average(self) -> dict:
         """val_loss, val_top1 and val_top5 of the averaged weights, remembered for --patience and plateau."""
-        if self.average == "swa" and self.step:  # the batch norms of a mean of weights are those of none of them
+        if self.average == "swa" and self.step:  # averaged weights need batch-norm statistics of their own
             alone = self.processes._replace(rank=0, world_size=1)  # all processes see the same images
             keys = islice(grid_keys(len(self.train), 64, alone), 100)
             batches = load_batches(ImageDataset(self.train, clean=self.view), keys, alone)
             pixels = (batch.views[0].to(alone.device) for batch in batches if len(batch.rows) > 1)
             clean = (normalize(images, self.view) for images in pixels)
             recompute_norms(self.averaged, clean)
-        metrics = evaluate(self.averaged, *self.val, self.view, self.processes, self.precision)
+        settings = self.view, self.processes, self.precision
+        metrics = watched = evaluate(self.averaged, *self.val, *settings)
         if not math.isfinite(metrics["val_loss"]):
             diverged(self.args.out)
-        value = metrics["val_loss"] if self.stage == "teacher" else -metrics["val_top1"] / 100
+        chooses = self.patience or self.plan.schedule == "plateau"
+        choosing_half = ~judged_half(self.val[0])
+        if chooses and choosing_half.any():  # 06 --val-half judge measures on the other half
+            watched = evaluate(self.averaged, *(part[choosing_half] for part in self.val), *settings)
+        value = watched["val_loss"] if self.stage == "teacher" else -watched["val_top1"] / 100
         is_best = value < min(self.judged, default=math.inf)
         self.judged.append(value)
         if is_best or not self.patience:

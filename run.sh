@@ -51,7 +51,7 @@ model() { # model N: the flags of the N-th model, the teacher being 0
     echo "--arch $(nth "$1" $ARCHS) ${size:+--image-size $size}"
 }
 [ $# -gt 0 ] || stage 00_prepare_data.py demo --out "$DATA"
-[ -d "$DATA/unlabeled" ] || { echo "error: $DATA has no folder unlabeled/ of images without labels" >&2 && exit 2; }
+PYTHONPATH=$here python3 -c "import sys, common; common.unlabeled_images(*sys.argv[1:])" "$DATA/unlabeled" "$DATA" # are there any?
 OUT=${OUT:-runs/$(basename "$(cd "$DATA" && pwd)")} # everything is written below it
 corrupt=$(python3 -c "import cv2, scipy" 2>/dev/null && echo --corrupt || echo "no corruptions: pip install scipy opencv-python-headless" >&2)
 train=(--data "$DATA" "@$RECIPE" $NOISE --batch-size "$BATCH" ${STEPS:+--steps $STEPS} ${EPOCHS:+--epochs $EPOCHS})

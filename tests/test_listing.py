@@ -193,9 +193,9 @@ def test_never_a_classs_last_image_is_held_out(tmp_path):
 
 
 def test_with_val_nothing_is_held_out(tmp_path):
-    data = folders(tmp_path, train={"cat": 40}, val={"cat": 1})
-    assert len(labeled_images(data, "train")[0]) == 40
-    assert len(unlabeled_images(data / "train")) == 40
+    data = folders(tmp_path, train={"cat": 40, "dog": 1}, val={"cat": 1})
+    assert len(labeled_images(data, "train")[0]) == 41
+    assert len(unlabeled_images(data / "train")) == 41
 
 
 def test_half_of_val_is_kept_for_judging_by_the_paths_below_it_alone(tmp_path):
