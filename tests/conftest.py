@@ -6,7 +6,6 @@ save_model   a checkpoint of a small model                draw_data     a small 
 """
 
 import contextlib
-import csv
 import importlib.util
 import io
 import itertools
@@ -17,10 +16,10 @@ import sys
 import tarfile
 import threading
 import time
-from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Listener
 from pathlib import Path
+from subprocess import CompletedProcess
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and before the fork server starts
 
@@ -41,9 +40,7 @@ from stage_process import run_file  # noqa: E402
 
 CLASSES = ["disc", "square", "triangle"]  # of draw_data
 
-# ----------------------------------------------------------------------------------------------------------------------
 # stages in a process of their own
-# ----------------------------------------------------------------------------------------------------------------------
 
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -56,7 +53,7 @@ def pytest_sessionfinish():
 
 
 class Stage:
-    """A running or finished stage: .returncode (None while it runs), .stdout and .stderr so far, .pids."""
+    """A running or finished stage, of one process or several, which have .pids."""
 
     def __init__(self, folder: Path, command, nproc: int, own_python: bool, cwd, file_size: int, env: dict):
         folder.mkdir()
@@ -65,7 +62,6 @@ class Stage:
             Path(path).touch()
         self.command = [str(word) for word in command]
         env = os.environ | {name: str(value) for name, value in env.items()}
-        self.returncode, self.store = None, None
         if nproc > 1:  # the store that torchrun's agent keeps
             self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -81,6 +77,12 @@ class Stage:
         self.pids = [process.pid for process in self.processes]
 
     @property
+    def returncode(self) -> int | None:
+        """None while one of its processes runs; then the first status that is not 0, or 0."""
+        statuses = [process.exitcode for process in self.processes]
+        return None if None in statuses else next(filter(None, statuses), 0)
+
+    @property
     def stdout(self) -> str:
         return Path(self.outputs[0]).read_text()
 
@@ -88,36 +90,28 @@ class Stage:
     def stderr(self) -> str:
         return Path(self.outputs[1]).read_text()
 
-    def poll(self) -> int | None:
-        """The status of the first process that failed, or 0, once all have ended; None before."""
-        statuses = [process.exitcode for process in self.processes]
-        if self.returncode is None and None not in statuses:
-            self.returncode = next((status for status in statuses if status), 0)
-            self.store = None
-        return self.returncode
-
     def wait(self, timeout: float = 120) -> int:
-        self.wait_until(lambda: self.poll() is not None, timeout)
+        self.wait_until(lambda: self.returncode is not None, timeout)
         return self.returncode
-
-    def kill(self, number: int = signal.SIGKILL, wait: bool = True) -> None:
-        """Send a signal to all processes and their loaders, and wait for their end."""
-        below = [pid for p in self.pids for pid in descendants(p)]  # torchrun's workers have groups of their own
-        for pid in below:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        if wait:
-            self.wait()
 
     def wait_until(self, condition, timeout: float = 120) -> None:
         """Wait until condition() is true while the stage runs."""
         end = time.monotonic() + timeout
         while not condition():
-            assert self.poll() is None or condition(), f"it ended before: {self}"
+            assert self.returncode is None or condition(), f"it ended before: {self}"
             if time.monotonic() > end:
-                self.kill(wait=False)
+                self.kill()
                 pytest.fail(f"not in time: {self}")
             time.sleep(0.005)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to all processes and their loaders, and wait for their end."""
+        below = [pid for p in self.pids for pid in descendants(p)]  # torchrun's workers have groups of their own
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        for process in self.processes:
+            process.join(120)
 
     def __repr__(self) -> str:
         return f"{' '.join(self.command)}\nstatus {self.returncode}\n{self.stdout[-4000:]}\n{self.stderr[-4000:]}"
@@ -157,8 +151,8 @@ def start_stage(tmp_path_factory):
     with python_that_forks(root, start) as start.python3:
         yield start
     for stage in started:
-        if stage.poll() is None:
-            stage.kill(wait=False)
+        if stage.returncode is None:
+            stage.kill()
 
 
 # A python3 that starts in no time: it has the fork server run the command, hands SIGTERM on, and ends with its status.
@@ -189,9 +183,9 @@ def python_that_forks(root: Path, start):
             command[0] = os.path.join(cwd, command[0])
         stage = start(*command, nproc=nproc, cwd=cwd, **env)
         connection.send(stage.pids)
-        while stage.poll() is None:
+        while stage.returncode is None:
             if connection.poll(0.01):  # who asked was killed
-                stage.kill(wait=False)
+                stage.kill()
                 return
         connection.send((stage.returncode, stage.stdout, stage.stderr))
 
@@ -226,9 +220,7 @@ def run_stage(start_stage):
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # stages in this process
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def load_stage(name: str):
@@ -249,14 +241,7 @@ def patch_name(patch: pytest.MonkeyPatch, name: str, value, *modules) -> None:
         patch.setattr(module, name, value)
 
 
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, flags, stop_after: int = 0, pictures: bool = False) -> Done:
+def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, flags, stop_after: int = 0, pictures: bool = False):
     """stage.main() with these flags on its command line, without pictures of curves and without signal handlers.
 
     stop_after: the step during which it believes that SIGTERM arrives.
@@ -284,17 +269,36 @@ def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, flags, stop_after: in
             status = stop.code or 0
         for file in common.LOCKS:  # as when the process has ended
             file.close()
-        return Done(status, *printed())
+        return CompletedProcess(stage.__name__, status, *printed())
 
 
 @pytest.fixture
 def call_main(monkeypatch, capsys):
-    """call_main("03_balance", flag, value, ...) -> Done(returncode, stdout, stderr); see call_main_of."""
+    """call_main("03_balance", flag, value, ...) -> CompletedProcess; see call_main_of."""
 
-    def call(name: str, *flags, **how) -> Done:
+    def call(name: str, *flags, **how) -> CompletedProcess:
         return call_main_of(load_stage(name), monkeypatch, capsys, flags, **how)
 
     return call
+
+
+@pytest.fixture
+def planned(call_main, monkeypatch):
+    """planned("01_train_teacher", flag, value, ...) -> the Run that would now take its first step."""
+    runs = []
+
+    def stop(run, *loaders):
+        runs.append(run)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(common.Run, "steps", stop)
+
+    def run_of(*flags) -> common.Run:
+        done = call_main(*flags)
+        assert done.returncode == 0 and runs, done
+        return runs.pop()
+
+    return run_of
 
 
 def assert_mistake(done, *named) -> str:
@@ -313,50 +317,40 @@ def mistake(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             call()
-        return assert_mistake(Done(stop.value.code, *capsys.readouterr()), *named)
+        return assert_mistake(CompletedProcess(call, stop.value.code, *capsys.readouterr()), *named)
 
     return check
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # data and checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
 
 
-def draw_image(label: int, rng: np.random.Generator, size: int = 32) -> Image.Image:
-    """Class 0 a red disc, 1 a green square, 2 a blue triangle, on a dark noisy ground."""
-    image = Image.fromarray(rng.integers(0, 60, (size, size, 3), dtype=np.uint8))
+def draw_image(label: int, rng: np.random.Generator) -> Image.Image:
+    """Class 0 a red disc, 1 a green square, 2 a blue triangle, on a dark noisy ground of 32 pixels."""
+    image = Image.fromarray(rng.integers(0, 60, (32, 32, 3), dtype=np.uint8))
+    x, y = rng.integers(4, 12, 2).tolist()
     draw = ImageDraw.Draw(image)
-    x, y = rng.integers(4, size // 2 - 4, 2).tolist()
-    side = size // 2
-    box = (x, y, x + side, y + side)
     if label == 0:
-        draw.ellipse(box, fill=(230, 40, 40))
+        draw.ellipse((x, y, x + 16, y + 16), fill=(230, 40, 40))
     elif label == 1:
-        draw.rectangle(box, fill=(40, 230, 40))
+        draw.rectangle((x, y, x + 16, y + 16), fill=(40, 230, 40))
     else:
-        draw.polygon([(x, y + side), (x + side, y + side), (x + side // 2, y)], fill=(40, 40, 230))
+        draw.polygon([(x, y + 16), (x + 16, y + 16), (x + 8, y)], fill=(40, 40, 230))
     return image
 
 
 def draw_data(folder: Path) -> Path:
     """3 classes x 8 train, 4 val, 20 unlabelled (two folders deep), unlabeled_truth.csv; all 32 pixels, PNG."""
     rng = np.random.default_rng(0)
-    for split, num in (("train", 8), ("val", 4)):
-        for label, name in enumerate(CLASSES):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(num):
-                draw_image(label, rng).save(folder / split / name / f"{i}.png")
-    truth = []
-    for i in range(20):
-        label = i % 3
-        name = f"part{i % 2}/{i:03}.png"
-        path = folder / "unlabeled" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_image(label, rng).save(path)
-        truth.append((name, CLASSES[label]))
-    with open(folder / "unlabeled_truth.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("name", "class"), *truth])
+    unlabeled = {f"part{i % 2}/{i:03}.png": i % 3 for i in range(20)}
+    labels = {f"train/{name}/{i}.png": label for label, name in enumerate(CLASSES) for i in range(8)}
+    labels |= {f"val/{name}/{i}.png": label for label, name in enumerate(CLASSES) for i in range(4)}
+    labels |= {f"unlabeled/{name}": label for name, label in unlabeled.items()}
+    for name, label in labels.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        draw_image(label, rng).save(folder / name)
+    truth = [f"{name},{CLASSES[label]}\n" for name, label in unlabeled.items()]
+    (folder / "unlabeled_truth.csv").write_text("name,class\n" + "".join(truth))
     return folder
 
 
@@ -393,39 +387,36 @@ def make_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
 
 
 CHEAP = "shufflenet_v2_x0_5"  # where any model will do: 34 ms a step of 8 images of 32 pixels, EfficientNet-B0 160
-IMAGENET_VIEW = {"image_size": 32, "crop_fraction": 1.0, "interpolation": "bicubic"}
-IMAGENET_VIEW |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD}
-NO_OPTIONS = dict.fromkeys(("small_images", "dropout", "drop_path", "zero_init_residual"))
 
 
 @torch.no_grad()
 def tell_images_apart(model: torch.nn.Module, size: int = 32) -> torch.nn.Module:
     """Give a fresh model batch norms with the statistics of a batch and a spread of logits; returns it in eval mode."""
-    norms = [module for module in model.train().modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
     patches = torch.nn.functional.interpolate(torch.randn(16, 3, 8, 8), size=(size, size))
-    logits = model(patches + 0.3 * torch.randn(16, 3, size, size))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    [p for p in model.parameters() if p.dim() > 1][-1].mul_(1 / logits.std(0).mean().clamp(min=1e-3))
-    return model.eval()
+    images = patches + 0.3 * torch.randn(16, 3, size, size)
+    common.recompute_norms(model, [images])
+    spread = model.eval()(images).std(0).mean()
+    classifier = [p for p in model.parameters() if p.dim() > 1][-1]
+    classifier.mul_(1 / spread.clamp(min=1e-3))
+    return model
 
 
-def save_model(path: Path, arch=CHEAP, classes=CLASSES, model=None, seed=0, arch_options=NO_OPTIONS, **header) -> Path:
+def save_model(path: Path, arch=CHEAP, classes=CLASSES, model=None, seed=0, **header) -> Path:
     """Write a checkpoint as stage 01 writes it and return its path.
 
     model: what to save; None: a fresh one of `arch`, whose classifier is made to tell images apart.
     """
+    options = dict.fromkeys(("small_images", "dropout", "drop_path", "zero_init_residual"))
+    checkpoint = {"format": common.CHECKPOINT_FORMAT, "stage": "teacher", "arch": arch, "arch_options": options}
+    checkpoint |= {"classes": list(classes), "image_size": 32, "crop_fraction": 1.0, "interpolation": "bicubic"}
+    checkpoint |= {"mean": common.IMAGENET_MEAN, "std": common.IMAGENET_STD, "data": str(path.parent)}
+    checkpoint |= {"metrics": {}, "args": {}, **header}
     if model is None:
         torch.manual_seed(seed)
-        model = common.build_model(arch, len(classes), **arch_options)
-        tell_images_apart(model, header.get("image_size", 32))
-    checkpoint = {"format": common.CHECKPOINT_FORMAT, "stage": "teacher", "arch": arch, "arch_options": arch_options}
-    checkpoint |= {"classes": list(classes), **IMAGENET_VIEW, "data": str(path.parent), "metrics": {}, "args": {}}
+        model = common.build_model(arch, len(classes), **checkpoint["arch_options"])
+        tell_images_apart(model, checkpoint["image_size"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.save_checkpoint(path, checkpoint | {"model": model.state_dict()} | header)
+    common.save_checkpoint(path, checkpoint | {"model": model.state_dict()})
     return path
 
 
@@ -449,9 +440,8 @@ def metrics_of(out: Path) -> list[dict]:
 
 
 def results_of(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what measures time and memory."""
-    measured = {"images_per_s", "loader_wait", "memory_gb"}
-    return [{key: line[key] for key in line if key not in measured} for line in metrics_of(out)]
+    """The lines of metrics.jsonl without what measures time."""
+    return [{key: line[key] for key in line.keys() - {"images_per_s", "loader_wait"}} for line in metrics_of(out)]
 
 
 def assert_same_weights(a: Path | dict, b: Path | dict) -> None:

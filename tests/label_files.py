@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common import DONE, LABEL_COLUMNS, TODO, UNREADABLE, new_label_file, open_label_file
+from common import DONE, LABEL_COLUMNS, UNREADABLE, new_label_file, open_label_file
 
 CLASSES = ["ant", "bee", "cat"]  # of these files
 COLUMNS = ("path", "offset", "size", "status", "label", "confidence", "logits")
@@ -20,7 +20,7 @@ def logits_of(*rows) -> np.ndarray:
 def write_labels(path, logits, root="/data/unlabeled", names=None, classes=CLASSES, unreadable=(), val=None, **attrs):
     """A finished label file of these fp32 logits (N, C), as stage 02 fills it. `val`: (logits, labels).
 
-    The teacher of a file is "a" * 64 unless `teacher_sha256` says otherwise.
+    `attrs`: its attributes, and columns such as copies. The teacher is "a" * 64 unless `teacher_sha256` says otherwise.
     """
     logits = np.asarray(logits, np.float32)
     names = names or [f"{path.stem}/{i:03}.png" for i in range(len(logits))]
@@ -55,24 +55,3 @@ def change(path: Path, **columns) -> Path:
             for row, value in values.items():
                 file[name][row] = value
     return path
-
-
-def undo(path: Path, rows) -> Path:
-    return change(path, status=dict.fromkeys(rows, TODO))
-
-
-def select(out: Path, source: Path, copies: dict[int, int], labels=None, **attrs) -> Path:
-    """A selection of some rows of a label file, {row: copies}, as stage 03 writes it. `labels`: those of top-p."""
-    file, rows = open_label_file(source), np.array(list(copies))
-    method = "noisy-student" if labels is None else "top-p"
-    names = [name for name in COLUMNS if labels is None or name != "logits"]
-    attrs = file.attrs | {"method": method, "threshold": 0.3, "files": "[]"} | attrs
-    attrs.pop("format")
-    width = file.places["path"][0].itemsize
-    with new_label_file(out, len(rows), width, file.classes, [*names, "copies"], **attrs) as selection:
-        for name in names:
-            selection[name][:] = np.array(file.column(name))[rows].astype(selection[name].dtype)
-        selection["copies"][:] = list(copies.values())
-        if labels is not None:
-            selection["label"][:] = labels
-    return out

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, assert_mistake, load_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_files import CLASSES, logits_of, read_labels, select, write_labels
+from label_files import CLASSES, logits_of, read_labels, write_labels
 from PIL import Image
 
 from common import DONE, UNREADABLE, LabelFile, open_label_file
@@ -344,7 +344,7 @@ def test_auto_per_class_is_the_lower_median_of_what_is_not_empty(tmp_path, run):
     assert open_label_file(out).attrs["per_class"] == "all"
     many = write_labels(tmp_path / "many.h5", np.zeros((130_500, 1)), classes=["a"])
     assert len(copies(many)) == 130_000, "the paper's"
-    selection = select(tmp_path / "s.h5", labels, {0: 5, 1: 2})
+    selection = write_labels(tmp_path / "s.h5", logits_of(*rows[:2]), copies=np.array([5, 2], np.uint32))
     assert copies(selection, "--per-class", "all") == [1, 1], "copies of an input are not used"
 
 

@@ -42,9 +42,6 @@ def made_elsewhere(path, images, labels, **attrs):
     return path
 
 
-# a label file
-
-
 def test_a_row_stands_in_an_epoch_as_often_as_its_copies(tmp_path, capsys):
     """But for those without a label, whatever their copies."""
     logits = 3 * np.random.default_rng(0).normal(size=(7, 3))
@@ -117,9 +114,6 @@ def test_classes_are_matched_by_name(tmp_path):
     assert student.columns_of(["a", "b", "c"], ["c", "a", "b"], tmp_path) == [1, 2, 0]
 
 
-# targets and losses
-
-
 def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
@@ -188,9 +182,6 @@ def test_the_consistency_loss_is_the_keras_examples():
     expected = [(ce + divergence) / 2, ce, divergence]
     assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-6)
     assert torch.isfinite(student.consistency_loss(s, y, s[:3].float(), torch.eye(4)[:3], 6, 3, 0.0, T)[2])
-
-
-# whole runs
 
 
 def test_the_student_learns(labels, tiny_data, call_main, tmp_path):

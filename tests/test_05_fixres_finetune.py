@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, assert_mistake, checkpoint_of, load_stage, patch_name, save_model
+from conftest import assert_mistake, checkpoint_of, load_stage, patch_name, save_model
 
 import common
 
@@ -24,20 +24,14 @@ def tune(source, *more):
         (None, "adamw", [], 0.00025 * 8 / 256),  # format 1 has none
     ],
 )
-def test_its_defaults_are_for_small_sets(lr, optimizer, flags, peak, tiny_data, call_main, monkeypatch, tmp_path):
+def test_its_defaults_are_for_small_sets(lr, optimizer, flags, peak, tiny_data, planned, monkeypatch, tmp_path):
     """5/4 of the size, a quarter of the rate, 200 steps or 1.5 epochs, whichever is more."""
-    runs, labeled_images = [], stage.labeled_images
-
-    def stop(run, *loaders):
-        runs.append(run)
-        raise SystemExit(0)
-
-    monkeypatch.setattr(common.Run, "steps", stop)
     header = {"args": {"optimizer": optimizer}, "image_size": 36} | ({"lr": lr} if lr else {})
-    path = save_model(tmp_path / "t.pt", data=str(tiny_data), **header)
-    assert call_main(*tune(path, *flags, "--out", tmp_path / "f")).returncode == 0
-    assert runs[0].view.image_size == 45 and runs[0].plan.peak == pytest.approx(peak)
-    assert runs[0].plan.total_steps == 200 and runs[0].plan.schedule == "cosine" and runs[0].plan.warmup_steps == 0
+    flags = [*tune(save_model(tmp_path / "t.pt", data=str(tiny_data), **header)), *flags]
+    run = planned(*flags, "--out", tmp_path / "few")
+    assert run.view.image_size == 45 and run.plan.peak == pytest.approx(peak)
+    assert run.plan.total_steps == 200 and run.plan.schedule == "cosine" and run.plan.warmup_steps == 0
+    labeled_images = stage.labeled_images
 
     def many_images(*args):
         images, labels, classes = labeled_images(*args)
@@ -46,14 +40,7 @@ def test_its_defaults_are_for_small_sets(lr, optimizer, flags, peak, tiny_data, 
 
     monkeypatch.setattr(stage, "labeled_images", many_images)
     monkeypatch.setattr(stage, "resolution_curve", lambda *args: {36: 0.0, 45: 0.0})
-    assert call_main(*tune(path, "--out", tmp_path / "g")).returncode == 0
-    assert runs[1].plan.total_steps == 1.5 * 24 * 60 / 8
-
-
-def changed(a, b):
-    """The names of the weights that differ."""
-    a, b = (checkpoint_of(path)["model"] for path in (a, b))
-    return {name for name in a if not torch.equal(a[name], b[name])}
+    assert planned(*flags, "--out", tmp_path / "many").plan.total_steps == 1.5 * 24 * 60 / 8
 
 
 def test_blocks_behind_the_frozen_ones_train_and_the_checkpoint_says_so(tiny_data, call_main, tmp_path):
@@ -63,10 +50,11 @@ def test_blocks_behind_the_frozen_ones_train_and_the_checkpoint_says_so(tiny_dat
     flags = tune(path, "--image-size", 40, "--steps", 2, "--lr", 1e-2, "--frozen-blocks", 15, "--out", out)
     done = call_main(*flags, pictures=True)
     assert done.returncode == 0, done
-    names = changed(path, out / "model.pt")
-    assert {name.split(".")[1] for name in names if name.startswith("features")} == {"7", "8"}
-    assert {"features.7.0.block.0.0.weight", "features.8.1.running_mean", "classifier.1.weight"} <= names
     before, after = checkpoint_of(path), checkpoint_of(out / "model.pt")
+    weights = after["model"]
+    changed = {name for name in weights if not torch.equal(weights[name], before["model"][name])}
+    assert {name.split(".")[1] for name in changed if name.startswith("features")} == {"7", "8"}
+    assert {"features.7.0.block.0.0.weight", "features.8.1.running_mean", "classifier.1.weight"} <= changed
     expected = header | {"lr": 0.01, "stage": "fixres", "image_size": 40, "classes": before["classes"]}
     assert {name: after[name] for name in expected} == expected
     assert after["inputs"].keys() == {"checkpoint", "train", "val"}
@@ -107,43 +95,38 @@ def test_what_cannot_be_tuned_is_one_line(tiny_data, call_main, tmp_path, mistak
     assert not list(tmp_path.glob("t/*.pt"))
 
 
+class Choosy(torch.nn.Module):
+    """As a transformer of timm, which has one size, or some."""
+
+    def __init__(self, model, sizes):
+        super().__init__()
+        self.model, self.sizes = model, sizes
+
+    def forward(self, images):
+        assert images.shape[-1] in self.sizes, "Input height should be divisible by 8"
+        return self.model(images)
+
+
 @pytest.mark.parametrize("size", [48, 24])
 def test_sizes_that_the_model_does_not_take_are_left_out_but_for_the_new_one(
     size, tiny_data, call_main, tmp_path, monkeypatch
 ):
-    """As of a transformer of timm, which has one size, or some."""
-
-    class Choosy(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images):
-            assert images.shape[-1] in (32, size), "Input height should be divisible by 8"
-            return self.model(images)
-
-    load = common.load_model
-    patch_name(monkeypatch, "load_model", lambda *args: (Choosy(load(*args)[0]), load(*args)[1]), stage)
-    flags = tune(save_model(tmp_path / "s.pt", data=str(tiny_data)), "--epochs", 0, "--out", tmp_path / "t")
+    path = save_model(tmp_path / "s.pt", data=str(tiny_data))
+    model, checkpoint = common.load_model(path)
+    patch_name(monkeypatch, "load_model", lambda *args: (Choosy(model, (32, size)), checkpoint), stage)
+    flags = tune(path, "--epochs", 0, "--out", tmp_path / "t")
     assert_mistake(call_main(*flags, "--image-size", 40), "--image-size 40")
     assert call_main(*flags, "--image-size", size).returncode == 0
 
 
-def test_at_its_own_size_a_checkpoint_keeps_its_own_crop(tiny_data, call_main, tmp_path, monkeypatch):
+def test_of_the_sizes_the_old_one_has_the_checkpoints_own_crop(monkeypatch):
     """torchvision's weights are tested at another crop than the official EfficientNets."""
-    views, evaluate = [], common.evaluate
+    fractions = {}
 
-    def evaluate_watched(model, images, labels, view, *args):
-        views.append(view)
-        return evaluate(model, images, labels, view, *args)
+    def evaluate(model, images, labels, view, *_):
+        fractions[view.image_size] = view.crop_fraction
+        return {"val_top1": 50.0}
 
-    patch_name(monkeypatch, "evaluate", evaluate_watched, stage)
-    path = save_model(tmp_path / "c.pt", CHEAP, data=str(tiny_data), image_size=72, crop_fraction=0.9)
-    for size, fraction in ((72, 0.9), (80, 80 / 112)):
-        views.clear()
-        assert (
-            call_main(*tune(path, "--epochs", 0, "--image-size", size, "--out", tmp_path / str(size))).returncode == 0
-        )
-        saved = checkpoint_of(tmp_path / str(size) / "model.pt")
-        assert saved["image_size"] == size and saved["crop_fraction"] == pytest.approx(fraction)
-        assert {72: 0.9, size: fraction}.items() <= {view.image_size: view.crop_fraction for view in views}.items()
+    monkeypatch.setattr(stage, "evaluate", evaluate)
+    stage.resolution_curve(None, common.View(72, 0.9), ([], []), [72, 80], None, "fp32")
+    assert fractions == {72: 0.9, 80: pytest.approx(80 / 112)}

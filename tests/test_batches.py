@@ -93,9 +93,6 @@ def test_shards_are_read_without_a_shared_position(tmp_path):
         np.testing.assert_array_equal(batch.views[0][3].permute(1, 2, 0), dataset[key[0]][1][0])
 
 
-# the order of images
-
-
 def stream(num, batch_size, seed, steps, world_size=1):
     """The keys of each step, the processes' shares together."""
     ranks = [rank(number, world_size) for number in range(world_size)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_mistake, checkpoint_of, save_model
+from conftest import checkpoint_of, save_model
 
 import common
 
@@ -25,7 +25,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, mistake):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_pickle_is_refused_and_not_run(legacy, tiny_data, tmp_path, mistake, call_main):
+def test_code_in_a_pickle_is_refused_and_not_run(legacy, tmp_path, mistake):
     ran = tmp_path / "ran"
 
     class Evil:
@@ -36,8 +36,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(legacy, tiny_data, tmp_path, mi
     evil = {"format": common.CHECKPOINT_FORMAT, "arch": "resnet18", "model": {"x": torch.zeros(1), "y": Evil()}}
     torch.save(evil, path, _use_new_zipfile_serialization=not legacy)
     mistake(lambda: common.load_model(path), path)
-    flags = ["--data", tiny_data, "--init", path, "--arch", "resnet18", "--epochs", 0, "--out", tmp_path / "o"]
-    assert_mistake(call_main("01_train_teacher", *flags), path)
+    mistake(lambda: common.initial_weights(path, "resnet18", None), path)
     assert not ran.exists()
     torch.load(path, weights_only=False)["model"]["y"].close()
     assert ran.exists(), "the pickle was harmless"
@@ -70,16 +69,18 @@ def test_what_is_not_finite_is_not_written_and_what_was_there_stays(tmp_path):
 def test_both_formats_are_read_by_every_stage(format, tiny_data, call_main, tmp_path):
     """Without options, and without what format 1 lacks: class_counts, hflip, lr, inputs, crop_mode."""
     path = save_model(tmp_path / "t.pt", arch_options={}, data=str(tiny_data), format=format)
-    flags = ["--batch-size", 8, "--steps", 1, "--out"]
-    start = ["--teacher", path]
-    assert call_main("04_train_student", *start, "--ratio", 1, *flags, tmp_path / "s").returncode == 0
-    assert call_main("02_pseudo_label", *start, "--out", tmp_path / "l.h5").returncode == 0
-    assert call_main("05_fixres_finetune", "--checkpoint", path, *flags, tmp_path / "f").returncode == 0
-    start = ["--data", tiny_data, "--init", path]
-    assert call_main("01_train_teacher", *start, "--epochs", 0, "--out", tmp_path / "i").returncode == 0
-    for name in "sfi":
-        saved = checkpoint_of(tmp_path / name / "model.pt")
-        assert saved["format"] == "noisy-student-checkpoint-2" and saved["crop_mode"] == "center"
+    short = ["--batch-size", 8, "--steps", 1]
+    runs = {
+        "01_train_teacher": ["--data", tiny_data, "--init", path, "--epochs", 0],
+        "02_pseudo_label": ["--teacher", path],
+        "04_train_student": ["--teacher", path, "--ratio", 1, *short],
+        "05_fixres_finetune": ["--checkpoint", path, *short],
+    }
+    for stage, flags in runs.items():
+        assert call_main(stage, *flags, "--out", tmp_path / f"{stage}.h5").returncode == 0
+    saved = [checkpoint_of(path) for path in tmp_path.glob("*/model.pt")]
+    assert [checkpoint["format"] for checkpoint in saved] == ["noisy-student-checkpoint-2"] * 3
+    assert [checkpoint["crop_mode"] for checkpoint in saved] == ["center"] * 3
 
 
 def test_of_format_1_a_squashed_view_is_the_whole_image(tmp_path):

@@ -106,9 +106,6 @@ def test_no_flag_is_forgotten_here(stage, flags, capsys, monkeypatch):
     assert len({flag for flag in listed if not flag.startswith("--no-")} - {"--help"}) <= 42
 
 
-# what the flags leave open
-
-
 @pytest.mark.parametrize("stage", TRAININGS)
 def test_the_last_of_epochs_and_steps_counts(stage, monkeypatch, tmp_path):
     """Also behind a recipe that says one of them."""
@@ -126,8 +123,10 @@ def test_the_last_of_epochs_and_steps_counts(stage, monkeypatch, tmp_path):
 
 
 def test_recipes_are_official():
-    """Epochs, ops, magnitude, unlabelled images a labelled one: of local_scripts/imagenet/train.sh:37-76, 350 epochs but
-    for --train_ratio=2, and of the paper for L2."""
+    """Epochs, RandAugment ops, their magnitude, unlabelled images a labelled one.
+
+    local_scripts/imagenet/train.sh:37-76, its 350 epochs doubled where it has --train_ratio=2; the paper for L2.
+    """
     assert common.RECIPES == {
         "efficientnet_b0": (700, 0, 0, 1), "efficientnet_b1": (700, 0, 0, 3), "efficientnet_b2": (700, 2, 6, 3),
         "efficientnet_b3": (700, 2, 12, 3), "efficientnet_b4": (700, 2, 15, 3), "efficientnet_b5": (350, 2, 18, 3),

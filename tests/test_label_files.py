@@ -4,9 +4,9 @@ import h5py
 import numpy as np
 import pytest
 from conftest import assert_mistake, load_stage
-from label_files import CLASSES, COLUMNS, change, logits_of, read_labels, select, undo, write_labels
+from label_files import CLASSES, COLUMNS, change, logits_of, read_labels, write_labels
 
-from common import LABELS_FORMAT, check_label_rows, new_label_file, open_label_file
+from common import LABELS_FORMAT, TODO, check_label_rows, new_label_file, open_label_file
 
 LOGITS = logits_of((0, 0.9), (1, 0.8), (2, 0.7))
 
@@ -95,7 +95,7 @@ DAMAGES = {
     "no HDF5": lambda path: path.write_text("name,label\n"),
     "empty": lambda path: path.write_bytes(b""),
     "missing": lambda path: path.unlink(),
-    "a row of status 0": lambda path: undo(path, [1]),
+    "a row of status 0": lambda path: change(path, status={1: TODO}),
     "probabilities": lambda path: change(path, logits={1: [0.1, 0.8, 0.1]}),
     "another label": lambda path: change(path, label={1: 2}),
     "another confidence": lambda path: change(path, confidence={1: 0.5}),
@@ -112,13 +112,6 @@ def test_damaged_files_are_refused_by_03_and_04(how, tmp_path, tiny_data, call_m
     flags = ["--data", tiny_data, "--out", tmp_path / "out", "--steps", 1]
     assert_mistake(call_main("04_train_student", "--pseudo-labels", path, *flags), "labels.h5")
     assert not (tmp_path / "o.h5").exists() and not (tmp_path / "out" / "last.pt").exists()
-
-
-def test_copies_of_0_are_refused_by_04(tmp_path, tiny_data, call_main):
-    labels = write_labels(tmp_path / "labels.h5", LOGITS, root=tiny_data, classes=["disc", "square", "triangle"])
-    selection = select(tmp_path / "balanced.h5", labels, {0: 1, 1: 0, 2: 1})
-    flags = ["--data", tiny_data, "--out", tmp_path / "out", "--steps", 1]
-    assert_mistake(call_main("04_train_student", "--pseudo-labels", selection, *flags), "balanced.h5")
 
 
 def test_whole_files_are_read(tmp_path, call_main, monkeypatch):

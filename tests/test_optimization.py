@@ -138,9 +138,6 @@ def test_swa_is_the_mean_of_every_10th_step_of_the_second_half():
         assert swa_model.weight.item() == swa_model.bias.item() == pytest.approx(expected), step
 
 
-# what the flags leave open
-
-
 def plan(recipe_epochs=50, num_images=2560, peak=None, **flags):
     args = {"optimizer": "rmsprop", "lr": None, "batch_size": 256, "schedule": "cosine", "warmup_epochs": 5.0}
     args |= {"epochs": None, "steps": None, "init": None}

@@ -48,17 +48,13 @@ def test_a_mistake_of_two_processes_is_said_once(launcher, places, run_stage):
     assert done.returncode == (1 if launcher else 2) and done.stderr.count(f"error: {places['text']}") == 1
 
 
-# packages
-
-
 def test_every_stage_runs_with_five_packages_alone(tiny_data, run_stage, tmp_path):
     """torch, torchvision, numpy, pillow and h5py. 06 --corrupt alone needs more, and says so before it measures."""
     hidden = {"WITHOUT": "tqdm matplotlib scipy cv2 timm av safetensors pandas sklearn"}
     drawn, selected, report = tmp_path / "drawn", tmp_path / "selected.h5", tmp_path / "report"
     teacher, student, fixres = (tmp_path / name / "model.pt" for name in ("teacher", "student", "fixres"))
     short = ["--batch-size", 8, "--steps", 2]
-    (tmp_path / "small.py").write_text(SMALL_DEMO)
-    run_stage(tmp_path / "small.py", ROOT / "00_prepare_data.py", "demo", "--out", drawn, PYTHONPATH=ROOT, **hidden)
+    run_stage("-c", SMALL_DEMO, ROOT / "00_prepare_data.py", "demo", "--out", drawn, **hidden)
     data = ["--data", tiny_data]
     run_stage("01_train_teacher.py", *data, *short, "--image-size", 32, "--out", teacher.parent, **hidden)
     run_stage("02_pseudo_label.py", "--teacher", teacher, "--out", tmp_path / "logits.h5", **hidden)
@@ -80,9 +76,6 @@ stage.DEMO |= {"labels_per_class": 2, "val_per_class": 2, "unlabeled": 40}
 sys.argv = sys.argv[1:]
 stage.main()
 """
-
-
-# what is shared
 
 
 FOR_OTHERS = {"EFFICIENTNETS", "build_model", "load_weights", "load_model", "rand_augment", "RAND_AUGMENT_OPS"}

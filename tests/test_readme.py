@@ -22,9 +22,7 @@ from torch.distributed import run as distributed_run
 
 import common
 
-# ----------------------------------------------------------------------------------------------------------------------
 # README and docs/
-# ----------------------------------------------------------------------------------------------------------------------
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_SH = (ROOT / "run.sh").read_text()
@@ -70,29 +68,23 @@ def parse_stage(tmp_path, monkeypatch):
 def test_every_command_of_the_texts_parses(name, parse_stage):
     for command in COMMANDS[name]:
         words = shlex.split(command)
-        if "./run.sh" in words:
-            for word in words[: words.index("./run.sh")]:
-                setting = word.split("=", 1)[0]
-                assert re.search(rf"^{setting}=\$\{{{setting}:-", RUN_SH, re.M), command
-        elif words[0] in ("pip", "uv"):
-            for flag, file in pairwise(words):
-                assert flag not in ("-r", "-c") or (ROOT / file).exists(), command
-        elif words[0] == "cp" or words[0].startswith("tests/"):
-            assert (ROOT / words[1 if words[0] == "cp" else 0]).exists(), command
-        elif command.startswith("python tests/"):
-            assert (ROOT / words[1]).exists(), command
-        else:
-            script = next(number for number, word in enumerate(words) if word.endswith(".py"))
-            assert words[0] == "torchrun" or (words[0], script) == ("python", 1), command
-            distributed_run.parse_args(words[1 : script + 1])
-            parse_stage(words[script:])
+        stages = [word for word in words if re.fullmatch(r"\d\d_\w+\.py", word)]
+        if stages:
+            first = words.index(stages[0])
+            assert words[0] == "torchrun" or words[:first] == ["python"], command
+            distributed_run.parse_args(words[1 : first + 1])
+            parse_stage(words[first:])
+            continue
+        assert words[0] in ("pip", "uv", "python") or "./run.sh" in words, command
+        for word in words:
+            setting, is_assigned, file = word.rpartition("=")
+            assert not is_assigned or re.search(rf"^{setting}=\$\{{{setting}:-", RUN_SH, re.M), command
+            assert not re.fullmatch(r"[\w./-]+\.(py|sh|txt)", file) or (ROOT / file).exists(), command
 
 
 def test_the_readme_has_a_round_by_hand():
-    stages = [
-        match[1] for match in (re.match(r"python (0\d_\w+)\.py", line) for line in COMMANDS["README.md"]) if match
-    ]
-    assert stages[:7] == sorted(path.stem for path in ROOT.glob("0*.py"))
+    stages = [command.split()[1] for command in COMMANDS["README.md"] if command.startswith("python 0")]
+    assert stages[:7] == sorted(path.name for path in ROOT.glob("0*.py"))
     assert sum(map(len, COMMANDS.values())) >= 80
 
 
@@ -150,9 +142,7 @@ def test_the_constraints_name_a_version_of_each_requirement():
     assert "-c tests/constraints.txt" in (ROOT / "README.md").read_text()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # the use of the result: blocks of Python in docs/use.md
-# ----------------------------------------------------------------------------------------------------------------------
 
 # Of each block, in their order.
 SIGNS = ["load_model", "torch.onnx.export", "safetensors", "torchvision.models", "timm_to_own", "pandas", "mine.h5"]
@@ -232,16 +222,19 @@ def test_safetensors(use, tmp_path):
     assert same_logits(names, model.eval().double())
 
 
-@pytest.mark.parametrize("arch", ["efficientnet_b0", CHEAP])
-def test_the_model_of_torchvision(arch, use):
-    names, _ = use("torchvision.models", arch)
-    assert same_logits(names, names["theirs"].double()) and type(names["theirs"]).__module__.startswith("torchvision.")
-
-
-@pytest.mark.parametrize("arch", ["efficientnet_b0", "tf_efficientnet_b2"])
-def test_the_model_of_timm(arch, use):
-    names, _ = use("timm_to_own", arch)
-    assert same_logits(names, names["of_timm"].double()) and type(names["of_timm"]).__module__.startswith("timm.")
+@pytest.mark.parametrize(
+    ("sign", "name", "arch"),
+    [
+        ("torchvision.models", "theirs", "efficientnet_b0"),
+        ("torchvision.models", "theirs", CHEAP),
+        ("timm_to_own", "of_timm", "efficientnet_b0"),
+        ("timm_to_own", "of_timm", "tf_efficientnet_b2"),
+    ],
+)
+def test_the_model_of_another_library(sign, name, arch, use):
+    names, _ = use(sign, arch)
+    assert same_logits(names, names[name].double())
+    assert type(names[name]).__module__.startswith(("torchvision.", "timm."))
 
 
 def test_labels_in_pandas(use, call_main, tiny_data, tmp_path):
@@ -273,19 +266,17 @@ def test_labels_of_a_model_of_ones_own(use, call_main, tiny_data, tmp_path):
     assert checkpoint_of(tmp_path / "student" / "model.pt")["classes"] == names["classes"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # run.sh
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def toolkit(tmp_path):
     """A copy without .venv, from which run.sh would take its Python."""
     folder = tmp_path / "toolkit"
-    folder.mkdir()
+    for name in ("recipes", "tests"):
+        shutil.copytree(ROOT / name, folder / name)
     for path in (*ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "requirements.txt"):
         shutil.copy(path, folder)
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
     return folder
 
 
@@ -363,12 +354,25 @@ esac
 
 
 @pytest.fixture
-def recorded(tmp_path):
-    """recorded(script, *words, NAME="value") -> (status, what it printed, the commands that python would have run)."""
+def recorded(tmp_path, parse_stage):
+    """recorded(script, *words, NAME="value") -> (status, what it printed, what python would have run: lines).
+
+    All of it parses. A line begins with the name of the file, or with torchrun.
+    """
     (tmp_path / "bin").mkdir()
     for name in ("python", "python3"):
         (tmp_path / "bin" / name).write_text(RECORDS)
         (tmp_path / "bin" / name).chmod(0o755)
+
+    def line_of(words: list[str]) -> str:
+        launcher = []
+        if words[0] == "-m":
+            assert distributed_run.parse_args(words[2:6]).nproc_per_node == words[4]
+            launcher, words = ["torchrun"], words[5:]
+        file = Path(words[0]).name
+        if file[0].isdecimal():
+            parse_stage(words)
+        return " ".join([*launcher, file, *words[1:]])
 
     def run(*command, **settings):
         record = tmp_path / "record"
@@ -377,67 +381,50 @@ def recorded(tmp_path):
         env |= {"FAILS": "nothing", "GPUS": "0"} | settings
         done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=60)
         texts = record.read_text().split("\0END\0")[:-1] if record.exists() else []
-        return done.returncode, done.stdout + done.stderr, [text.split("\0") for text in texts]
+        return done.returncode, done.stdout + done.stderr, [line_of(text.split("\0")) for text in texts]
 
     return run
 
 
-@pytest.fixture
-def parsed(parse_stage):
-    """parsed(commands): parse what python would have run; the commands as lines, without the launcher."""
-
-    def parse(commands: list[list[str]]) -> list[str]:
-        lines = []
-        for words in commands:
-            if words[0] == "-m":
-                assert distributed_run.parse_args(words[2:6]).nproc_per_node == words[4]
-                words = words[5:]
-            parse_stage(words)
-            lines.append(" ".join([Path(words[0]).name, *words[1:]]))
-        return lines
-
-    return parse
-
-
-def test_the_settings_of_run_sh_reach_the_stages(toolkit, recorded, parsed, tmp_path):
-    data, weights = tmp_path / "my data", tmp_path / "my weights.pt"
+def test_the_settings_of_run_sh_reach_the_stages(toolkit, recorded, tmp_path):
+    data, weights, out = tmp_path / "my data", tmp_path / "my weights.pt", tmp_path / "out"
     (data / "unlabeled").mkdir(parents=True)
     settings = {"SEEDS": "3 5", "ROUNDS": "3", "ARCHS": "resnet18 resnet34", "IMAGE_SIZE": "32 64 96", "BATCH": "8"}
     settings |= {"RATIO": "0.5 1 2", "INIT": str(weights), "NOISE": "--num-ops 1", "EPOCHS": "7", "NPROC": "2"}
-    status, printed, commands = recorded("bash", toolkit / "run.sh", data, OUT=str(tmp_path / "out"), **settings)
+    status, printed, lines = recorded("bash", toolkit / "run.sh", data, OUT=str(out), **settings)
     assert status == 0, printed
-    assert all((words[0] == "-m") != words[0].endswith("03_balance.py") for words in commands)
-    assert all(word in words for words in commands if "--init" in words for word in (str(weights), str(data)))
-    lines = parsed(commands)
-    seed3 = {line.split("/")[-1]: line for line in lines if "seed3/" in line and not line.startswith("06")}
-    for name, arch, size, ratio in (
-        ("teacher", "resnet18", 32, "0.5"),
-        ("control", "resnet34", 96, "2"),
-        ("student1", "resnet34", 64, "0.5"),
-        ("student2", "resnet34", 96, "1"),
-        ("student3", "resnet34", 96, "2"),
-    ):
-        line = seed3[name]
-        assert f"--arch {arch} --image-size {size} --ratio {ratio} --seed 3:{name} " in line
-        assert "finetune.txt --num-ops 1 --batch-size 8 --epochs 7" in line and f"--init {weights}" in line
-    for name, teacher in (("labels1.h5", "teacher"), ("labels2.h5", "student1"), ("labels3.h5", "student2")):
-        assert f"--teacher {tmp_path}/out/seed3/{teacher}/model.pt" in seed3[name]
-    assert "--threshold auto" in seed3["selected3.h5"] and "/student3/model.pt --data" in seed3["fixres"]
-    assert "--batch-size 16" in seed3["fixres"]
+    assert all(line.startswith("03" if "03_balance" in line else "torchrun ") for line in lines)
+    seed3 = {line.split("/")[-1]: line for line in lines if "seed3/" in line and "06_eval" not in line}
+    for name, flags in {
+        "teacher": "--arch resnet18 --image-size 32 --ratio 0.5",
+        "control": "--arch resnet34 --image-size 96 --ratio 2",
+        "student1": "--arch resnet34 --image-size 64 --ratio 0.5",
+        "student2": "--arch resnet34 --image-size 96 --ratio 1",
+        "student3": "--arch resnet34 --image-size 96 --ratio 2",
+    }.items():
+        assert f"{flags} --seed 3:{name} " in seed3[name]
+        assert "finetune.txt --num-ops 1 --batch-size 8 --epochs 7" in seed3[name]
+        assert f"--data {data} " in seed3[name] and f"--init {weights}" in seed3[name]
+    for number, teacher in enumerate(("teacher", "student1", "student2"), 1):
+        assert f"--teacher {out}/seed3/{teacher}/model.pt" in seed3[f"labels{number}.h5"]
+        assert "--threshold auto" in seed3[f"selected{number}.h5"]
+    assert "/student3/model.pt --data" in seed3["fixres"] and "--batch-size 16" in seed3["fixres"]
     names = ("teacher", "control", "student1", "student2", "student3", "fixres")
-    models = [f"{tmp_path}/out/seed{seed}/{name}/model.pt" for seed in (3, 5) for name in names]
-    assert lines[-1].startswith(f"06_eval_robustness.py {' '.join(models)} --data {data} --val-half judge")
+    models = [f"{out}/seed{seed}/{name}/model.pt" for seed in (3, 5) for name in names]
+    assert lines[-1].startswith(f"torchrun 06_eval_robustness.py {' '.join(models)} --data {data} --val-half judge")
 
-    settings = {"ROUNDS": "2", "CONTROL": "0", "FIXRES": "0", "RELABEL": "1", "STEPS": "auto", "THRESHOLD": "0.3"}
-    _, _, commands = recorded("bash", toolkit / "run.sh", data, OUT=str(tmp_path / "out"), NPROC="1", **settings)
-    lines = parsed(commands)
+
+def test_what_run_sh_can_leave_out(toolkit, recorded, tmp_path):
+    (tmp_path / "data" / "unlabeled").mkdir(parents=True)
+    command = ["bash", toolkit / "run.sh", tmp_path / "data"]
+    settings = {"CONTROL": "0", "FIXRES": "0", "RELABEL": "1", "STEPS": "auto", "THRESHOLD": "0.3", "NPROC": "1"}
+    _, _, lines = recorded(*command, OUT=str(tmp_path / "out"), **settings)
     assert [line[:2] for line in lines] == ["01", "02", "03", "04", "02", "04", "06"]
     assert "--ratio 0 --seed 0:teacher" in lines[0] and "small.txt" in lines[0] and "--threshold 0.3" in lines[2]
     assert "--unlabeled" in lines[4] and "/selected1.h5 --out" in lines[4] and "/selected2.h5 --data" in lines[5]
-
-    shutil.rmtree(data / "unlabeled")
-    status, printed, commands = recorded("bash", toolkit / "run.sh", data)
-    assert status == 2 and "unlabeled/" in printed and not commands
+    (tmp_path / "data" / "unlabeled").rmdir()
+    status, printed, lines = recorded(*command)
+    assert status == 2 and "unlabeled/" in printed and not lines
 
 
 def test_help_lists_each_setting_with_its_default():
@@ -447,33 +434,23 @@ def test_help_lists_each_setting_with_its_default():
     assert "./run.sh DATA " in done.stdout and not done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # tests/evidence.sh and tests/gpu.sh
-# ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tools(toolkit):
-    (toolkit / "tests").mkdir()
-    for name in ("gpu.sh", "evidence.sh", "results.py"):
-        shutil.copy(ROOT / "tests" / name, toolkit / "tests")
-    return toolkit / "tests"
-
-
-def test_what_waits_for_a_gpu_is_known(tools, recorded, parsed, tmp_path):
+def test_what_waits_for_a_gpu_is_known(toolkit, recorded, tmp_path):
     """Every command of gpu.sh parses; without GPUs and files it says what it leaves out; a failure is status 1."""
     (tmp_path / "tf_efficientnet_b0_ns-c0e6a31c.pth").touch()
     given = {"IMAGENET": "imagenet", "SVHN": "svhn", "WEIGHTS": str(tmp_path)}
-    status, printed, commands = recorded(tools / "gpu.sh", GPUS="2", **given)
+    status, printed, lines = recorded(toolkit / "tests/gpu.sh", GPUS="2", **given)
     assert status == 0 and printed.splitlines()[-1].endswith("0 left out (), 0 failed ()"), printed
-    lines = parsed(commands)
     for precision in ("fp32", "bf16", "fp16"):
         stages = {line[:2] for line in lines if f"--precision {precision}" in line}
         assert stages == {"01", "02", "04", "05", "06"}, precision
-    assert sum("--compile" in line for line in lines) == 3 and sum(words[0] == "-m" for words in commands) == 5
+    assert sum("--compile" in line for line in lines) == 3
+    assert sum(line.startswith("torchrun ") for line in lines) == 5
     assert sum(f"--init {tmp_path}" in line for line in lines) == 1
 
-    status, printed, _ = recorded(tools / "gpu.sh", FAILS="04_train_student", WEIGHTS=str(tmp_path))
+    status, printed, _ = recorded(toolkit / "tests/gpu.sh", FAILS="04_train_student", WEIGHTS=str(tmp_path))
     lines = printed.splitlines()
     assert status == 1 and [line.split()[1] for line in lines if line.startswith("FAILED")] == ["fp32-04"]
     left_out = [line.split()[1] for line in lines if line.startswith("skipped")]
@@ -481,14 +458,13 @@ def test_what_waits_for_a_gpu_is_known(tools, recorded, parsed, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["demo", "cifar10", "claims", "steady"])
-def test_every_command_of_the_evidence_parses(what, tools, recorded, parsed, tmp_path):
+def test_every_command_of_the_evidence_parses(what, toolkit, recorded, tmp_path):
     data = tmp_path / "data"
     for folder in ("train/a", "unlabeled"):
         (data / folder).mkdir(parents=True)
         (data / folder / "0.png").touch()
     words = [what, data] if what == "cifar10" else [what]
-    status, printed, commands = recorded(tools / "evidence.sh", *words, OUT=str(tmp_path / "out"), SEEDS="0 1")
+    status, printed, lines = recorded(toolkit / "tests/evidence.sh", *words, OUT=str(tmp_path / "out"), SEEDS="0 1")
     assert status == 0, printed
-    lines = parsed([words for words in commands if not words[0].startswith("tests/")])
-    assert {"demo": 20, "cifar10": 20, "claims": 30, "steady": 8}[what] <= len(lines)
-    assert sum(words[0] == "tests/results.py" for words in commands) == 2
+    assert {"demo": 22, "cifar10": 22, "claims": 32, "steady": 10}[what] <= len(lines)
+    assert sum(line.startswith("results.py") for line in lines) == 2
