@@ -3,6 +3,7 @@
 import h5py
 import numpy as np
 import pytest
+from conftest import CLASSES as DRAWN
 from conftest import assert_mistake, load_stage
 from label_files import CLASSES, COLUMNS, change, logits_of, read_labels, write_labels
 
@@ -14,23 +15,14 @@ LOGITS = logits_of((0, 0.9), (1, 0.8), (2, 0.7))
 def test_a_new_file_is_contiguous_aligned_and_complete_from_the_start(tmp_path):
     path = tmp_path / "x.h5"
     val = {"val_logits": np.zeros((2, 3), np.float16), "val_label": np.zeros(2, np.int32)}
-    arrays = val | {"class_counts": np.arange(3)}
-    with new_label_file(path, 4, 11, CLASSES, [*COLUMNS, "copies"], root="/root", arch="a", **arrays) as file:
+    attrs = val | {"class_counts": np.arange(3), "root": "/root", "arch": "a"}
+    with new_label_file(path, 4, 11, CLASSES, [*COLUMNS, "copies"], **attrs) as file:
         assert not path.exists(), "it gets its name when it is whole"
     labels = open_label_file(path)
-    dtypes = {
-        "logits": "f2",
-        "label": "i4",
-        "confidence": "f4",
-        "status": "u1",
-        "path": "S11",
-        "offset": "i8",
-        "size": "i8",
-    }
-    dtypes |= {"copies": "u4", "class_counts": "i8", "val_logits": "f2", "val_label": "i4"}
-    assert {name: place[0] for name, place in labels.places.items()} == {
-        name: np.dtype(t) for name, t in dtypes.items()
-    }
+    dtypes = {"logits": "f2", "label": "i4", "confidence": "f4", "status": "u1", "copies": "u4"}
+    dtypes |= {"path": "S11", "offset": "i8", "size": "i8"}
+    dtypes |= {"class_counts": "i8", "val_logits": "f2", "val_label": "i4"}
+    assert {name: dtype for name, (dtype, _, _) in labels.places.items()} == dtypes
     assert all(offset % 4096 == 0 for _, offset, _ in labels.places.values())
     assert len(labels) == 4 and labels.classes == CLASSES and labels.column("logits").shape == (4, 3)
     assert labels.attrs == {"format": LABELS_FORMAT, "root": "/root", "arch": "a"}
@@ -43,37 +35,43 @@ def test_a_new_file_is_contiguous_aligned_and_complete_from_the_start(tmp_path):
     assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1, "what was there before is lost"
 
 
-def make_elsewhere(path, **more):
-    """The fewest columns and attributes of a file of one's own."""
-    with h5py.File(path, "w") as file:
+def test_a_file_made_elsewhere_needs_few_columns(tmp_path, call_main, monkeypatch):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
         file.attrs.update(format=LABELS_FORMAT, root="/data")
-        file["classes"], file["path"] = CLASSES, np.array([b"0.png", b"1.png", b"2.png"])
-        file["status"], file["label"] = np.array([1, 2, 1], "u1"), np.array([0, -1, 2], "i4")
+        file["classes"] = CLASSES
+        file["path"] = np.array([b"0.png", b"1.png", b"2.png"])
+        file["status"] = np.array([1, 2, 1], "u1")
+        file["label"] = np.array([0, -1, 2], "i4")
         file["confidence"] = np.array([0.9, np.nan, 0.7], "f4")
-        shifted = LOGITS - LOGITS.max(1, keepdims=True)
-        file["logits"] = np.where([[True], [False], [True]], shifted, np.nan).astype("f2")
-        for name, values in more.items():
-            del file[name]
-            file[name] = values
-    return path
-
-
-def test_a_file_made_elsewhere_needs_few_columns(tmp_path):
-    labels = open_label_file(make_elsewhere(tmp_path / "x.h5"))
+        file["logits"] = (LOGITS - LOGITS.max(1, keepdims=True)).astype("f2")
+        file["logits"][1] = np.nan
+    labels = open_label_file(tmp_path / "x.h5")
     check_label_rows(labels)
     assert labels.column("offset").tolist() == labels.column("size").tolist() == [0] * 3
     assert labels.column("copies").tolist() == [1, 0, 1] and "copies" not in labels.places
     assert labels.images.name(2) == "/data/2.png"
+    monkeypatch.setattr(load_stage("03_balance"), "draw", lambda *args: None)
+    flags = [tmp_path / "x.h5", "--out", tmp_path / "o.h5", "--per-class", "all"]
+    assert call_main("03_balance", *flags).returncode == 0
+    assert read_labels(tmp_path / "o.h5")["path"].tolist() == [b"0.png", b"2.png"]
 
 
-def replace(name, make):
-    """Another dataset in the place of one."""
+def replace(name, make=lambda values: values, **how):
+    """Another dataset in the place of one: make(its values), stored as `how` says."""
 
     def damage(path):
         with h5py.File(path, "r+") as file:
-            values = file[name][:]
+            values = make(file[name][:])
             del file[name]
-            make(file, name, values)
+            file.create_dataset(name, data=values, **how)
+
+    return damage
+
+
+def remove(name):
+    def damage(path):
+        with h5py.File(path, "r+") as file:
+            del file[name]
 
     return damage
 
@@ -85,12 +83,12 @@ def set_format(path):
 
 DAMAGES = {
     "another format": set_format,
-    "a missing column": replace("confidence", lambda file, name, values: None),
-    "another type": replace("label", lambda file, name, values: file.create_dataset(name, data=values.astype("i8"))),
-    "another shape": replace("label", lambda file, name, values: file.create_dataset(name, data=values[:2])),
-    "fewer classes": replace("classes", lambda file, name, values: file.create_dataset(name, data=values[:2])),
-    "in chunks": replace("logits", lambda file, name, values: file.create_dataset(name, data=values, chunks=(1, 3))),
-    "strings of any length": replace("path", lambda file, name, values: file.create_dataset(name, data=["x"] * 3)),
+    "a missing column": remove("confidence"),
+    "another type": replace("label", dtype="i8"),
+    "another shape": replace("label", lambda labels: labels[:2]),
+    "fewer classes": replace("classes", lambda classes: classes[:2]),
+    "in chunks": replace("logits", chunks=(1, 3)),
+    "strings of any length": replace("path", lambda paths: ["x"] * 3),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:5000]),
     "no HDF5": lambda path: path.write_text("name,label\n"),
     "empty": lambda path: path.write_bytes(b""),
@@ -104,18 +102,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_files_are_refused_by_03_and_04(how, tmp_path, tiny_data, call_main):
-    path = write_labels(
-        tmp_path / "labels.h5", LOGITS, root=tiny_data / "unlabeled", classes=["disc", "square", "triangle"]
-    )
+    path = write_labels(tmp_path / "labels.h5", LOGITS, tiny_data / "unlabeled", classes=DRAWN)
     DAMAGES[how](path)
     assert_mistake(call_main("03_balance", path, "--out", tmp_path / "o.h5"), "labels.h5")
     flags = ["--data", tiny_data, "--out", tmp_path / "out", "--steps", 1]
     assert_mistake(call_main("04_train_student", "--pseudo-labels", path, *flags), "labels.h5")
     assert not (tmp_path / "o.h5").exists() and not (tmp_path / "out" / "last.pt").exists()
-
-
-def test_whole_files_are_read(tmp_path, call_main, monkeypatch):
-    monkeypatch.setattr(load_stage("03_balance"), "draw", lambda *args: None)
-    path = make_elsewhere(tmp_path / "x.h5")
-    assert call_main("03_balance", path, "--out", tmp_path / "o.h5", "--per-class", "all").returncode == 0
-    assert read_labels(tmp_path / "o.h5")["path"].tolist() == [b"0.png", b"2.png"]
