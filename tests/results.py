@@ -1,10 +1,11 @@
-"""The numbers behind docs/results.md. `tests/results.py NAME SEED robustness.json` keeps what tests/evidence.sh
-measured of a seed as docs/results/NAME/SEED.json, small enough for the repository. With and without arguments
-docs/results.md, its pictures and the README's first table are then made of these files.
+"""The numbers behind docs/results.md, which tests/evidence.sh measures.
 
-    docs/results/NAME/about.txt   what stands above its table
-    docs/results/NAME/seedN.json  {"commit", "machine", "torch", "models": {model: {"clean", "corrupted", "num",
-                                   "right"}}}, the last one as in robustness.json, missing in older ones
+    tests/results.py NAME SEED robustness.json   keep a seed as docs/results/NAME/SEED.json, then as without arguments
+    tests/results.py                             make docs/results.md, its pictures and the README's first table
+
+reads   docs/results/NAME/about.txt   what stands above its table
+        docs/results/NAME/seedN.json  {"commit", "machine", "torch", "models": {model: {"clean", "corrupted", "num",
+                                      "right"}}}, the last one as in robustness.json, missing in older ones
 """
 
 import importlib
@@ -26,42 +27,29 @@ import common  # noqa: E402
 
 stage = importlib.import_module("06_eval_robustness")
 
-# {arm of `claims`: (the claim, what the paper found, the arm that should be worse, the one that should be better)}
-CLAIMS = {
-    "self-training": ("more than the labels alone", "B7: 85.0 to 86.9", "control", "student1"),
-    "randaugment": ("RandAugment on the student matters", "84.9 to 84.6", "without-randaugment", "student1"),
-    "model noise": ("dropout and stochastic depth matter", "84.6 to 84.3", "without-model-noise", "student1"),
-    "noise": ("noise on the student matters", "84.9 to 84.3", "without-noise", "student1"),
-    "teacher": ("a noised teacher is worse", "84.9 to 84.4", "noised-teacher", "student1"),
-    "soft": ("soft labels are at least as good as hard ones", "B0: up to 1.8", "hard-labels", "student1"),
-    "balance": ("balance helps (a long tail of 10:1)", "B0: 77.6 to 77.9 (unverified)", "unbalanced", "student1"),
-    "1/8": ("more unlabelled images help: all against 1/8", "B4: 83.4 at 1/128", "share-0.125", "student1"),
-    "ratio": ("a higher ratio helps: 3 against 1", "L2: 86.7 to 87.4", "student1", "ratio-3"),
-    "larger": ("a larger student is better", "B0 to B1: 77.9 to 79.5", "student1", "larger-student"),
-    "larger control": ("and than the labels alone with that model", "", "larger-control", "larger-student"),
-    "scratch": ("from scratch is as good as from the teacher", "", "from-its-teacher", "student1"),
-    "joint": ("joint training against pre-training and fine-tuning", "B0: 77.5 to 77.9", "finetuned", "student1"),
-    "billion-scale": (
-        "pre-training and fine-tuning against the labels alone",
-        "ResNet-50: 76.4 to 79.1 (unverified)",
-        "control",
-        "finetuned",
-    ),
-    "fine-tuning": ("fine-tuning is crucial (billion-scale)", "", "pretrained", "finetuned"),
-    "consistency": (
-        "consistency with supervision, the labels alone",
-        "CIFAR-10: 84.8 to 85.2",
-        "control",
-        "consistency",
-    ),
-    "iteration": ("a second round helps (the demo's seeds)", "L2: 87.6 to 88.1", "student1", "student2"),
-    "robustness": (
-        "more is gained on corrupted images than on clean ones",
-        "L2: 85.5 to 88.4, ImageNet-A 49.6 to 83.7",
-        "control",
-        "student1",
-    ),
-}
+PRETRAINING = "pre-training and fine-tuning against the labels alone"
+ROBUSTNESS = "more is gained on corrupted images than on clean ones"
+# (the claim, what the paper found, the arm that should be worse, the one that should be better)
+CLAIMS = [
+    ("more than the labels alone", "B7: 85.0 to 86.9", "control", "student1"),
+    ("RandAugment on the student matters", "84.9 to 84.6", "without-randaugment", "student1"),
+    ("dropout and stochastic depth matter", "84.6 to 84.3", "without-model-noise", "student1"),
+    ("noise on the student matters", "84.9 to 84.3", "without-noise", "student1"),
+    ("a noised teacher is worse", "84.9 to 84.4", "noised-teacher", "student1"),
+    ("soft labels are at least as good as hard ones", "B0: up to 1.8", "hard-labels", "student1"),
+    ("balance helps (a long tail of 10:1)", "B0: 77.6 to 77.9 (unverified)", "unbalanced", "student1"),
+    ("more unlabelled images help: all against 1/8", "B4: 83.4 at 1/128", "share-0.125", "student1"),
+    ("a higher ratio helps: 3 against 1", "L2: 86.7 to 87.4", "student1", "ratio-3"),
+    ("a larger student is better", "B0 to B1: 77.9 to 79.5", "student1", "larger-student"),
+    ("and than the labels alone with that model", "", "larger-control", "larger-student"),
+    ("from scratch is as good as from the teacher", "", "from-its-teacher", "student1"),
+    ("joint training against pre-training and fine-tuning", "B0: 77.5 to 77.9", "finetuned", "student1"),
+    (PRETRAINING, "ResNet-50: 76.4 to 79.1 (unverified)", "control", "finetuned"),
+    ("fine-tuning is crucial (billion-scale)", "", "pretrained", "finetuned"),
+    ("consistency with supervision, the labels alone", "CIFAR-10: 84.8 to 85.2", "control", "consistency"),
+    ("a second round helps (the demo's seeds)", "L2: 87.6 to 88.1", "student1", "student2"),
+    (ROBUSTNESS, "L2: 85.5 to 88.4, ImageNet-A 49.6 to 83.7", "control", "student1"),
+]
 
 
 def collect(name: str, seed: str, source: Path) -> None:
@@ -116,12 +104,11 @@ def verdict_of(rows: dict) -> str:
 
 
 def draw(rows: dict, file: Path) -> None:
-    """Every model a column, every seed a dot; a line joins the models of a seed. Without those that are far below: the
-    student that has not been tuned for the larger size, and the teacher of the recipe before."""
+    """Every model a column, every seed a dot; a line joins the models of a seed."""
     plt = common.pyplot()
     if plt is None:
         return
-    rows = {model: row for model, row in rows.items() if model not in ("untuned", "before")}
+    rows = {model: row for model, row in rows.items() if model not in ("untuned", "before")}  # far below
     kinds = [kind for kind in ("clean", "corrupted") if all(values_of(row, kind) for row in rows.values())]
     size = (1 + 4 * len(kinds), 3.2)
     _, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False, layout="constrained")
@@ -203,25 +190,25 @@ def made_by(runs: dict[str, dict]) -> str:
 
 def claims_table(rows: dict) -> list[str]:
     lines = []
-    for key, (claim, paper, worse, better) in CLAIMS.items():
+    for claim, paper, worse, better in CLAIMS:
         arms = rows if better in rows else rows_of(runs_of("demo"))  # student2
-        interval = gained(arms, better, worse, "gap" if key == "robustness" else "clean")
-        if interval:
-            both = [cell(gained(arms, better, worse, heading)) for heading in ("clean", "corrupted")]
-            num_seeds = len(arms[better].columns.keys() & arms[worse].columns.keys())
-            points, half = interval
-            says = "yes" if points > half else "the other way" if points < -half else "not shown"
-            lines.append([f"{claim} (`{better}` - `{worse}`)", paper, *both, str(num_seeds), says])
+        interval = gained(arms, better, worse, "gap" if claim == ROBUSTNESS else "clean")
+        if not interval:
+            continue
+        points, half = interval
+        shown = "not shown"
+        if abs(points) > half:
+            shown = "yes" if points > 0 else "the other way"
+        both = [cell(gained(arms, better, worse, heading)) for heading in ("clean", "corrupted")]
+        num_seeds = len(arms[better].columns.keys() & arms[worse].columns.keys())
+        lines.append([f"{claim} (`{better}` - `{worse}`)", paper, *both, str(num_seeds), shown])
     headings = ("claim", "the paper, ImageNet", "ours: better arm - worse arm", "corrupted", "seeds", "shown")
     return ["", *table(headings, lines)]
 
 
 def tables() -> str:
-    lines = ["# Results", ""]
-    lines.append(
-        "Made by `python tests/results.py` of docs/results/*/seed*.json, which `tests/evidence.sh` wrote (those of"
-    )
-    lines.append("`choices` were written by hand).")
+    made = "Made by `python tests/results.py` of docs/results/*/seed*.json, which `tests/evidence.sh` wrote"
+    lines = ["# Results", "", *folded(f"{made} (those of `choices` were written by hand).")[:-1]]
     folders = (ROOT / "docs" / "results").glob("*/")
     for folder in sorted(folders, key=lambda folder: (folder.name.startswith("choices"), folder.name)):
         runs, name = runs_of(folder.name), folder.name

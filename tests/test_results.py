@@ -1,5 +1,4 @@
-"""What stage 06 makes of robustness.json: rows, intervals by hand and by simulation, the verdict; and tests/results.py,
-which makes docs/results.md of several runs."""
+"""What stage 06 makes of robustness.json, with intervals by hand and by simulation; and tests/results.py."""
 
 import importlib
 import json
@@ -22,19 +21,14 @@ def entry_of(right: np.ndarray, **summary) -> dict:
 
 
 def test_paths_that_differ_in_a_folder_of_a_seed_are_one_row():
-    models = ("control", "student1")
-    names = [f"/data/seed7/run/seed{seed}/{model}/model.pt" for model in models for seed in (0, 1, 2)]
-    shown = {name: entry_of(np.arange(50) < 30 + number) for number, name in enumerate(names[:-1])}
+    places = [("control", 0), ("control", 1), ("control", 2), ("student1", 0), ("student1", 1)]
+    names = [f"/data/seed7/run/seed{seed}/{model}/model.pt" for model, seed in places]
+    shown = {name: entry_of(np.arange(50) < 30 + number) for number, name in enumerate(names)}
     control, student = stage.rows_of(shown)
-    assert (control.name, control.model, list(control.columns)) == (
-        "control (3 seeds)",
-        "control",
-        ["seed0", "seed1", "seed2"],
-    )
-    assert student.name == "student1 (2 seeds)" and control.text("clean") == "62.00 ± 2.00"
+    assert (control.name, control.model) == ("control (3 seeds)", "control")
+    assert list(control.columns) == ["seed0", "seed1", "seed2"] and list(student.columns) == ["seed0", "seed1"]
+    assert control.text("clean") == "62.00 ± 2.00" and control.text("pgd/2") == "-"
     assert stage.difference(student, control, "clean")[2] == 2  # seeds that both have
-    table = stage.markdown_table([control, student], ["clean", "pgd/2"]).splitlines()
-    assert table[0].split("|")[-2].strip() == "clean - control" and " - |" in table[2]
     paths = ["runs/a/s/model.pt", "runs/b/s/model.pt", "t/model.pt"]
     assert [row.name for row in stage.rows_of(dict.fromkeys(paths, shown[names[0]]))] == [*paths[:2], "t"]
 
@@ -84,6 +78,7 @@ def test_equal_models_are_told_apart_in_5_percent_of_the_cases():
 
 
 def test_the_verdict_in_numbers():
+    """Corrupted: differences 3 and 1, mean 2, deviation sqrt(2), t of one degree of freedom."""
     top1 = {"teacher": (50, 50), "control": (60, 62), "student1": (10, 10), "student2": (66, 64)}
     shown = {}
     for model, values in top1.items():
@@ -91,21 +86,19 @@ def test_the_verdict_in_numbers():
             shown[f"seed{seed}/{model}/m.pt"] = entry_of(np.arange(100) < value, corrupted=value / 2)
     rows = {row.model: row for row in stage.rows_of(shown)}
     points, half, _ = stage.difference(rows["student2"], rows["control"], "clean")
+    assert points == pytest.approx(4)
     text = stage.verdict(list(rows.values()))
-    assert points == pytest.approx(4) and "student2 gains +4.00 points over control on clean" in text
-    assert f"{points - half:+.2f} to {points + half:+.2f}; seeds: 2, images: 100" in text
-    # Corrupted: differences 3 and 1, mean 2, deviation 1.41, t of one degree of freedom.
-    spread = 12.7062 * 2**0.5 / 2**0.5
-    assert f"+2.00 points over control on corrupted images (95 percent interval {2 - spread:+.2f} to" in text
-    assert "these images alone" in text and text.count(" gains ") == 2
-    assert not stage.verdict([rows["teacher"], rows["student2"]]) and not stage.verdict([rows["control"]])
+    assert "student2" in text and "student1" not in text
+    for center, width in ((points, half), (2, 12.7062)):
+        assert f"{center:+.2f} points" in text
+        assert f"{center - width:+.2f} to {center + width:+.2f}; seeds: 2" in text
+    assert not stage.verdict([rows["teacher"], rows["student2"]])
+    assert not stage.verdict([rows["control"]])
     alone = stage.rows_of({path: entry for path, entry in shown.items() if "seed0" in path})
-    assert "no interval; seeds: 1" in stage.verdict(alone)
+    assert stage.difference(alone[3], alone[1], "corrupted") == (3, None, 1) and stage.verdict(alone)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # tests/results.py
-# ----------------------------------------------------------------------------------------------------------------------
 
 TOP1 = {"hard-labels": (74, 76, 78), "control": (70, 71, 72), "ratio-3": (70, 73, 72), "student1": (74, 77, 77)}
 
@@ -113,14 +106,15 @@ TOP1 = {"hard-labels": (74, 76, 78), "control": (70, 71, 72), "ratio-3": (70, 73
 def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     """docs/results.md of made-up runs: means, deviations and paired differences by hand, and what a claim shows."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
+    measured = tmp_path / "robustness.json"
     for seed in range(3):
         entries = {}
         for model, values in TOP1.items():
-            clean = {"top1": values[seed], "num": 1000}
-            entries[f"seed{seed}/{model}/model.pt"] = {"clean": clean, "summary": {"corrupted": values[seed] / 2}}
-        (tmp_path / f"{seed}.json").write_text(json.dumps(entries))
-        results.collect("claims", f"seed{seed}", tmp_path / f"{seed}.json")
-        results.collect("demo", f"seed{seed}", tmp_path / f"{seed}.json")
+            clean, summary = {"top1": values[seed], "num": 1000}, {"corrupted": values[seed] / 2}
+            entries[f"seed{seed}/{model}/model.pt"] = {"clean": clean, "summary": summary}
+        measured.write_text(json.dumps(entries))
+        results.collect("claims", f"seed{seed}", measured)
+        results.collect("demo", f"seed{seed}", measured)
     lines = results.tables().splitlines()
     # Differences 4, 6, 5: 5 +- 4.3027 * 1 / sqrt(3). Corrupted ones are half as large.
     assert "| student1 | 74.00, 77.00, 77.00 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in lines
@@ -134,8 +128,8 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     # An arm that is run later joins those of its seed; a seed that another commit measured is named.
     monkeypatch.setenv("COMMIT", "later")
     later = {"unbalanced/model.pt": {"clean": {"top1": 75, "num": 1000, "right": "AA=="}}}
-    (tmp_path / "later.json").write_text(json.dumps(later))
-    results.collect("claims", "seed0", tmp_path / "later.json")
+    measured.write_text(json.dumps(later))
+    results.collect("claims", "seed0", measured)
     kept = json.loads((tmp_path / "docs" / "results" / "claims" / "seed0.json").read_text())
     assert list(kept["models"]) == [*TOP1, "unbalanced"] and kept["commit"].endswith("; later")
     assert kept["models"]["unbalanced"]["right"] == "AA=="
@@ -149,7 +143,6 @@ def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
     text = results.readme(f"{before}of earlier runs\n{after}")
     assert picture.exists() and text.startswith(before) and text.endswith(after) and "earlier" not in text
     assert "| student1 | 76.00 ± 1.73 | 38.00 ± 0.87 |" in text and 'SEEDS="0 1 2" ./run.sh' in text
-    assert "student1 gains +5.00 points over control" in " ".join(text.split()) and "commit" not in text
     assert results.readme(text) == text
 
 
