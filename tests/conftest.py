@@ -431,6 +431,12 @@ def labels(tiny_data, tmp_path) -> Path:
     return write_labels(tmp_path / "labels.h5", logits, **file, **columns)
 
 
+def clean_batch(images: common.ImageList, view: common.View) -> torch.Tensor:
+    """What a model is tested on, or a teacher labels: float (N, 3, size, size)."""
+    pixels = np.stack([common.eval_view(images.load(row), view) for row in range(len(images))])
+    return common.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), view)
+
+
 def checkpoint_of(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 

@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, CLASSES, ROOT, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, load_stage
-from conftest import metrics_of, save_model
+from conftest import CHEAP, CLASSES, ROOT, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, clean_batch
+from conftest import load_stage, metrics_of, save_model
 from label_files import change, write_labels
 
 import common
@@ -266,9 +266,8 @@ def test_both_losses_of_consistency_are_of_one_noised_image(tiny_data, call_main
     assert call_main(STAGE, *flags, "--out", tmp_path / "s").returncode == 0
     model, view = common.load_model(teacher)[0], common.View.default(32)
     images, labels, _ = common.labeled_images(tiny_data, "train")
-    clean = np.stack([common.eval_view(images.load(row), view) for row in range(len(images))])
     with torch.no_grad():
-        logits = model(common.normalize(torch.from_numpy(clean).permute(0, 3, 1, 2), view))
+        logits = model(clean_batch(images, view))
     probs = (logits / 10).softmax(1).flip(1)  # the classes in the data's order
     assert len(calls) == 3
     for (given, target, student_logits, targets, *nums), kwargs in calls:

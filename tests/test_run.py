@@ -8,11 +8,10 @@ import signal
 import warnings
 
 import h5py
-import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, ROOT, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, metrics_of
-from conftest import results_of, save_model
+from conftest import CHEAP, ROOT, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, clean_batch
+from conftest import metrics_of, results_of, save_model
 from label_files import change
 from torch import nn
 
@@ -173,7 +172,7 @@ def test_what_another_program_left_is_one_line(tiny_data, call_main, tmp_path):
 
 
 def test_a_second_run_on_a_folder_stops_at_once(tiny_data, start_stage, call_main, tmp_path):
-    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t", "--steps", 10_000)
+    flags = short_run("01_train_teacher", tiny_data, tmp_path / "t", "--steps", 300)
     first = start_stage("01_train_teacher.py", *flags[1:])
     first.wait_until((tmp_path / "t" / "metrics.jsonl").exists)
     assert_mistake(call_main(*flags), tmp_path / "t")
@@ -340,11 +339,10 @@ def test_swa_keeps_its_mean_with_batch_norms_of_its_own(tiny_data, call_main, tm
 
     model, checkpoint = common.load_model(out / "model.pt")
     images, view = common.labeled_images(tiny_data, "train")[0], common.View.of(checkpoint)
-    clean = np.stack([common.eval_view(images.load(row), view) for row in range(len(images))])
     norm, inputs = model.features[0][1], []
     norm.register_forward_pre_hook(lambda norm, args: inputs.append(args[0]))
     with torch.no_grad():
-        model(common.normalize(torch.from_numpy(clean).permute(0, 3, 1, 2), view))
+        model(clean_batch(images, view))
     torch.testing.assert_close(norm.running_mean, inputs[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(norm.running_var, inputs[0].var((0, 2, 3)), rtol=1e-3, atol=1e-4)
 
@@ -437,8 +435,7 @@ def test_an_evaluation_is_of_each_readable_image_once(tiny_data, capsys, tmp_pat
     assert capsys.readouterr().out.startswith("1 val images are unreadable")
     assert few.sizes == [5, 3, 2, 1, 2, 6, 3, 2, 1, 3, 2, 1]
     good = [row for row in range(12) if images.name(row) != str(data / "val" / "square" / "0.png")]
-    pixels = np.stack([common.eval_view(images.load(row), view) for row in good])
-    logits = MeanColour()(common.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), view))
+    logits = MeanColour()(clean_batch(images[good], view))
     targets = torch.from_numpy(labels[good])
     right = 100 * (logits.argmax(1) == targets).float().mean().item()
     loss = nn.functional.cross_entropy(logits, targets).item()
