@@ -56,6 +56,13 @@ def test_unreadable_images_are_named_errors_and_nothing_takes_their_place(tmp_pa
     assert all(str(tmp_path / names[row]) in error for row, error in errors.items())
 
 
+def test_a_batch_without_any_readable_image_is_empty(tmp_path):
+    dataset = clean_images(list_images(write_files(tmp_path, {"a.png": b""})), 16)
+    batch = next(iter(load_batches(dataset, [[0, 0]], ALONE)))
+    assert len(batch.rows) == 0 and batch.views[0].shape == (0, 3, 16, 16)
+    assert [row for row, _ in batch.errors] == [0, 0]
+
+
 def test_random_view_depends_on_seed_epoch_and_row_alone(tiny_data):
     images = list_images(tiny_data / "unlabeled")
     keys = [(epoch, row) for epoch in range(3) for row in range(len(images))]
