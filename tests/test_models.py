@@ -11,7 +11,7 @@ from conftest import assert_same_weights, save_model
 from torch import nn
 from torch.nn import functional as F
 
-from common import EFFICIENTNETS, RECIPES, Recipe, build_model, fuse_batch_norms, head_names, load_model
+from common import EFFICIENTNETS, Recipe, build_model, fuse_batch_norms, head_names, load_model
 from common import load_weights, own_names, recipe_of, resolution_of
 
 SMALL = [f"efficientnet_b{i}" for i in range(8)]
@@ -276,7 +276,6 @@ def test_from_timm_through_a_checkpoint_is_bitwise(tmp_path):
     loaded, header = load_model(save_model(tmp_path / "model.pt", "tf_efficientnet_b0", model=ours))
     assert_same_weights(loaded.state_dict(), own_names(theirs.state_dict()))
     assert header["classes"] == ["disc", "square", "triangle"] and not loaded.training
-    assert {p.device.type for p in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
     fused, _ = load_model(tmp_path / "model.pt", fuse=True)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
 
@@ -385,26 +384,26 @@ def test_a_new_head_starts_at_zero_and_learns_and_all_else_is_loaded(arch, heads
 # recipes
 
 
-def recipe(arch, **flags):
-    names = ("init", *Recipe._fields)
-    return recipe_of(arch, Namespace(**dict.fromkeys(names) | flags))
-
-
-def test_flags_replace_a_recipes_values():
-    b7 = RECIPES["efficientnet_b7"]
-    assert recipe("tf_efficientnet_b7") == recipe("efficientnet_b7") == b7 == (350, 2, 27, 3)
-    assert recipe("efficientnet_b7", magnitude=5, ratio=1.5) == b7._replace(magnitude=5, ratio=1.5)
-    assert recipe("efficientnet_b7", init="weights.pt") == b7._replace(epochs=30)
-    assert recipe("efficientnet_b7", init="weights.pt", epochs=7).epochs == 7
-    assert recipe("resnet50") == recipe("timm/resnet50") == (350, 2, 9, 3)
-    assert recipe("efficientnet_l2").ratio == 14
-
-
-def test_b0_and_b1_have_no_rand_augment_unless_a_flag_asks_for_it():
-    for arch in ("efficientnet_b0", "tf_efficientnet_b1"):
-        assert recipe(arch).num_ops == recipe(arch).magnitude == recipe(arch, num_ops=0).num_ops == 0
-        assert recipe(arch, num_ops=1)[1:3] == (1, 9)  # magnitude 0 would be violent
-        assert recipe(arch, magnitude=5)[1:3] == (2, 5)
+@pytest.mark.parametrize(
+    ("arch", "flags", "expected"),
+    [
+        ("tf_efficientnet_b7", {}, (350, 2, 27, 3)),
+        ("efficientnet_b7", {"magnitude": 5, "ratio": 1.5}, (350, 2, 5, 1.5)),
+        ("efficientnet_b7", {"init": "weights.pt"}, (30, 2, 27, 3)),
+        ("efficientnet_b7", {"init": "weights.pt", "epochs": 7}, (7, 2, 27, 3)),
+        ("resnet50", {}, (350, 2, 9, 3)),
+        ("timm/resnet50", {}, (350, 2, 9, 3)),
+        # B0 and B1 have no RandAugment unless a flag asks for it; magnitude 0 would be violent.
+        ("efficientnet_b0", {}, (700, 0, 0, 1)),
+        ("efficientnet_b0", {"num_ops": 0}, (700, 0, 9, 1)),
+        ("tf_efficientnet_b1", {}, (700, 0, 0, 3)),
+        ("tf_efficientnet_b1", {"num_ops": 1}, (700, 1, 9, 3)),
+        ("tf_efficientnet_b1", {"magnitude": 5}, (700, 2, 5, 3)),
+    ],
+)
+def test_flags_replace_a_recipes_values(arch, flags, expected):
+    args = Namespace(**dict.fromkeys(("init", *Recipe._fields)) | flags)
+    assert recipe_of(arch, args) == expected
 
 
 def test_resolutions():

@@ -233,14 +233,16 @@ def test_a_view_at_another_size_has_the_crop_of_that_size():
     assert view.at(320) == view._replace(image_size=320, crop_fraction=320 / 352)
     assert view.at(64).crop_fraction == 1.0
     assert view.at(320).at(224).crop_fraction == 224 / 256  # it is no longer known
+    squashed = View(224, 0.9, crop_mode="squash")
+    assert squashed.at(320) == squashed._replace(image_size=320), "the share that timm says holds at any size"
+    assert squashed.at(224, "center").crop_fraction == 224 / 256
+    assert View(32, 1.0).at(96, "squash").crop_fraction == 1.0
 
 
-def test_a_view_in_a_checkpoint_and_at_another_size(mistake):
+def test_a_view_in_a_checkpoint(mistake):
     view = View(224, 0.9, crop_mode="squash")
     assert View.of({"arch": "any", **view._asdict()}) == view
     assert View.of({"image_size": 32, "crop_fraction": 1.0}) == View(32, 1.0), "older files have no crop_mode"
-    assert view.at(320) == view._replace(image_size=320), "the share that timm says holds at any size"
-    assert view.at(224, "center").crop_fraction == 224 / 256 and View(32, 1.0).at(96, "squash").crop_fraction == 1.0
     mistake(lambda: View.of({"image_size": 32, "crop_fraction": 1.0, "crop_mode": "letterbox"}), "crop_mode")
 
 
