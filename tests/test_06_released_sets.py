@@ -250,28 +250,20 @@ def test_of_corruptions_with_other_numbers_of_images_there_is_no_mean():
     assert not stage.summarize(entry) and "imagenet_c" in stage.gaps_of({"model.pt": entry})
 
 
-IMAGES, NUMBERS = np.zeros((10, 8, 8, 3), np.uint8), np.tile([3, 9], 5)  # of CIFAR-10-C
+def test_arrays_that_are_not_of_cifar10_c(tmp_path):
+    def labels_of(images, labels):
+        np.save(tmp_path / "fog.npy", images)
+        np.save(tmp_path / "labels.npy", labels)
+        return stage.list_array(tmp_path / "fog.npy").labels.tolist()
 
-
-@pytest.mark.parametrize(
-    ("images", "labels"),
-    [
-        (IMAGES.astype(float), NUMBERS),
-        (IMAGES[:9], NUMBERS[:9]),
-        (IMAGES.transpose(0, 3, 1, 2), NUMBERS),
-        (IMAGES, NUMBERS[:5]),
-        (IMAGES, np.arange(10)),
-        (IMAGES, NUMBERS + 1),
-    ],
-)
-def test_an_array_that_is_not_of_cifar10_c(tmp_path, images, labels):
-    np.save(tmp_path / "fog.npy", IMAGES)
-    np.save(tmp_path / "labels.npy", NUMBERS)
-    assert stage.list_array(tmp_path / "fog.npy").labels.tolist() == [3, 9]
-    np.save(tmp_path / "fog.npy", images)
-    np.save(tmp_path / "labels.npy", labels)
-    with pytest.raises(ValueError):
-        stage.list_array(tmp_path / "fog.npy")
+    images, labels = np.zeros((10, 8, 8, 3), np.uint8), np.tile([3, 9], 5)
+    assert labels_of(images, labels) == [3, 9]
+    for wrong in (images.astype(float), images[:9], images.transpose(0, 3, 1, 2)):
+        with pytest.raises(ValueError):
+            labels_of(wrong, labels[: len(wrong)])
+    for wrong in (labels[:5], np.arange(10), labels + 1):
+        with pytest.raises(ValueError):
+            labels_of(images, wrong)
 
 
 def test_without_pyav_one_line_before_anything_is_measured(work, run_stage, tmp_path):
