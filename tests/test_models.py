@@ -80,17 +80,13 @@ def test_every_layer_is_torchvisions(arch):
 
 
 @pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b5"])  # from B5 on another eps
-def test_torchvisions_weights_fit_as_they_are_and_ours_fit_torchvision(arch):
+def test_logits_equal_torchvisions(arch):
     torch.manual_seed(0)
     oracle = torchvision.models.get_model(arch, weights=None)
     randomise_batch_norms(oracle)
     model = build_model(arch)
     load_weights(model, oracle.state_dict())
     assert_same_logits(model, oracle, (64, 64), (65, 51))
-    with torch.device("meta"):
-        oracle = torchvision.models.get_model(arch, weights=None)
-    oracle.load_state_dict(model.state_dict(), strict=True, assign=True)
-    assert_same_logits(model, oracle, (64, 64))
 
 
 @pytest.mark.parametrize("arch", [f"tf_{arch}" for arch in (*SMALL, "efficientnet_l2")])
@@ -100,9 +96,8 @@ def test_timms_names_and_shapes_are_ours(arch):
     model = on_meta(arch)
     assert shapes_of(model.state_dict()) == shapes_of(own_names(oracle.state_dict()))  # in order
     for kind, name in ((nn.Conv2d, "stride"), (nn.BatchNorm2d, "eps")):
-        ours, theirs = (
-            [getattr(module, name) for module in net.modules() if isinstance(module, kind)] for net in (model, oracle)
-        )
+        ours = [getattr(module, name) for module in model.modules() if isinstance(module, kind)]
+        theirs = [getattr(module, name) for module in oracle.modules() if isinstance(module, kind)]
         assert ours == theirs, name
 
 
@@ -113,7 +108,7 @@ def test_tf_logits_equal_timms(arch):
     randomise_batch_norms(oracle)
     model = build_model(f"tf_{arch}")
     load_weights(model, oracle.state_dict())  # by timm's names
-    assert_same_logits(model, oracle, (64, 64), (65, 51))
+    assert_same_logits(model, oracle, (64, 64), (65, 51), (50, 67))
 
 
 def test_l2s_depth_at_a_fifth_of_b0s_width_equals_timms(monkeypatch):
@@ -133,10 +128,10 @@ def test_l2s_depth_at_a_fifth_of_b0s_width_equals_timms(monkeypatch):
 
 @pytest.mark.parametrize(("arch", "num"), [("efficientnet_b0", 16), ("efficientnet_b7", 55), ("efficientnet_l2", 88)])
 def test_drop_path_grows_linearly_over_the_blocks(arch, num):
-    rates = [module.drop_path for module in on_meta(arch).modules() if hasattr(module, "drop_path")]
-    assert rates == pytest.approx([0.2 * i / num for i in range(num)])
-    rates = [module.drop_path for module in on_meta(arch, drop_path=0.5).modules() if hasattr(module, "drop_path")]
-    assert rates[-1] == pytest.approx(0.5 * (num - 1) / num)
+    for rate in (None, 0.5):  # 0.2 by itself
+        model = on_meta(arch, drop_path=rate)
+        rates = [module.drop_path for module in model.modules() if hasattr(module, "drop_path")]
+        assert rates == pytest.approx([(rate or 0.2) * i / num for i in range(num)])
 
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
