@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import islice, pairwise
+from multiprocessing import active_children
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -1484,9 +1485,14 @@ class ImageDataset(torch.utils.data.Dataset):
         stacks = [np.zeros((0, size, size, 3), np.uint8) for size in sizes]
         if good:
             stacks = [np.stack(stack) for stack in zip(*(views for _, views in good), strict=True)]
+        views = [torch.from_numpy(stack).permute(0, 3, 1, 2) for stack in stacks]
+        rows = torch.tensor([row for row, _ in good], dtype=torch.int64)
+        if torch.utils.data.get_worker_info():
+            for tensor in (rows, *views):  # a full /dev/shm is an error here, but a hang in torch's own thread
+                tensor.share_memory_()
         return Batch(
-            rows=torch.tensor([row for row, _ in good], dtype=torch.int64),
-            views=[torch.from_numpy(stack).permute(0, 3, 1, 2) for stack in stacks],
+            rows=rows,
+            views=views,
             errors=[(row, error) for row, _, error in items if error is not None],
             held_out=[row for row, views, error in items if views is None and error is None],
         )
@@ -1528,9 +1534,6 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-LOADER_SECONDS = 100  # without a batch: then the loaders are taken for dead
-
-
 def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) -> Iterator[Batch]:
     """Load a Batch for each list (or range) of keys, which are rows or (epoch, row)."""
     # A fork shares millions of paths, where spawn copies them; libraries of macOS do not survive it.
@@ -1543,7 +1546,6 @@ def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) ->
         pin_memory=processes.device.type == "cuda",
         multiprocessing_context=context,
         worker_init_fn=ignore_signals,
-        timeout=LOADER_SECONDS if processes.workers else 0,
     )
     batches = iter(loader)
     while True:
@@ -1552,8 +1554,11 @@ def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) ->
         except RuntimeError as error:
             if not processes.workers:
                 raise
-            # Batches travel in /dev/shm, of which a container has 64 MB unless it is told otherwise.
-            fail(f"the loaders have died ({error}): try docker run --shm-size 8g, or --workers 0", from_any=True)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+            for worker in active_children():  # they ignore SIGTERM
+                worker.kill()
+            reason = str(error).strip().split("\n")[-1]  # Docker gives /dev/shm 64 MB unless it is told otherwise
+            fail(f"the loaders have died ({reason}): try docker run --shm-size 8g, or --workers 0", from_any=True)
         if batch is None:
             return
         yield batch
