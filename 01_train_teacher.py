@@ -29,7 +29,8 @@ from PIL import Image
 from common import add_model_flags, add_noise_flags, add_optimization_flags, add_run_flags, argument_parser  # program
 from common import at_least, fail, print0
 from common import init_processes  # processes
-from common import initial_weights  # weights
+from common import build_model  # models
+from common import head_names, initial_weights, own_names  # weights
 from common import normalize, view_of  # views
 from common import ImageList, check_copies, labeled_images  # listing
 from common import plan_of  # optimization
@@ -70,10 +71,22 @@ def output_names(args: argparse.Namespace) -> list[str]:
     return names
 
 
+def is_probe(args: argparse.Namespace, initial: dict) -> bool:
+    """Whether DATA/train has other classes than the weights: then --epochs 0 fits a classifier to it."""
+    if args.classes or not args.data or not (args.data / "train").is_dir():
+        return False
+    names = labeled_images(args.data, "train")[2]
+    if "classes" in initial:
+        return set(names) != set(initial["classes"])
+    model = build_model(initial["arch"])
+    weights = own_names(initial, model.state_dict())
+    return len(weights.get(f"{head_names(model)[0]}.weight", ())) != len(names)
+
+
 def labeled_data(args: argparse.Namespace, initial: dict) -> tuple:
-    """(images and labels of train, images and labels of val, classes). With --epochs 0 train stays empty."""
+    """(images and labels of train, images and labels of val, classes). With --epochs 0 train may be empty."""
     nothing = ImageList.of("", []), np.zeros(0, np.int64)
-    if args.init and 0 in (args.epochs, args.steps):
+    if args.init and 0 in (args.epochs, args.steps) and not is_probe(args, initial):
         classes = initial.get("classes") or output_names(args)
         return nothing, labeled_images(args.data, "val", classes)[:2] if args.data else nothing, classes
     if not args.data:
@@ -119,11 +132,13 @@ def main() -> None:
 
     # The model and its training run. An epoch is counted in --batch-size images, without those of --ratio: so a student
     # with the same flags takes as many steps.
-    model, header, origin = model_of("teacher", setup, labels, classes, args)
+    model, header, origin = model_of("teacher", setup, (train_images, labels), classes, args, processes)
     header["inputs"] = inputs
     if args.data:
         header["data"] = os.path.abspath(args.data)  # the next student's default
-    plan = plan_of(args, recipe.epochs, len(train_images))
+    unlabeled = Path(args.data or "", "unlabeled")  # 04 counts them too: its control takes as many steps
+    num_unlabeled = num_labeled - args.batch_size
+    plan = plan_of(args, recipe.epochs, len(train_images), unlabeled=unlabeled, num_unlabeled=num_unlabeled)
     run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
     run.announce(
         f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val",

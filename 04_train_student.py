@@ -22,6 +22,7 @@ writes  OUT/model.pt (hand-off: the next teacher), OUT/last.pt (resume), OUT/met
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -115,6 +116,19 @@ def consistency_loss(logits, targets, student_logits, probs, num_labeled, num_ps
     entropy = -torch.xlogy(probs, probs).sum(1)
     divergence = (soft_cross_entropy(student_logits / temperature, probs) - entropy).sum() / (num_pseudo or 1)
     return (labeled + divergence) / 2, labeled, divergence
+
+
+def loss_function(args: argparse.Namespace, weight: float, temperature: float) -> Callable:
+    """`noisy_student_loss` or `consistency_loss`, with what the flags say.
+
+    A temperature below 1 is of the targets alone: that sharpens them (UDA, 1904.12848). If the student were divided by
+    it too, nothing would be sharper.
+    """
+    if args.consistency:
+        loss_of = partial(consistency_loss, temperature=temperature)
+    else:
+        loss_of = partial(noisy_student_loss, weight=weight, temperature=max(temperature, 1.0))
+    return partial(loss_of, label_smoothing=args.label_smoothing)
 
 
 def pseudo_targets(logits: Tensor, labels: Tensor, temperature: float, label_smoothing: float) -> Tensor:
@@ -257,9 +271,10 @@ def main() -> None:
     num_pseudo = len(pseudo_images if pseudo_labels.rows is None else pseudo_labels.rows)
 
     # The model and its training run. An epoch is a pass over the labelled images, or over the selected ones.
-    model, header, origin = model_of("student", setup, labels, classes, args)
+    model, header, origin = model_of("student", setup, (train_images, labels), classes, args, processes)
     header |= {"inputs": inputs, "data": os.path.abspath(data)}  # data: the next student's default
-    plan = plan_of(args, recipe.epochs, len(train_images) if num_labeled else num_pseudo)
+    num_epoch = len(train_images) if num_labeled else num_pseudo
+    plan = plan_of(args, recipe.epochs, num_epoch, unlabeled=data / "unlabeled", num_unlabeled=num_unlabeled)
     run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
     sizes = f"{len(train_images)} labelled, {num_pseudo} unlabelled, {len(val_images)} val; {len(classes)} classes"
     noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"
@@ -273,12 +288,7 @@ def main() -> None:
     of_unlabeled = {"clean": clean, "noised": crop, "held_out": held_out, "repeated": pseudo_labels.rows}
     labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)
     unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **of_unlabeled)
-    if args.consistency:
-        loss_of = partial(consistency_loss, temperature=pseudo_labels.temperature)
-    else:  # below 1 only the targets are tempered: that sharpens them (UDA, 1904.12848)
-        temperature = max(pseudo_labels.temperature, 1.0)
-        loss_of = partial(noisy_student_loss, weight=unlabeled_weight, temperature=temperature)
-    loss_of = partial(loss_of, label_smoothing=args.label_smoothing)
+    loss_of = loss_function(args, unlabeled_weight, pseudo_labels.temperature)
     for labeled, unlabeled in run.steps(labeled_batches, unlabeled_batches):  # sets the rate, seeds the noise
         # The last view of each image is the student's. Both kinds are noised alike, as one uint8 batch
         # (n + m, 3, H, W), the labelled ones first.

@@ -23,7 +23,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import COUNT, add_optimization_flags, add_run_flags, argument_parser, at_least, fail, print0  # program
+from common import (
+    COUNT,
+    RATE,
+    add_optimization_flags,
+    add_run_flags,
+    argument_parser,
+    at_least,
+    fail,
+    print0,
+)  # program
 from common import init_processes  # processes
 from common import EfficientNet, MBConv  # models
 from common import View, normalize  # views
@@ -48,7 +57,8 @@ def parse_args() -> argparse.Namespace:
         "the stem and the first N blocks stay; all: the last linear layer alone trains, as in FixRes and for ResNets"
     )
     add("--frozen-blocks", type=at_least(0, int, words=("all",)), default=0, help=blocks)
-    add("--bn-momentum", type=float, default=0.1, help="of running statistics; 0.01 is the official one for long runs")
+    momentum_help = "of running statistics (official 0.01); 0: frozen; None: 0.1, or 0 if the checkpoint's were frozen"
+    add("--bn-momentum", type=RATE, help=momentum_help)
     add_optimization_flags(parser, from_scratch=False)
     add_run_flags(parser, evaluates=False)
     parser.set_defaults(optimizer="adamw", schedule="cosine")
@@ -115,7 +125,6 @@ def main() -> None:
     resumed = previous_run(args)
     check_parts(args.batch_size, f"--batch-size {args.batch_size}", args, processes)
     model, source = load_model(args.checkpoint, processes.device)
-    set_bn_momentum(model, args.bn_momentum)
 
     # Images and labels. Training images look exactly as test images do: the clean view at the new size, without noise.
     data = data_of(args, source)
@@ -139,6 +148,12 @@ def main() -> None:
     # Only what is not frozen trains, at a quarter of the rate that the weights were trained with. There is no running
     # average: over so few steps it would stay where it began.
     freeze(model, args.frozen_blocks)
+    bn_momentum = args.bn_momentum
+    if bn_momentum is None:
+        of_checkpoint = source["args"].get("bn_momentum", 0.01)
+        was_frozen = of_checkpoint == 0 or (of_checkpoint is None and source["args"].get("init"))
+        bn_momentum = 0.0 if was_frozen else 0.1
+    set_bn_momentum(model, bn_momentum)
     steps_per_epoch = len(train_images) / args.batch_size
     peak = source["lr"] / 4 if source.get("lr") and source["args"].get("optimizer") == args.optimizer else None
     plan = plan_of(args, max(1.5, 200 / steps_per_epoch), len(train_images), peak)

@@ -168,7 +168,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--small-images", action=SWITCH, help="model and noise for 32 pixels; None: as --init or the teacher")
     add("--dropout", type=RATE, help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=RATE, help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
-    add("--bn-momentum", type=RATE, default=0.01, help="of running statistics (official); 0.1 in short runs")
+    momentum_help = "of running statistics; 0: frozen, in inference mode; None: 0.01 (official), --init 0"
+    add("--bn-momentum", type=RATE, help=momentum_help)
     add("--zero-init-residual", action="store_true", help="blocks start as the identity: short runs learn sooner")
 
 
@@ -188,7 +189,7 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     length = "None: 700 to B4, 350 above (official), --init 30" if from_scratch else "None: 1.5 or 200 steps"
     add("--epochs", type=at_least(0), action=Length, help=f"passes over the labelled images; {length}")
     steps = at_least(0, int, words=("auto",))
-    add("--steps", type=steps, action=Length, help="in place of --epochs; auto: 100 epochs, at least 1,000 steps")
+    add("--steps", type=steps, action=Length, help="in place of --epochs; auto: as many as the images need")
     optimizers = ["rmsprop", "sgd", "adamw"]
     add("--optimizer", choices=optimizers, default="rmsprop", help="rmsprop: TensorFlow's (paper)")
     add("--lr", type=at_least(0), help="peak rate; None: the official one for each 256 of the batch; --init: one")
@@ -733,20 +734,18 @@ def initial_weights(init: str | Path, arch: str | None, image_size: int | None) 
     return {"arch": arch, "model": source, **view_of_file(Path(init), arch)._asdict()}
 
 
-def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str]) -> str:
-    """Start from --init, with its classifier if that has the same classes in order. Returns what to say."""
+def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str]) -> bool:
+    """Start from --init. Returns whether its classifier fits: it has the same classes in order."""
     try:
         weights = own_names(source, model.state_dict())
         if "classes" in source:
             same_classes = source["classes"] == classes
         else:  # of a foreign file only their number is known
             same_classes = len(weights.get(f"{head_names(model)[0]}.weight", ())) == len(classes)
-        if 0 in (args.epochs, args.steps) and not same_classes:
-            fail(f"--init {args.init}: not the {len(classes)} classes of --data, and --epochs 0 trains none")
         load_weights(model, weights, new_head=not same_classes)
     except ValueError as error:
         fail(f"--init {args.init} does not fit --arch {args.arch or source['arch']}: {error}")
-    return f"from {args.init}" if same_classes else f"from {args.init} with a new classifier: other classes"
+    return same_classes
 
 
 def build_timm_model(arch: str, num_classes: int, options: dict) -> nn.Module:
@@ -1707,17 +1706,24 @@ RATES = {
 }
 
 
-def plan_of(args, epochs: float, num_images: int, peak: float | None = None) -> Plan:
+def plan_of(
+    args, epochs: float, num_images: int, peak: float | None = None, unlabeled: Path | None = None, num_unlabeled=0
+) -> Plan:
     """The plan of a run. `epochs` and `peak` count where no flag says how long and how fast.
 
-    --steps auto, ours: 100 passes from scratch, 30 from weights (a guess), and at least 1,000 steps.
+    --steps auto, ours: from scratch 100 passes over the labelled images, at least 1,000 steps; from weights 30 passes
+    over them or 3 over those in `unlabeled`, `num_unlabeled` a step, whichever is longer, at least 300 steps.
     """
     init, steps_per_epoch = getattr(args, "init", None), max(num_images, 1) / args.batch_size
     if args.steps == "auto":
-        passes = 30 if init else 100
-        steps = max(1000, round(passes * steps_per_epoch))
-        product = f"{num_images} images x {passes} passes = {passes * steps_per_epoch:.0f} steps"
-        print0(f"--steps auto: {product} of {args.batch_size}, at least 1,000: {steps}")
+        passes, least = (30, 300) if init else (100, 1000)
+        steps = max(least, round(passes * steps_per_epoch))
+        product = f"{num_images} labelled images x {passes} passes = {passes * steps_per_epoch:.0f}"
+        if init and num_unlabeled and unlabeled.is_dir():
+            num = len(list_images(unlabeled))
+            steps = max(steps, round(3 * num / num_unlabeled))
+            product += f"; {num} unlabelled x 3 = {3 * num / num_unlabeled:.0f}"
+        print0(f"--steps auto: {steps} steps ({product}; at least {least})")
     elif args.steps is not None:
         steps = args.steps
     else:
@@ -2076,8 +2082,11 @@ def setup_of(args, teacher: Mapping, initial: dict, image_size: int) -> Setup:
     return Setup(arch, small_images, view, crop, recipe, partial(add_noise, **options), initial)
 
 
-def model_of(stage: str, setup: Setup, labels: np.ndarray, classes: list[str], args):
-    """(a model as the flags want it, what its checkpoints say of it, where its weights come from)."""
+def model_of(stage: str, setup: Setup, train: tuple, classes: list[str], args, processes: Processes):
+    """(a model as the flags want it, what its checkpoints say of it, where its weights come from).
+
+    `train`: the labelled images and their labels, on which a new classifier is fitted.
+    """
     arch, num_classes = setup.arch, len(classes)
     options = {"small_images": setup.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     options["zero_init_residual"] = args.zero_init_residual or None
@@ -2099,14 +2108,22 @@ def model_of(stage: str, setup: Setup, labels: np.ndarray, classes: list[str], a
         model = build_model(arch, num_classes, **options)
     except ValueError as error:
         fail(f"--arch: {error}")
-    set_bn_momentum(model, args.bn_momentum)
     origin = "from scratch"
     if setup.initial:
-        origin = load_initial_weights(model, setup.initial, args, classes)
+        origin = f"from {args.init}"
+        if not load_initial_weights(model, setup.initial, args, classes):
+            if not len(train[0]):
+                fail(f"--init {args.init}: not the {len(classes)} classes of --data, which has no train/ to learn them")
+            model = model.to(processes.device, memory_format=torch.channels_last)
+            origin += fit_classifier(model, *train, setup.view, processes)
+    bn_momentum = args.bn_momentum
+    if bn_momentum is None:
+        bn_momentum = 0.0 if setup.initial else 0.01
+    set_bn_momentum(model, bn_momentum)
     if not has_noise(model):
         origin += ", no model noise"
     header = {"stage": stage, "arch": arch, "arch_options": options, "classes": classes}
-    header |= {"class_counts": np.bincount(labels, minlength=num_classes).tolist(), "hflip": args.hflip}
+    header |= {"class_counts": np.bincount(train[1], minlength=num_classes).tolist(), "hflip": args.hflip}
     return model, header | setup.view._asdict(), origin
 
 
@@ -2118,9 +2135,82 @@ def has_noise(model: nn.Module) -> bool:
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """0: batch norms stay in inference mode. A few small noised batches would only disturb published statistics."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
+            if momentum == 0:
+                module.eval()
+
+
+def logistic_regression(features: Tensor, target: Tensor, num_classes: int, decay: float) -> Tensor:
+    """(classes, features + 1), the biases last, of the least mean cross-entropy + decay / 2 x the squared weights."""
+    weights = features.new_zeros(num_classes, features.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss_of():
+        optimizer.zero_grad()
+        logits = features @ weights[:, :-1].T + weights[:, -1]
+        loss = F.cross_entropy(logits, target) + decay / 2 * weights[:, :-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(loss_of)
+    return weights.detach()
+
+
+def fit_classifier(model: nn.Module, images: ImageList, labels: np.ndarray, view: View, processes: Processes) -> str:
+    """Set the last layer to the logistic regression on the frozen features of the clean images; returns what to say.
+
+    Then step 0 is what a linear probe gives, and the first steps do not distort the features to suit a random
+    classifier (LP-FT, Kumar et al., 2202.10054). The strength of its weight decay has the least cross-entropy in five
+    folds. At most 20,000 images are used. A last layer that is not one linear layer stays zero.
+    """
+    names = head_names(model)
+    head = model.get_submodule(names[0])
+    if len(names) > 1 or not isinstance(head, nn.Linear):
+        return " with a new classifier"
+    rows = np.unique(np.linspace(0, len(images) - 1, 20_000).astype(int))
+    features, read = [], []
+    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    alone = processes._replace(rank=0, world_size=1)  # each process does the same
+    keys = grid_keys(len(rows), rows_per_batch(view.image_size, processes.device), alone)
+    model.eval()
+    for batch in load_batches(ImageDataset(images[rows], clean=view), keys, alone):
+        if len(batch.rows):
+            read.append(batch.rows)
+            with torch.no_grad():
+                model(normalize(batch.views[0].to(processes.device), view))
+    model.train()
+    hook.remove()
+    if not features:
+        fail("no labelled image is readable")
+    x = torch.cat(features)
+    target = torch.from_numpy(labels[rows])[torch.cat(read)].to(processes.device)
+    num_classes = head.out_features
+    fold = torch.empty_like(target)  # the images of each class are dealt to the folds in turn
+    for c in range(num_classes):
+        of_class = (target == c).nonzero().squeeze(1)
+        fold[of_class] = torch.arange(len(of_class), device=target.device) % 5
+    scale = x.square().sum(1).mean().item()  # the decay is in proportion to the features' size
+    decays = [scale * 10.0**exponent for exponent in range(-6, 0)]
+    losses = []
+    for decay in decays:
+        total = 0.0
+        for k in range(5 if len(x) <= 2000 else 1):  # of many images one fold tells enough
+            inside = fold != k
+            weights = logistic_regression(x[inside], target[inside], num_classes, decay)
+            logits = x[~inside] @ weights[:, :-1].T + weights[:, -1]
+            total += F.cross_entropy(logits, target[~inside], reduction="sum").item()
+        losses.append(total)
+    best = decays[int(np.argmin(losses))]
+    weights = logistic_regression(x, target, num_classes, best)
+    if processes.world_size > 1:  # equal but for rounding
+        dist.broadcast(weights, 0)
+    with torch.no_grad():
+        head.weight.copy_(weights[:, :-1])
+        head.bias.copy_(weights[:, -1])
+    return f" with the logistic regression of {len(x)} images as its classifier"
 
 
 def precision_of(precision: str, device: torch.device) -> str:

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Noisy Student self-training as a shell loop over the stages: teacher -> labels -> balance -> student -> labels -> ...
-#
 #   ./run.sh              the whole loop on the drawn demo data
 #   ./run.sh DATA         the same on your own folder: train/<class>/, val/<class>/, unlabeled/
 #   ./run.sh test         the tests
@@ -51,17 +50,18 @@ model() { # model N: the flags of the N-th model, the teacher being 0
     echo "--arch $(nth "$1" $ARCHS) ${size:+--image-size $size}"
 }
 [ $# -gt 0 ] || stage 00_prepare_data.py demo --out "$DATA"
-PYTHONPATH=$here python3 -c "import sys, common; common.unlabeled_images(*sys.argv[1:])" "$DATA/unlabeled" "$DATA" # are there any?
+PYTHONPATH=$here python3 -c "import sys, common; common.unlabeled_images(*sys.argv[1:])" "$DATA/unlabeled" "$DATA" # any?
 OUT=${OUT:-runs/$(basename "$(cd "$DATA" && pwd)")} # everything is written below it
 corrupt=$(python3 -c "import cv2, scipy" 2>/dev/null && echo --corrupt || echo "no corruptions: pip install scipy opencv-python-headless" >&2)
-train=(--data "$DATA" "@$RECIPE" $NOISE --batch-size "$BATCH" ${STEPS:+--steps $STEPS} ${EPOCHS:+--epochs $EPOCHS})
-[ -z "$INIT" ] || train+=(--init "$INIT")
-models=()
+models=() train=(--data "$DATA" "@$RECIPE" $NOISE --batch-size "$BATCH")
+train+=(${STEPS:+--steps $STEPS} ${EPOCHS:+--epochs $EPOCHS} ${INIT:+--init "$INIT"})
 for seed in $SEEDS; do
     run=$OUT/seed$seed teacher=$OUT/seed$seed/teacher/model.pt
     ratio=$([ "$CONTROL" = 0 ] && echo 0 || nth 0 $RATIO) # as many images a step as a student, all of them labelled
+    # Of weights the probe, the logistic regression on their frozen features: what one would do without any of this.
+    [ -z "$INIT" ] || stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --epochs 0 --out "$run/probe"
     stage 01_train_teacher.py "${train[@]}" $(model 0) --ratio "$ratio" --seed "$seed:teacher" --out "$run/teacher"
-    models+=("$teacher")
+    models+=(${INIT:+"$run/probe/model.pt"} "$teacher")
     if [ "$CONTROL" != 0 ]; then # the last student's training without unlabelled images: the fair comparison
         stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --ratio "$(nth $((ROUNDS - 1)) $RATIO)" \
             --seed "$seed:control" --out "$run/control"
@@ -77,14 +77,14 @@ for seed in $SEEDS; do
             stage 03_balance.py "$labels" --threshold "$THRESHOLD" ${truth[@]+"${truth[@]}"} --out "$selected"
         fi
         stage 04_train_student.py --pseudo-labels "$selected" "${train[@]}" $(model "$round") \
-            --ratio "$(nth $((round - 1)) $RATIO)" --seed "$seed:student$round" --out "$student"
+            --ratio "$(nth $((round - 1)) $RATIO)" --seed "$seed:student$round" ${INIT:+--temperature 0} --out "$student"
         teacher=$student/model.pt models+=("$student/model.pt")
     done
-    [ "$FIXRES" = 0 ] || stage 05_fixres_finetune.py --checkpoint "$teacher" --data "$DATA" \
-        --batch-size $((2 * BATCH)) --out "$run/fixres" # as many images a step as a student of RATIO 1
-    [ "$FIXRES" = 0 ] || models+=("$run/fixres/model.pt")
+    [ "$FIXRES" != 0 ] || continue
+    stage 05_fixres_finetune.py --checkpoint "$teacher" --data "$DATA" --batch-size $((2 * BATCH)) --out "$run/fixres"
+    models+=("$run/fixres/model.pt")
 done
-stage 06_eval_robustness.py "${models[@]}" --data "$DATA" --val-half judge $corrupt --fgsm 2 --num-images 500 \
+stage 06_eval_robustness.py "${models[@]}" --data "$DATA" --val-half judge $corrupt --fgsm 2 --num-images 200 \
     --out "$OUT/robustness" # the table, and what the last student gained over the control
 cp "$OUT/robustness/robustness.md" "$OUT/verdict.md"
 [ "$CONTROL" != 0 ] || echo "Without a control: what the unlabelled images gave is not known." | tee -a "$OUT/verdict.md"

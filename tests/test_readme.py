@@ -415,7 +415,9 @@ def test_the_settings_of_run_sh_reach_the_stages(toolkit, recorded, tmp_path):
         assert f"--teacher {out}/seed3/{teacher}/model.pt" in seed3[f"labels{number}.h5"]
         assert "--threshold auto" in seed3[f"selected{number}.h5"]
     assert "/student3/model.pt --data" in seed3["fixres"] and "--batch-size 16" in seed3["fixres"]
-    names = ("teacher", "control", "student1", "student2", "student3", "fixres")
+    assert "--epochs 7" in seed3["probe"] and seed3["probe"].endswith(f"--epochs 0 --out {out}/seed3/probe")
+    assert "--temperature 0" in seed3["student1"] and "--temperature" not in seed3["control"]
+    names = ("probe", "teacher", "control", "student1", "student2", "student3", "fixres")
     models = [f"{out}/seed{seed}/{name}/model.pt" for seed in (3, 5) for name in names]
     assert lines[-1].startswith(f"torchrun 06_eval_robustness.py {' '.join(models)} --data {data} --val-half judge")
 
@@ -436,7 +438,7 @@ def test_help_lists_each_setting_with_its_default():
     assert "./run.sh DATA " in done.stdout and not done.stderr
 
 
-# tests/evidence.sh and tests/gpu.sh
+# tests/gpu.sh
 
 
 def test_what_waits_for_a_gpu_is_known(toolkit, recorded, tmp_path):
@@ -457,16 +459,3 @@ def test_what_waits_for_a_gpu_is_known(toolkit, recorded, tmp_path):
     assert status == 1 and [line.split()[1] for line in lines if line.startswith("FAILED")] == ["fp32-04"]
     left_out = [line.split()[1] for line in lines if line.startswith("skipped")]
     assert left_out == ["precisions", "two-gpus", "published-b0", "published-b7", "svhn"]
-
-
-@pytest.mark.parametrize("what", ["demo", "cifar10", "claims", "steady"])
-def test_every_command_of_the_evidence_parses(what, toolkit, recorded, tmp_path):
-    data = tmp_path / "data"
-    for folder in ("train/a", "unlabeled"):
-        (data / folder).mkdir(parents=True)
-        (data / folder / "0.png").touch()
-    words = [what, data] if what == "cifar10" else [what]
-    status, printed, lines = recorded(toolkit / "tests/evidence.sh", *words, OUT=str(tmp_path / "out"), SEEDS="0 1")
-    assert status == 0, printed
-    assert {"demo": 22, "cifar10": 22, "claims": 32, "steady": 10}[what] <= len(lines)
-    assert sum(line.startswith("results.py") for line in lines) == 2

@@ -62,7 +62,8 @@ def test_the_papers_recipe_is_what_the_defaults_are(args_of):
     """Of B7; so that a file nobody runs cannot say another thing than the code."""
     flags = "--arch tf_efficientnet_b7 --batch-size 2048 --image-size 600"
     told, default = args_of("4", "noisy-student-b7", flags), args_of("4", None, flags)
-    for flag in ("warmup_epochs", "average", "bn_momentum", "optimizer", "classifier_lr"):
+    assert told.bn_momentum == 0.01 and default.bn_momentum is None  # which is 0.01 from scratch
+    for flag in ("warmup_epochs", "average", "optimizer", "classifier_lr"):
         assert getattr(told, flag) == getattr(default, flag), flag
     recipe = common.recipe_of("tf_efficientnet_b7", default)
     assert recipe[1:3] == (told.num_ops, told.magnitude) and told.dropout == common.EFFICIENTNETS["efficientnet_b7"][3]
