@@ -2159,52 +2159,52 @@ def logistic_regression(features: Tensor, target: Tensor, num_classes: int, deca
     return weights.detach()
 
 
+@torch.no_grad()
+def features_of(model: nn.Module, head: nn.Linear, images: ImageList, view: View, processes: Processes):
+    """(what `head` gets of each readable clean image (n, features), their rows (n,)); the same in each process."""
+    features, rows = [], []
+    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    alone = processes._replace(rank=0, world_size=1)
+    keys = grid_keys(len(images), rows_per_batch(view.image_size, processes.device), alone)
+    model.eval()
+    for batch in load_batches(ImageDataset(images, clean=view), keys, alone):
+        if len(batch.rows):
+            rows.append(batch.rows)
+            model(normalize(batch.views[0].to(processes.device), view))
+    model.train()
+    hook.remove()
+    if not rows:
+        fail("no labelled image is readable")
+    return torch.cat(features), torch.cat(rows)
+
+
 def fit_classifier(model: nn.Module, images: ImageList, labels: np.ndarray, view: View, processes: Processes) -> str:
     """Set the last layer to the logistic regression on the frozen features of the clean images; returns what to say.
 
     Then step 0 is what a linear probe gives, and the first steps do not distort the features to suit a random
-    classifier (LP-FT, Kumar et al., 2202.10054). The strength of its weight decay has the least cross-entropy in five
-    folds. At most 20,000 images are used. A last layer that is not one linear layer stays zero.
+    classifier (LP-FT, Kumar et al., 2202.10054). Its weight decay is the one with the least cross-entropy in five folds.
+    At most 20,000 images are used. A last layer that is not one linear layer stays zero.
     """
     names = head_names(model)
     head = model.get_submodule(names[0])
     if len(names) > 1 or not isinstance(head, nn.Linear):
         return " with a new classifier"
-    rows = np.unique(np.linspace(0, len(images) - 1, 20_000).astype(int))
-    features, read = [], []
-    hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    alone = processes._replace(rank=0, world_size=1)  # each process does the same
-    keys = grid_keys(len(rows), rows_per_batch(view.image_size, processes.device), alone)
-    model.eval()
-    for batch in load_batches(ImageDataset(images[rows], clean=view), keys, alone):
-        if len(batch.rows):
-            read.append(batch.rows)
-            with torch.no_grad():
-                model(normalize(batch.views[0].to(processes.device), view))
-    model.train()
-    hook.remove()
-    if not features:
-        fail("no labelled image is readable")
-    x = torch.cat(features)
-    target = torch.from_numpy(labels[rows])[torch.cat(read)].to(processes.device)
-    num_classes = head.out_features
+    chosen = np.unique(np.linspace(0, len(images) - 1, 20_000).astype(int))
+    x, rows = features_of(model, head, images[chosen], view, processes)
+    target = torch.from_numpy(labels[chosen])[rows].to(x.device)
     fold = torch.empty_like(target)  # the images of each class are dealt to the folds in turn
-    for c in range(num_classes):
+    for c in range(head.out_features):
         of_class = (target == c).nonzero().squeeze(1)
-        fold[of_class] = torch.arange(len(of_class), device=target.device) % 5
-    scale = x.square().sum(1).mean().item()  # the decay is in proportion to the features' size
-    decays = [scale * 10.0**exponent for exponent in range(-6, 0)]
-    losses = []
-    for decay in decays:
-        total = 0.0
+        fold[of_class] = torch.arange(len(of_class), device=x.device) % 5
+    size = x.square().sum(1).mean().item()
+    losses = {}
+    for decay in (size * 10.0**exponent for exponent in range(-6, 0)):
+        losses[decay] = 0.0
         for k in range(5 if len(x) <= 2000 else 1):  # of many images one fold tells enough
-            inside = fold != k
-            weights = logistic_regression(x[inside], target[inside], num_classes, decay)
-            logits = x[~inside] @ weights[:, :-1].T + weights[:, -1]
-            total += F.cross_entropy(logits, target[~inside], reduction="sum").item()
-        losses.append(total)
-    best = decays[int(np.argmin(losses))]
-    weights = logistic_regression(x, target, num_classes, best)
+            weights = logistic_regression(x[fold != k], target[fold != k], head.out_features, decay)
+            logits = x[fold == k] @ weights[:, :-1].T + weights[:, -1]
+            losses[decay] += F.cross_entropy(logits, target[fold == k], reduction="sum").item()
+    weights = logistic_regression(x, target, head.out_features, min(losses, key=losses.get))
     if processes.world_size > 1:  # equal but for rounding
         dist.broadcast(weights, 0)
     with torch.no_grad():
