@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import load_stage
+from conftest import load_stage, save_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,56 +98,36 @@ def test_the_verdict_in_numbers():
     assert stage.difference(alone[3], alone[1], "corrupted") == (3, None, 1) and stage.verdict(alone)
 
 
-# tests/results.py
-
-TOP1 = {"hard-labels": (74, 76, 78), "control": (70, 71, 72), "ratio-3": (70, 73, 72), "student1": (74, 77, 77)}
-
-
-def test_the_tables_of_the_evidence(tmp_path, monkeypatch):
-    """docs/results.md of made-up runs: means, deviations and paired differences by hand, and what a claim shows."""
+def test_a_run_that_is_taken_in_becomes_a_table(tmp_path, monkeypatch):
+    """tests/results.py on two folders of made-up runs: what is kept of them, and the table and verdict of stage 06."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    measured = tmp_path / "robustness.json"
-    for seed in range(3):
+    monkeypatch.setenv("COMMIT", "abc1234")
+    page = tmp_path / "docs" / "results.md"
+    page.parent.joinpath("results").mkdir(parents=True)
+    page.write_text("# Results\n<!-- tables -->\nof before\n<!-- end -->\nmore\n")
+    runs = [tmp_path / "runs" / name for name in ("one", "two")]
+    selection = {"candidates": 60, "threshold": 0.5, "kept": 40, "examples": 44, "classes": {}}
+    for seed, run in enumerate(runs):
+        folder = run / f"seed{seed}"
+        save_model(folder / "teacher" / "model.pt", class_counts=[20, 10])
+        truth = {"accuracy_before": 70.0 + seed, "accuracy_after": 90.0 + seed}
+        (folder / "selected1.json").write_text(json.dumps(selection | {"truth": truth}))
         entries = {}
-        for model, values in TOP1.items():
-            clean, summary = {"top1": values[seed], "num": 1000}, {"corrupted": values[seed] / 2}
-            entries[f"seed{seed}/{model}/model.pt"] = {"clean": clean, "summary": summary}
-        measured.write_text(json.dumps(entries))
-        results.collect("claims", f"seed{seed}", measured)
-        results.collect("demo", f"seed{seed}", measured)
-    lines = results.tables().splitlines()
-    # Differences 4, 6, 5: 5 +- 4.3027 * 1 / sqrt(3). Corrupted ones are half as large.
-    assert "| student1 | 74.00, 77.00, 77.00 | 76.00 ± 1.73 | 38.00 ± 0.87 | +5.00 ± 2.48 | +2.50 ± 1.24 |" in lines
-    shown = {tuple(line.split("`")[1:4:2]): line.split(" | ")[-1] for line in lines if "` - `" in line}
-    assert shown["student1", "control"] == "the other way |"  # more is gained on corrupted images: the last of these
-    assert shown["student1", "hard-labels"] == "not shown |" and shown["ratio-3", "student1"] == "the other way |"
-    order = [line.split(" | ")[0] for line in lines if line.startswith("| ") and "`" not in line]
-    assert order[:6] == ["| model", "| ---", "| control", "| student1", "| hard-labels", "| ratio-3"]
-    assert results.folded("a" * 110 + " from-its-teacher")[1] == "from-its-teacher", "a name stays whole"
-
-    # An arm that is run later joins those of its seed; a seed that another commit measured is named.
-    monkeypatch.setenv("COMMIT", "later")
-    later = {"unbalanced/model.pt": {"clean": {"top1": 75, "num": 1000, "right": "AA=="}}}
-    measured.write_text(json.dumps(later))
-    results.collect("claims", "seed0", measured)
-    kept = json.loads((tmp_path / "docs" / "results" / "claims" / "seed0.json").read_text())
-    assert list(kept["models"]) == [*TOP1, "unbalanced"] and kept["commit"].endswith("; later")
-    assert kept["models"]["unbalanced"]["right"] == "AA=="
-    assert "| unbalanced | 75.00, -, - | 75.00 | - | - | - |" in results.tables().splitlines()
-    assert "seed 1 2: commit" in " ".join(results.tables().split())
-
-    # The demo's are the README's first table too, with the verdict; the picture is beside the numbers.
-    picture = tmp_path / "docs" / "results" / "demo" / "dots.png"
-    results.draw(results.rows_of(results.runs_of("demo")), picture)
-    before, after = "# Title\n<!-- demo table -->\n", "<!-- end -->\nmore\n"
-    text = results.readme(f"{before}of earlier runs\n{after}")
-    assert picture.exists() and text.startswith(before) and text.endswith(after) and "earlier" not in text
-    assert "| student1 | 76.00 ± 1.73 | 38.00 ± 0.87 |" in text and 'SEEDS="0 1 2" ./run.sh' in text
-    assert results.readme(text) == text
-
-
-def test_the_runs_that_were_kept_can_be_read():
-    """docs/results.md can be made again of what stands in the repository."""
-    text = results.tables()
-    for folder in (results.ROOT / "docs" / "results").iterdir():
-        assert f"## {folder.name}\n" in text
+        for model, value in {"teacher": 50, "control": 60 + seed, "student1": 70 + 3 * seed}.items():
+            entry = entry_of(np.arange(100) < value, corrupted=value / 2) | {"sha256": "0" * 64}
+            entries[f"{folder}/{model}/model.pt"] = entry
+        (run / "robustness").mkdir()
+        (run / "robustness" / "robustness.json").write_text(json.dumps(entries))
+    results.main(["add", "demo", *map(str, runs)])
+    text, kept = page.read_text(), (tmp_path / "docs" / "results" / "demo.json").read_text()
+    assert text.startswith("# Results\n<!-- tables -->\n## demo\n") and text.endswith("<!-- end -->\nmore\n")
+    assert str(tmp_path) not in kept and "confusion" not in kept and "of before" not in text
+    for fact in ("commit abc1234", "30 labeled images, 60 unlabeled images, 100 val images", "seeds 0 1."):
+        assert fact in text
+    # Differences 10 and 12; corrupted ones are half as large, their interval that of t with one degree of freedom.
+    (student,) = (line.split("|") for line in text.splitlines() if line.startswith("| student1 (2 seeds)"))
+    assert [cell.strip() for cell in student[2:4]] == ["71.50 ± 2.12", "35.75 ± 1.06"] and "+11.00 ± " in student[4]
+    assert "student1 gains +11.00 points over control" in text and "-0.85 to +11.85" in text
+    assert "seed0/selected1 70.0 to 90.0, seed1/selected1 71.0 to 91.0." in text
+    results.main([])
+    assert page.read_text() == text
