@@ -2182,8 +2182,8 @@ def fit_classifier(model: nn.Module, images: ImageList, labels: np.ndarray, view
     """Set the last layer to the logistic regression on the frozen features of the clean images; returns what to say.
 
     Then step 0 is what a linear probe gives, and the first steps do not distort the features to suit a random
-    classifier (LP-FT, Kumar et al., 2202.10054). The weight decay is that with the least cross-entropy in five folds. At
-    most 20,000 images are used. A last layer that is not one linear layer stays zero.
+    classifier (LP-FT, Kumar et al., 2202.10054). The weight decay has the least cross-entropy in five folds. At most
+    20,000 images are used. A last layer that is not one linear layer stays zero.
     """
     names = head_names(model)
     head = model.get_submodule(names[0])

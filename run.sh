@@ -26,8 +26,7 @@ FIXRES=${FIXRES:-1}             # 0: no fine-tuning of the last student at a qua
 CONTROL=${CONTROL:-1}           # 0: no control, and a teacher of BATCH images a step, as in the paper
 [ "$DATA" != --help ] || { sed -n '2,/^set /s/^# \{0,1\}//p; /^[A-Z_]*=/p' "$0" && exit; }
 if [ -d "$here/.venv" ] || ! python3 -c "import torch, torchvision, h5py, PIL" 2>/dev/null; then
-    [ -d "$here/.venv" ] || python3 -m venv "$here/.venv"
-    PATH=$here/.venv/bin:$PATH
+    [ -d "$here/.venv" ] || python3 -m venv "$here/.venv"; PATH=$here/.venv/bin:$PATH
     python3 -m pip install --quiet -r "$here/requirements.txt" # seconds where all is there
 fi
 if [ "$DATA" = test ]; then
@@ -73,8 +72,9 @@ for seed in $SEEDS; do
             stage 02_pseudo_label.py --teacher "$teacher" --unlabeled "$run/selected1.h5" --out "$selected"
         else # a truth measures the labels, and chooses nothing
             stage 02_pseudo_label.py --teacher "$teacher" --unlabeled "$DATA/unlabeled" --out "$labels"
-            truth=(); [ ! -e "$DATA/unlabeled_truth.csv" ] || truth=(--truth "$DATA/unlabeled_truth.csv")
-            stage 03_balance.py "$labels" --threshold "$THRESHOLD" ${truth[@]+"${truth[@]}"} --out "$selected"
+            truth=$DATA/unlabeled_truth.csv; [ -e "$truth" ] || truth=
+            stage 03_balance.py "$labels" --threshold "$THRESHOLD" ${truth:+--truth "$truth"} \
+                ${INIT:+--per-class all} --out "$selected" # from weights balancing cost 2 to 4 points of 60
         fi
         stage 04_train_student.py --pseudo-labels "$selected" "${train[@]}" $(model "$round") \
             --ratio "$(nth $((round - 1)) $RATIO)" --seed "$seed:student$round" ${INIT:+--temperature 0} --out "$student"
