@@ -99,7 +99,7 @@ class Table:
         if not self.is_mean:
             return probs[0]
         for k, file in enumerate(self.files):
-            order = np.argsort(file.classes)
+            order = np.argsort(file.classes)  # teachers may number the classes differently
             probs[k] = probs[k][:, order[np.searchsorted(file.classes, self.classes, sorter=order)]]
         return sum(probs) / len(probs)
 
@@ -108,7 +108,7 @@ class Table:
         if not self.is_mean:
             return logits[0]
         mean = self.probs(logits).log()
-        return (mean - mean.amax(1, keepdim=True)).clamp(min=-65_000).half().numpy()
+        return (mean - mean.amax(1, keepdim=True)).clamp(min=-65_000).half().numpy()  # fp16 ends there
 
     def answers(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(label, confidence): as stored, or of the mean."""
@@ -124,7 +124,7 @@ class Table:
         true = [np.array(file.classes)[file.column("val_label")] for file in self.files]
         if not all(np.array_equal(names, true[0]) for names in true):
             return [], np.zeros(0, np.int32)
-        files = self.files if self.is_mean else self.files[:1]
+        files = self.files if self.is_mean else self.files[:1]  # of one teacher all have the same
         return [np.array(file.column("val_logits")) for file in files], files[0].column("val_label")
 
 
@@ -138,7 +138,7 @@ def open_table(paths: list[Path]) -> Table:
             fail(f"{file.path} is unfinished: run 02 again on it")
         check_label_rows(file)
     first, others = files[0], files[1:]
-    is_mean = bool(others) and all(same_images(first, file) for file in others)
+    is_mean = bool(others) and all(same_images(first, file) for file in others)  # several teachers
     for file in others:
         both = f"{first.path} and {file.path}"
         if is_mean and {*file.classes} != {*first.classes}:
@@ -167,7 +167,7 @@ def made_by(file: LabelFile) -> list:
 
 def check_disjoint(table: Table) -> None:
     """No image is in two files. Paths are compared by hashes of 64 bits: 8 bytes an image."""
-    hashes = []
+    hashes = []  # of each file, sorted
     for file, prefix in zip(table.files, table.prefixes, strict=True):
         paths = np.strings.add(prefix, file.column("path"))
         hashes.append(np.unique(np.fromiter(map(hash, paths), np.int64)))
@@ -185,8 +185,8 @@ def calibrate(confidence: np.ndarray, right: np.ndarray, args: argparse.Namespac
     Thresholds that keep less than --min-share of the images are ignored: a few may all be right by luck.
     """
     curve = []
-    for step in range(100):
-        above = confidence > np.float32(step / 100)
+    for step in range(100):  # thresholds 0.00 to 0.99
+        above = confidence > np.float32(step / 100)  # in float32, as the selection compares
         num, num_right = int(above.sum()), int(right[above].sum())
         point = {"threshold": step / 100, "kept": num, "right": num_right}
         point |= {"share": num / len(right), "share_interval": wilson(num, len(right))}
@@ -201,7 +201,7 @@ def calibrate(confidence: np.ndarray, right: np.ndarray, args: argparse.Namespac
 def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]:
     """(threshold, what balanced.json says of val), after a line that says where it comes from."""
     logits, true = table.val()
-    if len(true) < 20:
+    if len(true) < 20:  # a share of fewer means nothing
         threshold = 0.3 if len(table.classes) >= 100 else 0.5
         print0(f"threshold {threshold}: not measured, there are fewer than 20 labels of val")
         return threshold, {}
@@ -221,7 +221,7 @@ def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]
 def by_class(label: np.ndarray, num_classes: int) -> list[np.ndarray]:
     """The positions of each class's entries, ascending."""
     kind = np.uint16 if num_classes <= 1 << 16 else np.int32  # 16 bits: a radix sort, 5 times as fast
-    ends = np.bincount(label, minlength=num_classes).cumsum()
+    ends = np.bincount(label, minlength=num_classes).cumsum()  # of each class in the sorted order
     return np.split(np.argsort(label.astype(kind), kind="stable"), ends[:-1])
 
 
@@ -244,10 +244,10 @@ class BestOfClasses:
         self.num_new = 0  # entries behind the first chunk, which is the best so far
 
     def add(self, row: np.ndarray, label: np.ndarray, score: np.ndarray) -> None:
-        fits = score > self.cutoff[label]
+        fits = score > self.cutoff[label]  # what cannot be among the best is dropped at once
         self.chunks.append((row[fits], label[fits], score[fits]))
         self.num_new += np.count_nonzero(fits)
-        if self.num_new > max(1 << 18, len(self.chunks[0][0])):
+        if self.num_new > max(1 << 18, len(self.chunks[0][0])):  # so sorting costs O(1) an entry
             self.best()
 
     def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -255,7 +255,7 @@ class BestOfClasses:
         row, label, score = (np.concatenate(column) for column in zip(*self.chunks, strict=True))
         kept = np.ones(len(label), bool)
         for c, of_class in enumerate(by_class(label, len(self.cutoff))):
-            surplus = len(of_class) - self.per_class
+            surplus = len(of_class) - self.per_class  # how many must go
             if surplus >= 0:
                 rank = ranked(score[of_class])
                 is_best = rank >= np.partition(rank, surplus)[surplus]
@@ -284,9 +284,9 @@ def select_noisy_student(table: Table, threshold: float, per_class: int, seed: i
     copies = np.zeros(len(row), np.uint32)  # in a class they differ by at most one
     for c, of_class in enumerate(by_class(label, len(table.classes))):
         if len(of_class):
-            copies[of_class] = per_class // len(of_class)
+            copies[of_class] = per_class // len(of_class)  # each image so often
             shuffled = np.random.default_rng([seed, c]).permutation(of_class)
-            copies[shuffled[: per_class % len(of_class)]] += 1
+            copies[shuffled[: per_class % len(of_class)]] += 1  # and some once more, to exactly K
     return row, label, confidence, copies
 
 
@@ -295,10 +295,10 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
     best = BestOfClasses(len(table.classes), per_class)
     place = max(0, len(table.classes) - top_p)  # of the P-th highest, in ascending order
     for rows in table.chunks():
-        probs = table.probs(table.columns("logits", rows))
+        probs = table.probs(table.columns("logits", rows))  # (n, C)
         reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon few images reach a cutoff
         rows, probs = rows[reaches.numpy()], probs[reaches].numpy()
-        rank = ranked(probs)
+        rank = ranked(probs)  # ties go to the class that stands first
         image, label = np.nonzero(rank >= np.partition(rank, place, axis=1)[:, place, None])
         best.add(rows[image], label.astype(np.int32), probs[image, label])
     row, label, score = best.best()
@@ -314,10 +314,10 @@ def write_selection(path: Path, table: Table, num: int, chosen: Iterable, header
     end = 0
     with new_label_file(path, num, width, table.classes, names, **header) as file:
         for rows, *values in chosen:
-            begin, end = end, end + len(rows)
+            begin, end = end, end + len(rows)  # where these rows go in the new file
             for name, column in zip(names, [*values, DONE], strict=False):
                 file[name][begin:end] = column
-            for name in names[4:]:
+            for name in names[4:]:  # copied from the files that were selected from
                 column = table.columns(name, rows)
                 column = table.merge(column) if name == "logits" else column[0]
                 file[name][begin:end] = column.astype(file[name].dtype)
@@ -359,11 +359,11 @@ def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict[str, 
         masks = {"images": slice(None), "above_threshold": confidence > np.float32(threshold)}
         if truth:
             paths = table.columns("path", rows)[0].tolist()
-            true = np.array([truth.get(path, -1) for path in paths])
+            true = np.array([truth.get(path, -1) for path in paths])  # -1: of no class, or not known
             masks |= {"with_truth": true >= 0, "right": true == label}
         for name, mask in masks.items():
             counts[name] += np.bincount(label[mask], minlength=len(table.classes))
-        counts["histogram"] += np.histogram(confidence, 50, (0, 1))[0]
+        counts["histogram"] += np.histogram(confidence, 50, (0, 1))[0]  # for the picture
     return counts
 
 
@@ -377,9 +377,9 @@ def draw(path: Path, selection: LabelFile, sizes: dict, histograms: dict) -> Non
     plt = pyplot()
     if plt is None:
         return
-    order = np.argsort(-sizes["candidates"], kind="stable")
+    order = np.argsort(-sizes["candidates"], kind="stable")  # the most frequent class first
     present = order[sizes["examples"][order] > 0]
-    shown = present[np.unique(np.linspace(0, len(present) - 1, 8).astype(int))]
+    shown = present[np.unique(np.linspace(0, len(present) - 1, 8).astype(int))]  # 8 classes
     names = np.array(selection.classes)
     size = {"figsize": (10, 3 + 0.7 * len(shown)), "height_ratios": (3, 0.7 * len(shown))}
     _, axes = plt.subplot_mosaic("AB;CC", layout="constrained", **size)
@@ -398,7 +398,7 @@ def draw(path: Path, selection: LabelFile, sizes: dict, histograms: dict) -> Non
     for line, c in enumerate(shown):
         rows = np.flatnonzero(selection.column("label") == c)
         rows = rows[np.argsort(-selection.column("confidence")[rows], kind="stable")]
-        rows = rows[np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))]
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))]  # 12 of its images
         for i, row in enumerate(rows.tolist()):
             with contextlib.suppress(Exception):  # moved or unreadable: its place stays empty
                 image = selection.images.load(row, enough=64)
@@ -429,7 +429,7 @@ def main() -> None:
     before = count(table, threshold, truth)
     if args.truth and not before["with_truth"].any():
         fail(f"--truth {args.truth}: none of its names and classes are those of the label files")
-    above = np.sort(before["above_threshold"])
+    above = np.sort(before["above_threshold"])  # images of each class
     above = above[above > 0]  # the sizes of the classes that are not empty
     if not len(above):
         fail(f"--threshold {threshold:g} leaves no image of {args.labels[0]}: lower it")
@@ -443,13 +443,13 @@ def main() -> None:
             columns = select_top_p(table, args.top_p, per_class)
         else:
             columns = select_noisy_student(table, threshold, per_class, args.seed)
-        num, chosen = len(columns[0]), table.split(*columns)
+        num, chosen = len(columns[0]), table.split(*columns)  # in chunks, for the memory
     flags = {"method": args.method, "threshold": threshold, "per_class": per_class}
     flags |= {"top_p": args.top_p, "seed": args.seed}
     write_selection(args.out, table, num, chosen, header_of(table, args.labels[-1]) | flags)
 
     selection = open_label_file(args.out)
-    after = count(Table([selection]), threshold, truth)
+    after = count(Table([selection]), threshold, truth)  # the same counts of what was kept
     examples = np.bincount(selection.column("label"), selection.column("copies"), len(table.classes))
     sizes = {"candidates": before["images"], "above_threshold": before["above_threshold"]}
     sizes |= {"kept": after["images"], "examples": examples.astype(int)}

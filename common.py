@@ -811,7 +811,7 @@ def table_lookup(images: Tensor, tables: Tensor) -> Tensor:
 
 def blend(degenerate: Tensor, images: Tensor, magnitude: float) -> Tensor:
     """degenerate + factor * (image - degenerate), truncated as in Pillow. At 5 nothing changes."""
-    factor = 1.8 * magnitude / 10 + 0.1
+    factor = 1.8 * magnitude / 10 + 0.1  # official range 0.1 to 1.9
     degenerate = degenerate.float()
     return (images - degenerate).mul_(factor).add_(degenerate).clamp_(0, 255).to(torch.uint8)
 
@@ -842,7 +842,7 @@ def geometric(matrix: Callable) -> Callable:
     def op(images, magnitude, sign, generator):
         flat = F.pad(images.flatten(2), (0, 1), value=128)  # the last pixel is what lies outside
         moved = torch.empty_like(images.flatten(2))
-        for s in set(sign.tolist()):
+        for s in set(sign.tolist()):  # at most two transforms in a batch
             rows = (sign == s).nonzero().squeeze(1)
             index = source_pixels(*images.shape[2:], matrix(images, s * magnitude), images.device)
             values = flat.index_select(0, rows.to(images.device, non_blocking=True))
@@ -882,15 +882,15 @@ def equalize(images, magnitude, sign, generator):
     levels = torch.arange(256, device=images.device)
     planes = images.flatten(0, 1).flatten(1)
     first_bins = 256 * torch.arange(len(planes), dtype=torch.int32, device=images.device)
-    index = (planes + first_bins[:, None]).flatten()
+    index = (planes + first_bins[:, None]).flatten()  # 256 bins for each plane, one after the other
     if images.device.type == "cpu":
         histogram = index.bincount(minlength=256 * len(planes))
     else:  # bincount would wait for the device
         histogram = index.new_zeros(256 * len(planes)).scatter_add_(0, index.long(), torch.ones_like(index))
     histogram = histogram.view(-1, 3, 256)
     last = histogram.gather(2, images.flatten(2).amax(2, keepdim=True).long())  # of the brightest level
-    step = (planes.shape[1] - last) // 255
-    below = (histogram.cumsum(2) - histogram).double()
+    step = (planes.shape[1] - last) // 255  # pixels a level should have
+    below = (histogram.cumsum(2) - histogram).double()  # pixels darker than the level
     return table_lookup(images, torch.where(step > 0, (below + step // 2) / step, levels))
 
 
@@ -914,7 +914,7 @@ def solarize_add(images, magnitude, sign, generator):
 
 def contrast(images, magnitude, sign, generator):
     """Blend with the mean grey (official: with the pixel count over 256, tensorflow/tpu#825)."""
-    total = grayscale(images).flatten(2).sum(2, keepdim=True).double()
+    total = grayscale(images).flatten(2).sum(2, keepdim=True).double()  # float32 would round it
     mean = (total / images[0, 0].numel() + 0.5).floor()
     return table_lookup(images, blend(mean, torch.arange(256, device=images.device), magnitude))
 
@@ -925,7 +925,7 @@ def brightness(images, magnitude, sign, generator):
 
 def sharpness(images, magnitude, sign, generator):
     """Blend with the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels stay."""
-    wide = images.short()
+    wide = images.short()  # sums of nine uint8
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[..., 1:-1, 1:-1]
     smooth = total.float().div_(13).add_(0.5).floor_()
@@ -1004,8 +1004,8 @@ def small_image_noise(images: Tensor, hflip: bool, generator: torch.Generator | 
     """
     num, _, height, width = images.shape
     size = min(height, width)
-    images = cut_squares(images, size // 4, generator)
-    shifts = torch.randint(-(size // 8), size // 8 + 1, (num, 2), generator=generator)
+    images = cut_squares(images, size // 4, generator)  # 16 x 16 of 32 pixels, official
+    shifts = torch.randint(-(size // 8), size // 8 + 1, (num, 2), generator=generator)  # y, x
     mirrored = torch.rand(num, 1, generator=generator) < (0.5 if hflip else 0)
     y = (torch.arange(height) + shifts[:, :1]).abs()
     x = (torch.arange(width) + shifts[:, 1:]).abs()
@@ -1133,11 +1133,11 @@ def eval_view(image: Image.Image, view: View) -> np.ndarray:
     size = view.image_size
     resample = Image.Resampling[view.interpolation.upper()]
     if view.crop_mode == "squash":
-        side = int(size / view.crop_fraction)
-        left = round((side - size) / 2)
+        side = int(size / view.crop_fraction)  # what is outside the middle is cut off
+        left = round((side - size) / 2)  # as torchvision's CenterCrop
         image = image.resize((side, side), resample)
         return np.asarray(image.crop((left, left, left + size, left + size)))
-    side = max(1, int(view.crop_fraction * min(image.size)))
+    side = max(1, int(view.crop_fraction * min(image.size)))  # pixels of the original
     left = (image.width - side + 1) // 2  # official preprocessing.py:104-134
     top = (image.height - side + 1) // 2
     image = image.crop((left, top, left + side, top + side))  # resize(box=...) looks around the box
@@ -1154,7 +1154,7 @@ def random_view(image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.
     if crop.min_area is None:
         return eval_view(image, clean)
     for _ in range(10):
-        area = image.width * image.height * rng.uniform(crop.min_area, 1)
+        area = image.width * image.height * rng.uniform(crop.min_area, 1)  # pixels
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < width <= image.width and 0 < height <= image.height:
@@ -1170,7 +1170,7 @@ def random_view(image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.
 
 def normalize(images: Tensor, view: View) -> Tensor:
     """uint8 (N, 3, H, W) -> float32, standardized, channels_last (2 to 5 times as fast on CPUs)."""
-    mean = torch.tensor(view.mean, device=images.device).view(1, 3, 1, 1) * 255
+    mean = torch.tensor(view.mean, device=images.device).view(1, 3, 1, 1) * 255  # of 0..255
     std = torch.tensor(view.std, device=images.device).view(1, 3, 1, 1) * 255
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -1753,7 +1753,7 @@ def learning_rate(step: int, plan: Plan) -> float:
     if plan.schedule == "staircase":
         return plan.peak * 0.97 ** math.floor(step / (plan.total_steps * 2.4 / 350))
     if plan.schedule == "cosine":
-        share = (step - plan.warmup_steps) / max(1, plan.total_steps - plan.warmup_steps)
+        share = (step - plan.warmup_steps) / max(1, plan.total_steps - plan.warmup_steps)  # 0 to 1
         return plan.peak * 0.5 * (1 + math.cos(math.pi * share))
     if ":" in plan.schedule:
         num, factor = plan.schedule.split(":")
@@ -1770,7 +1770,7 @@ def plateau_factor(values: list[float], factor: float, patience: int = 3, min_de
 
     After `patience` evaluations in a row that are not better by more than `min_delta` it is multiplied by `factor`.
     """
-    best, waited, product = math.inf, 0, 1.0
+    best, waited, product = math.inf, 0, 1.0  # waited: evaluations since the best
     for value in values:
         waited += 1
         if value < best - min_delta:
@@ -1797,7 +1797,7 @@ class RMSpropTF(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
-                    self.state[p]["mean_square"] = torch.ones_like(p)
+                    self.state[p]["mean_square"] = torch.ones_like(p)  # TensorFlow's start; torch's is 0
                     self.state[p]["momentum"] = torch.zeros_like(p)
             if not params:
                 continue
@@ -1806,10 +1806,10 @@ class RMSpropTF(torch.optim.Optimizer):
             momentum = [self.state[p]["momentum"] for p in params]
             torch._foreach_mul_(mean_square, group["decay"])
             torch._foreach_addcmul_(mean_square, grads, grads, 1 - group["decay"])
-            root = torch._foreach_add(mean_square, group["eps"])
+            root = torch._foreach_add(mean_square, group["eps"])  # epsilon inside the root
             torch._foreach_sqrt_(root)
             torch._foreach_mul_(momentum, group["momentum"])
-            torch._foreach_addcdiv_(momentum, grads, root, group["lr"])
+            torch._foreach_addcdiv_(momentum, grads, root, group["lr"])  # the rate inside it
             torch._foreach_sub_(params, momentum)
 
 
@@ -1848,8 +1848,8 @@ def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) 
 
     Of parameters and batch-norm running statistics (official main.py:472-476, utils.py:292-306).
     """
-    rate = 1 - min(decay, (1 + step) / (10 + step))
-    averages = [t for t in ema_model.state_dict().values() if t.is_floating_point()]
+    rate = 1 - min(decay, (1 + step) / (10 + step))  # a ramp: at first it follows closely
+    averages = [t for t in ema_model.state_dict().values() if t.is_floating_point()]  # not counters
     latest = [t for t in model.state_dict().values() if t.is_floating_point()]
     torch._foreach_lerp_(averages, latest, rate)
 
@@ -1860,9 +1860,9 @@ def update_swa(swa_model: nn.Module, model: nn.Module, step: int, total_steps: i
 
     Parameters alone: batch norms are recomputed before an evaluation.
     """
-    num, rest = divmod(step - total_steps // 2, 10)
+    num, rest = divmod(step - total_steps // 2, 10)  # the num-th set of weights
     if num <= 0 or rest == 0:
-        rate = 1 / max(num, 1)
+        rate = 1 / max(num, 1)  # mean of n: the n-th moves it by 1 / n
         torch._foreach_lerp_(list(swa_model.parameters()), list(model.parameters()), rate)
 
 
