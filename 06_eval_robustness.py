@@ -961,14 +961,14 @@ def markdown_table(rows: list[Row], headings: list[str]) -> str:
 
 
 def verdict(rows: list[Row]) -> str:
-    """What the last student gained over `control`, in numbers; "" where one of them is missing."""
+    """What the last student gained over `control` and `probe`, in numbers; "" without a student or a control."""
     students = [row for row in rows if row.model.startswith("student")]
-    controls = [row for row in rows if row.model == "control"]
+    bases = {row.model: row for row in rows if row.model in ("control", "probe")}
     sentences = []
-    if not students or not controls:
+    if not students or "control" not in bases:
         return ""
-    for heading in ("clean", "corrupted"):
-        gained = difference(students[-1], controls[0], heading)
+    for base, heading in (("control", "clean"), ("control", "corrupted"), ("probe", "clean")):
+        gained = difference(students[-1], bases[base], heading) if base in bases else None
         if gained:
             points, half, seeds = gained
             interval = "no interval"
@@ -976,9 +976,12 @@ def verdict(rows: list[Row]) -> str:
                 interval = f"95 percent interval {points - half:+.2f} to {points + half:+.2f}"
             cell = next(iter(students[-1].columns.values()))[heading]
             images = f"images: {cell.num:,}" if cell.right else "for these images alone"
-            gain = f"{students[-1].model} gains {points:+.2f} points over control on {heading} images"
+            gain = f"{students[-1].model} gains {points:+.2f} points over {base} on {heading} images"
             sentences.append(f"{gain} ({interval}; seeds: {seeds}, {images}).")
-    return " ".join(sentences)
+    means = {}
+    for row in rows:
+        means[row.name] = np.mean([cells["clean"].value if "clean" in cells else 0 for cells in row.columns.values()])
+    return " ".join([*sentences, f"The highest clean top-1 is that of {max(means, key=means.get)}."])
 
 
 def gaps_of(shown: dict[str, dict]) -> str:

@@ -88,7 +88,7 @@ def test_the_verdict_in_numbers():
     points, half, _ = stage.difference(rows["student2"], rows["control"], "clean")
     assert points == pytest.approx(4)
     text = stage.verdict(list(rows.values()))
-    assert "student2" in text and "student1" not in text
+    assert "student2" in text and "student1" not in text and text.endswith("is that of student2 (2 seeds).")
     for center, width in ((points, half), (2, 12.7062)):
         assert f"{center:+.2f} points" in text
         assert f"{center - width:+.2f} to {center + width:+.2f}; seeds: 2" in text
