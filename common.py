@@ -2183,11 +2183,11 @@ def fit_classifier(model: nn.Module, images: ImageList, labels: np.ndarray, view
 
     Then step 0 is what a linear probe gives, and the first steps do not distort the features to suit a random
     classifier (LP-FT, Kumar et al., 2202.10054). The weight decay has the least cross-entropy in five folds. At most
-    20,000 images are used. A last layer that is not one linear layer stays zero.
+    20,000 images are used. A last layer that is not one linear layer with biases stays zero.
     """
     names = head_names(model)
     head = model.get_submodule(names[0])
-    if len(names) > 1 or not isinstance(head, nn.Linear):
+    if len(names) > 1 or not isinstance(head, nn.Linear) or head.bias is None:
         return " with a new classifier"
     chosen = np.unique(np.linspace(0, len(images) - 1, 20_000).astype(int))
     x, rows = features_of(model, head, images[chosen], view, processes)
@@ -2310,6 +2310,7 @@ def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     torch's swa_utils.update_bn leaves these on, but the model is tested without them.
     """
     norms = [module for module in model.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.momentum != 0]  # 0: frozen
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().reset_running_stats()

@@ -14,7 +14,7 @@ from PIL import Image
 import common
 
 stage = load_stage("06_eval_robustness")
-ORIGINAL = np.load(ROOT / "tests" / "corruptions.npz")  # by reference_corruptions.py, from the generators themselves
+ORIGINAL = np.load(ROOT / "tests" / "corruptions.npz")  # by the generators themselves: docs/robustness.md
 
 
 def corrupt(image, name, severity, seed=0):
