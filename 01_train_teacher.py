@@ -45,9 +45,7 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; --epochs 0 needs no train/")
     add("--out", type=Path, default=Path("runs/teacher"), help="folder of the results; the same command resumes it")
     add("--classes", type=Path, help="with --init and --epochs 0: one class a line, the names of the outputs in order")
-    add(
-        "--ratio", type=at_least(0), default=0.0, help="more labelled images a step, in place of a student's unlabelled"
-    )
+    add("--ratio", type=at_least(0), default=0.0, help="extra labelled images per labelled one, as a student's control")
     add_model_flags(parser)
     add_noise_flags(parser)
     add_optimization_flags(parser)

@@ -40,14 +40,14 @@ from common import pyplot, save_figure  # pictures
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("labels", type=Path, nargs="+", help="label files, in any order")
+    add("labels", type=Path, nargs="+", help="label files of stage 02")
     add("--out", type=Path, required=True, help="NAME.h5; .json and .png stand beside it")
     methods = ["noisy-student", "top-p"]
     add("--method", choices=methods, default=methods[0], help="top-p: the billion-scale selection")
     threshold = at_least(0, high=1, words=("auto",))
     add("--threshold", type=threshold, default="auto", help="keep confidence above it (paper: 0.3)")
-    add("--min-precision", type=RATE, default=0.9, help="auto: least precision on val")
-    add("--min-share", type=RATE, default=0.67, help="auto: least share of val above it")
+    add("--min-precision", type=RATE, default=0.9, help="for --threshold auto, on val")
+    add("--min-share", type=RATE, default=0.67, help="for --threshold auto: of val kept")
     per_class = at_least(1, int, 2**31 - 1, words=("auto", "all"))
     add("--per-class", type=per_class, default="auto", help="K; auto: median, <= 130,000; all: any")
     add("--top-p", type=at_least(1, int), default=10, help="classes that an image counts for")
@@ -94,7 +94,7 @@ class Table:
         return [values]
 
     def probs(self, logits: list[np.ndarray]) -> torch.Tensor:
-        """float32 (n, C): the softmax of each teacher's logits, averaged. Classes go by name."""
+        """float32 (n, C): the softmax of each teacher's logits, averaged. Classes are matched by name."""
         probs = [torch.from_numpy(of_teacher).softmax(1, dtype=torch.float32) for of_teacher in logits]
         if not self.is_mean:
             return probs[0]
@@ -324,7 +324,7 @@ def write_selection(path: Path, table: Table, num: int, chosen: Iterable, header
 
 
 def header_of(table: Table, last: Path) -> dict:
-    """What the selection keeps of its input; of several teachers that of the file named last."""
+    """What the selection keeps of its input, a student's defaults; of several teachers that of the last file."""
     attrs = open_label_file(last).attrs if table.is_mean else table.files[-1].attrs
     header = {name: value for name, value in attrs.items() if name != "format"}
     if table.is_mean:

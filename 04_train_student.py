@@ -49,7 +49,7 @@ from common import Run  # the training run
 def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument_group("images and labels").add_argument
-    add("--teacher", type=Path, help="labels on the fly; with --pseudo-labels it only supplies defaults")
+    add("--teacher", type=Path, help="checkpoint: labels on the fly, or defaults for --pseudo-labels")
     add("--pseudo-labels", type=Path, help="label file of 03 or 02: the unlabelled images and their labels")
     add("--data", type=Path, help="data directory with train/<class>/, maybe val/<class>/; None: the teacher's own")
     add(

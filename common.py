@@ -168,7 +168,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--small-images", action=SWITCH, help="model and noise for 32 pixels; None: as --init or the teacher")
     add("--dropout", type=RATE, help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=RATE, help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
-    momentum_help = "of running statistics; 0: frozen, in inference mode; None: 0.01 (official), --init 0"
+    momentum_help = "weight of a batch in running statistics; 0: frozen; None: 0.01, or 0 with --init"
     add("--bn-momentum", type=RATE, help=momentum_help)
     add("--zero-init-residual", action="store_true", help="blocks start as the identity: short runs learn sooner")
 
@@ -176,7 +176,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_noise_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("noise of the input").add_argument
     add("--num-ops", type=at_least(0, int), help="RandAugment ops an image; None: 2; B0, B1: 0 without --magnitude")
-    add("--magnitude", type=at_least(0), help="of RandAugment, 10 is usual; None: B2 6 ... B7, L* 27 (paper), else 9")
+    add("--magnitude", type=at_least(0), help="of RandAugment, on a scale of 10; None: B2 6 ... B7, L* 27, else 9")
     add("--min-crop-area", type=RATE, help="smallest crop, share of the area; None: 0.7 up to 64 pixels, else 0.08")
     add("--hflip", action=SWITCH, default=True, help="mirror half of the images; --no-hflip for digits")
 
@@ -185,24 +185,24 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     """`from_scratch`: with a warm-up and a running average, for which a fine-tuning is too short."""
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=COUNT, default=256, help="labelled images a step, all processes (paper: 2048)")
-    add("--accumulate", type=COUNT, default=1, help="parts a step: less memory; batch norm sees one part")
-    length = "None: 700 to B4, 350 above (official), --init 30" if from_scratch else "None: 1.5 or 200 steps"
+    add("--accumulate", type=COUNT, default=1, help="split the batch in N: less memory; norms see 1 / N")
+    length = "None: 700 up to B4, else 350; with --init 30" if from_scratch else "None: 1.5 or 200 steps"
     add("--epochs", type=at_least(0), action=Length, help=f"passes over the labelled images; {length}")
     steps = at_least(0, int, words=("auto",))
     add("--steps", type=steps, action=Length, help="in place of --epochs; auto: as many as the images need")
     optimizers = ["rmsprop", "sgd", "adamw"]
     add("--optimizer", choices=optimizers, default="rmsprop", help="rmsprop: TensorFlow's (paper)")
-    add("--lr", type=at_least(0), help="peak rate; None: the official one for each 256 of the batch; --init: one")
+    add("--lr", type=at_least(0), help="peak rate; None: the optimizer's, per 256 images; --init: for any batch")
     schedules = r"staircase|cosine|constant|[1-9]\d*:[\d.]+" + ("|plateau" if from_scratch else "")
-    schedule_help = "staircase (paper), cosine, constant, plateau (not 05), N:FACTOR (N equal drops)"
+    schedule_help = "None: staircase (paper), --init cosine; constant, plateau (not 05), N:FACTOR"
     add("--schedule", type=text_like(schedules), help=schedule_help)
     if from_scratch:
         add("--warmup-epochs", type=at_least(0), default=5.0, help="linear warm-up; at most a fifth of the run")
         average = at_least(0, high=1, words=("swa",))
-        add("--average", type=average, default=0.9999, help="decay of the averaged weights, or swa: equal mean")
+        add("--average", type=average, default=0.9999, help="decay of the weight average; 0: off; swa: equal mean")
         add("--classifier-lr", type=at_least(0), default=1.0, help="the classifier's share of the rate")
     add("--weight-decay", type=at_least(0), help="not of norms; None: rmsprop 1e-5 (paper), sgd 1e-4, adamw 0.05")
-    add("--label-smoothing", type=RATE, default=0.1, help="of hard labels; None: 0.1, 04 --consistency 0")
+    add("--label-smoothing", type=RATE, default=0.1, help="of hard labels; None: 0.1, 0 if --consistency")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> None:
@@ -1268,8 +1268,10 @@ def list_images(root: str | Path) -> ImageList:
                 members += shard_members(root, path)
             elif name.lower().endswith(EXTENSIONS):
                 members.append((os.fsencode(path), 0, 0))
+            elif name.lower().endswith((".heic", ".heif")):
+                junk.append("HEIC, which is not read")
     if junk:
-        print0(f"{root}: {len(junk)} folders are left out: {', '.join(sorted(set(junk)))}")
+        print0(f"{root}: {len(junk)} are left out: {', '.join(sorted(set(junk)))}")
     return ImageList.of(root, members)
 
 
@@ -1384,7 +1386,7 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
 def unlabeled_images(path: str | Path, data: str | Path | None = None) -> ImageList:
     """The images of a folder, a .tar shard, a label file or a single image file.
 
-    Of a train/ whose val set is held out only those that train; as DATA/val those that are held out. `data`: the data
+    If DATA has no val/, DATA/train gives the images that train and DATA/val the held-out ones. `data`: the data
     directory, whose train/ and val/ must not lie below `path`.
     """
     path = Path(os.path.abspath(path))
@@ -1929,7 +1931,7 @@ def data_of(args: argparse.Namespace, source: Mapping) -> Path:
 
 
 def identity(thing: Path | ImageList) -> str:
-    """What tells inputs apart: the sha256 of a file, of the names in a list, of a label file's columns."""
+    """What tells inputs apart: the sha256 of a file, of the names in a list, of a label file without its logits."""
     if isinstance(thing, ImageList):
         names = hashlib.sha256(np.ascontiguousarray(thing.path))
         return f"{len(thing)} images, names {names.hexdigest()}"
@@ -2205,7 +2207,7 @@ def fit_classifier(model: nn.Module, images: ImageList, labels: np.ndarray, view
             logits = x[fold == k] @ weights[:, :-1].T + weights[:, -1]
             losses[decay] += F.cross_entropy(logits, target[fold == k], reduction="sum").item()
     weights = logistic_regression(x, target, head.out_features, min(losses, key=losses.get))
-    if processes.world_size > 1:  # equal but for rounding
+    if processes.world_size > 1:  # Run copies the model before DDP makes all processes equal
         dist.broadcast(weights, 0)
     with torch.no_grad():
         head.weight.copy_(weights[:, :-1])
@@ -2387,7 +2389,8 @@ class Run:
         self.averaged.load_state_dict(resumed["model"])
         self.model.load_state_dict(training["model"])
         self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
+        if training["scaler"] and self.scaler.is_enabled():  # the earlier device may have had another precision
+            self.scaler.load_state_dict(training["scaler"])
 
     def save(self, name: str) -> None:
         """Write last.pt, or a model.pt or best.pt without what only resuming needs, from rank 0."""
@@ -2434,11 +2437,11 @@ class Run:
         self.begin_line()
         while not self.ended_early:
             asked = time.monotonic()
-            parts = next(batches, None)
-            if parts is None:
+            loaded = next(batches, None)
+            if loaded is None:
                 return
             self.waited += time.monotonic() - asked
-            self.count_images(parts)
+            self.count_images(loaded)
             self.lr = learning_rate(self.step, self.plan)
             if self.plan.schedule == "plateau":
                 self.lr *= plateau_factor(self.judged, PLATEAU[self.stage])
@@ -2448,7 +2451,7 @@ class Run:
             word = seed_word(self.args.seed, f"{self.stage} noise", self.step, self.processes.rank)
             torch.manual_seed(word)  # dropout, stochastic depth
             self.generator = torch.Generator().manual_seed(word ^ 1)
-            yield parts if len(parts) > 1 else parts[0]
+            yield loaded if len(loaded) > 1 else loaded[0]
 
     def count_images(self, batches: tuple[Batch, ...]) -> None:
         """Count the readable images of the step over all processes; learn whether one must stop.

@@ -55,10 +55,10 @@ def test_what_file_managers_leave_behind_is_left_out(tmp_path, capsys):
         "lost+found/d.jpg",
         ".ipynb_checkpoints/e.jpg",
     ]
-    folder = write_files(tmp_path / "unlabeled", dict.fromkeys(["a.png", "Thumbs.db", *junk], picture))
+    folder = write_files(tmp_path / "unlabeled", dict.fromkeys(["a.png", "b.HEIC", "Thumbs.db", *junk], picture))
     make_tar(folder / "s.tar", dict.fromkeys(["f.png", "__MACOSX/g.png", "x/@eaDir/h.png"], picture))
     assert common.list_images(folder).path.tolist() == [b"a.png", b"s.tar/f.png"]
-    assert "4 folders" in (line := capsys.readouterr().out) and "@eaDir" in line
+    assert "5 are left out" in (line := capsys.readouterr().out) and "@eaDir" in line and "HEIC" in line
     folders_of(tmp_path, ["train/cat", "train/dog", "train/@eaDir"])
     assert common.labeled_images(tmp_path, "train")[2] == ["cat", "dog"]
 
