@@ -41,6 +41,8 @@ def test_the_demo_is_as_described_and_the_same_each_time(run, tmp_path, monkeypa
     assert Image.open(a / "train/disc/00002.jpg").size == (48, 48)
     assert {len(list(folder.iterdir())) for folder in (a / "train").iterdir()} == {3}
     assert {len(list(folder.iterdir())) for folder in (a / "val").iterdir()} == {2}
+    images = [path.read_bytes() for path in a.rglob("*.jpg")]
+    assert len(set(images)) == len(images), "val has images of train"
     truth = truth_of(a)
     assert sorted(truth) == sorted(path.name for path in (a / "unlabeled").iterdir()) and len(truth) == 400
     classes, sizes = np.unique(list(truth.values()), return_counts=True)
@@ -54,6 +56,12 @@ def test_a_class_is_not_told_by_its_colour():
     means = {label: [prepare.draw_image(label, (label, i)).mean((0, 1)) for i in range(60)] for label in (2, 8)}
     gap = np.abs(np.mean(means[2], axis=0) - np.mean(means[8], axis=0))
     assert (gap < np.std(means[2], axis=0)).all()
+
+
+def test_figures_are_mostly_lighter_than_their_background():
+    rng, background = np.random.default_rng(0), np.array([120, 120, 120])
+    lighter = [sum(prepare.figure_color(rng, background)) > 360 for _ in range(400)]
+    assert 0.84 < np.mean(lighter) < 0.96  # 0.8 must be, of the others half are
 
 
 def test_what_is_there_is_done_or_left_alone(run, tmp_path):
