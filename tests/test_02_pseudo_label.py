@@ -156,6 +156,10 @@ def test_rows_that_are_done_are_not_written_again(random_teacher, label, tmp_pat
     folder, out = write_files(tmp_path / "u", pictures(10)), tmp_path / "l.h5"
     assert label(random_teacher, folder, out).returncode == 0
     whole = read(out)
+    write(out, "confidence", [4, 6], 0)
+    writer = stage.RowWriter(common.open_label_file(out), None)
+    writer.put("confidence", np.array([4, 6]), whole["confidence"][[4, 6]])
+    assert_same_labels(out, whole)  # 5 stays
     write(out, "confidence", 3, 0.125)  # a sign that nobody else would leave
     write(out, "status", [2, 4, 5], common.TODO)
     write(out, "logits", slice(4, 6), 0)
@@ -165,6 +169,15 @@ def test_rows_that_are_done_are_not_written_again(random_teacher, label, tmp_pat
     got = read(out)
     assert got["confidence"][3] == 0.125 and (got["status"] == 1).all()
     np.testing.assert_allclose(got["logits"], whole["logits"], atol=2e-3)
+
+
+def test_the_status_of_rows_is_written_after_a_sync_of_their_data(random_teacher, label, tmp_path, monkeypatch):
+    calls, put = [], stage.RowWriter.put
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync"))
+    monkeypatch.setattr(stage.RowWriter, "put", lambda self, name, *rows: calls.append(name) or put(self, name, *rows))
+    monkeypatch.setattr(stage, "SYNC_SECONDS", 999)
+    assert label(random_teacher, write_files(tmp_path / "u", pictures(3)), tmp_path / "l.h5").returncode == 0
+    assert calls[-5:] == ["logits", "label", "confidence", "sync", "status"] and calls.count("status") == 1
 
 
 def test_a_lost_mount_is_not_a_million_unreadable_images(random_teacher, label, tmp_path):
@@ -348,6 +361,9 @@ def with_copies(tiny_data, tmp_path):
 
 def test_copies_of_val_images_are_left_out(with_copies, label, tmp_path):
     data, teacher = with_copies
+    images, labels, _ = common.labeled_images(data, "val")
+    _, bad, *_ = chosen = np.flatnonzero(~common.judged_half(images))
+    Path(images.name(bad)).write_bytes(b"<html>")  # nothing is chosen on it
     for _ in range(2):  # again: nothing to do, the same answer
         done = label(teacher, data / "unlabeled", tmp_path / "l.h5", "--max-bad", 0)
         assert done.returncode == 0 and str(data / "unlabeled/part1/copy.png") in done.stdout
@@ -356,6 +372,8 @@ def test_copies_of_val_images_are_left_out(with_copies, label, tmp_path):
     assert is_copy.sum() == 2 and (rows["status"] == np.where(is_copy, 3, 1)).all()
     assert ((rows["label"] == -1) == is_copy).all() and (np.isnan(rows["confidence"]) == is_copy).all()
     assert (np.isnan(rows["logits"]).all(1) == is_copy).all()
+    val_label = labels[chosen[chosen != bad]].tolist()
+    assert rows["val_label"].tolist() == val_label and len(rows["val_logits"]) == len(val_label)
     moved = data.rename(tmp_path / "moved")
     done = label(teacher, moved / "unlabeled", tmp_path / "m.h5")  # nothing is compared, nor is val labelled
     assert done.returncode == 0 and "--data" in done.stdout
