@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from label_files import CLASSES, logits_of, read_labels, write_labels
 from PIL import Image
 
-from common import DONE, UNREADABLE, LabelFile, open_label_file
+from common import DONE, UNREADABLE, LabelFile, open_label_file, wilson
 
 balance = load_stage("03_balance")
 
@@ -157,6 +157,7 @@ def test_the_seed_alone_decides_which_images_get_the_extra_copy():
     assert twice(label, 0) == twice(label, 0)
     assert len({frozenset(twice(label, seed)) for seed in range(5)}) == 5
     assert {i for i in twice(label, 0) if i < 20} == {i for i in twice(label[:30], 0) if i < 20}, "classes are apart"
+    assert {i for i in twice(label, 0) if i < 20} != {i - 20 for i in twice(label, 0) if i >= 20}, "they share draws"
     drawn = Counter(i for seed in range(200) for i in twice(label, seed))
     assert all(60 < drawn[i] < 140 for i in range(40)), "some images are favoured"
 
@@ -173,6 +174,8 @@ def test_the_threshold_is_the_contracts(num, seed, min_precision, min_share):
     for step, point in enumerate(report["curve"]):
         above = right[confidence > np.float32(step / 100)]
         assert (point["threshold"], point["kept"], point["right"]) == (step / 100, len(above), above.sum())
+        intervals = wilson(len(above), num), wilson(above.sum(), len(above))
+        assert (point["share_interval"], point["precision_interval"]) == intervals
         if len(above) and len(above) / num >= min_share:
             precisions[step / 100] = above.mean()
     precise = [threshold for threshold, precision in precisions.items() if precision >= min_precision]
