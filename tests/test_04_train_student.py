@@ -211,6 +211,8 @@ def test_the_weight_is_the_ratio_and_one_for_the_selection_alone(labels, tiny_da
         assert line["loss"] == pytest.approx(line["loss_labeled"] + int(weight) * line["loss_unlabeled"])
         if "--unlabeled-only" in more:
             assert line["loss_labeled"] == 0 and "3 steps" in done.stdout  # of 27 rows, copies counted
+        else:  # each a mean over its own images, of a model that knows nothing yet
+            assert [line["loss_labeled"], line["loss_unlabeled"]] == pytest.approx([math.log(3)] * 2, rel=0.25)
     pretrained = tmp_path / "1" / "model.pt"
     flags = ["01_train_teacher", "--data", tiny_data, "--init", pretrained, "--epochs", 0, "--out", tmp_path / "tuned"]
     assert call_main(*flags).returncode == 0
