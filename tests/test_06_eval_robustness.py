@@ -107,6 +107,12 @@ def test_calibration_error_by_hand():
     assert metrics["loss"] == pytest.approx(-np.log([0.9, 0.9, 0.9, 0.1, 0.45, 0.45]).mean(), abs=1e-6)
 
 
+def test_the_errors_of_alexnet_are_the_benchmarks():
+    """A checksum of ALEXNET_ERR in google-research/augmix, imagenet.py, that sees the order too."""
+    errors = [stage.ALEXNET_ERRORS[name] for name in stage.BENCHMARK]
+    assert np.dot(errors, range(1, 16)) == pytest.approx(8972.0216)
+
+
 def test_the_details_are_a_brute_force_count():
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 4, 200), rng.integers(-1, 5, 200)  # none of class 4, some unreadable
@@ -202,13 +208,16 @@ def test_all_models_see_the_same_corrupted_pixels(work, finished):
             assert top1 == pytest.approx(100 * (said == order[labels]).mean())
 
 
-def test_the_noise_of_an_image_does_not_depend_on_the_others(work):
+def test_the_noise_of_an_image_does_not_depend_on_the_others(work, monkeypatch):
     images, _, _ = common.labeled_images(work / "data", "val")
     view, some = common.View(32, 1.0), np.array([1, 4])
     drawn = stage.draw_five(images, view, "shot_noise", 0, 4)
     again = stage.draw_five(images[some], view, "shot_noise", 0, 1)
     assert all(np.array_equal(*pair) for pair in zip(drawn, again, strict=True))
     assert not np.array_equal(drawn[0], stage.draw_five(images, view, "shot_noise", 1, 4)[0])
+    monkeypatch.setattr(stage, "corrupt", lambda image, name, severity, rng: rng.integers(0, 256, (8, 8), np.uint8))
+    five = [np.asarray(image).tobytes() for image in stage.draw_five(images, view, "shot_noise", 0, 4)]
+    assert len(set(five)) == 5, "the severities share draws"
 
 
 def test_the_table_the_verdict_and_the_picture(work, finished):
