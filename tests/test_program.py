@@ -2,9 +2,12 @@
 which packages a stage needs, and which definitions of common.py."""
 
 import ast
+import os
 
 import pytest
 from conftest import ROOT, assert_mistake, save_model
+
+import common
 
 BAD_INPUT = {  # {}: the places below
     "no data directory": ("01_train_teacher.py --data {tmp}/nothing --out {tmp}/o", "{tmp}/nothing"),
@@ -76,6 +79,14 @@ stage.DEMO |= {"labels_per_class": 2, "val_per_class": 2, "unlabeled": 40}
 sys.argv = sys.argv[1:]
 stage.main()
 """
+
+
+def test_a_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, os.listdir(tmp_path))))
+    with common.write_atomically(tmp_path / "a") as temporary:
+        temporary.write_text("123")
+    assert synced == [(3, [temporary.name])]
 
 
 FOR_OTHERS = {"EFFICIENTNETS", "build_model", "load_weights", "load_model", "rand_augment", "RAND_AUGMENT_OPS"}
