@@ -6,8 +6,10 @@ import json
 import shutil
 import signal
 import warnings
+from types import SimpleNamespace
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from conftest import CHEAP, ROOT, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, clean_batch
@@ -44,6 +46,7 @@ def assert_same_runs(a, b):
 KILLED = """
 import os, runpy, sys
 import common
+common.rows_per_batch = lambda *_: 4  # each process evaluates some
 number, step, rank = map(int, os.environ["KILL"].split())
 end_step = common.Run.end_step
 def end_step_killed(run):
@@ -73,13 +76,13 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(stage, nproc, more, tiny_data
         flags += ["--pseudo-labels", labels, "--ratio", 2]
     flags[0] = ROOT / f"{stage}.py"
     how = {"nproc": nproc, "WITHOUT": "matplotlib", "PYTHONPATH": ROOT}
-    run_stage(*flags, "--out", whole, **how)
+    run_stage("-c", KILLED, *flags, "--out", whole, KILL="9 99 0", **how)
     assert run_stage("-c", KILLED, *flags, KILL="9 5 0", check=False, **how).returncode not in (0, 143)
     assert checkpoint_of(out / "last.pt")["training"]["step"] == 4 and metrics_of(out)[-1]["step"] == 5
     done = run_stage("-c", KILLED, *flags, KILL=f"15 7 {nproc - 1}", check=False, **how)
     assert done.returncode == 143 and "from step 4" in done.stdout, done
     assert checkpoint_of(out / "last.pt")["training"]["step"] == metrics_of(out)[-1]["step"] == 9
-    assert "from step 9" in run_stage(*flags, **how).stdout
+    assert "from step 9" in run_stage("-c", KILLED, *flags, KILL="9 99 0", **how).stdout
     assert_same_runs(out, whole)
     assert metrics_of(out)[-1]["step"] == 11 and "val_top1" in checkpoint_of(out / "model.pt")["metrics"]
 
@@ -228,7 +231,7 @@ def test_every_stage_and_every_stream_has_its_own_random_numbers(tiny_data, call
             flags = short_run(stage, tiny_data, tmp_path / stage / seed, "--steps", 2, "--seed", seed)
             assert call_main(*flags).returncode == 0
         assert {stream for of_seed, stream in drawn if of_seed == seed} == streams
-        assert len(drawn[seed, "student noise"]) == 2  # one a step
+        assert {words[-2:] for words in drawn[seed, "student noise"]} == {(0, 0), (1, 0)}  # step, rank
     words = [word for words in drawn.values() for word in words]
     assert len(set(words)) == len(words)
 
@@ -346,12 +349,28 @@ def test_swa_keeps_its_mean_with_batch_norms_of_its_own(tiny_data, call_main, tm
     torch.testing.assert_close(norm.running_mean, inputs[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(norm.running_var, inputs[0].var((0, 2, 3)), rtol=1e-3, atol=1e-4)
 
-    assert call_main(*flags, "--out", cut, stop_after=26).returncode == 143
+    for step in (13, 26):  # dropout goes on as it would have
+        assert call_main(*flags, "--out", cut, stop_after=step).returncode == 143
     for _ in range(2):  # and where it was killed between the last line and model.pt
         assert not (cut / "model.pt").exists() and metrics_of(cut)[-1]["step"] == 26
         assert call_main(*flags, "--out", cut).returncode == 0
         assert_same_runs(out, cut)
         (cut / "model.pt").unlink()
+
+
+def test_all_processes_take_swas_norms_from_the_same_images(tiny_data, monkeypatch):
+    sizes = []
+
+    def recompute_norms(model, batches):
+        sizes.extend(map(len, batches))
+        raise SystemExit  # before the evaluation, which needs the other process
+
+    monkeypatch.setattr(common, "recompute_norms", recompute_norms)
+    images = common.labeled_images(tiny_data, "train")[0][np.tile(range(24), 6)]
+    run = {"average": "swa", "step": 1, "train": images, "view": common.View.default(32), "averaged": None}
+    with pytest.raises(SystemExit):
+        common.Run.evaluate_average(SimpleNamespace(**run, processes=ALONE._replace(rank=1, world_size=2)))
+    assert sizes == [64, 64, 16]
 
 
 def test_batch_norms_still_move_after_an_evaluation(tiny_data, call_main, tmp_path):
