@@ -84,3 +84,13 @@ def test_every_recipe_has_a_plan_here_and_says_what_it_is_for():
         assert first.startswith("# For ") and all(f"0{number}" in first for number in plan[0]), name
         assert max(map(len, text.splitlines())) <= 120, name
         assert set(re.findall(r"\b([A-Z_\d]+)=", text)) <= settings, f"{name} names settings that run.sh has not"
+
+
+@pytest.mark.parametrize(("number", "name"), [("1", "consistency-teacher"), ("4", "consistency")])
+def test_the_keras_example_is_tested_on_all_of_an_image(number, name, args_of):
+    """As 06 --cifar10-c shows it; the middle square would be 48 percent of it."""
+    assert args_of(number, name, "").crop_mode == "squash"
+
+
+def test_a_checkout_on_windows_keeps_the_line_ends_of_shell_scripts():
+    assert "* text=auto eol=lf" in (ROOT / ".gitattributes").read_text().splitlines()
