@@ -15,13 +15,6 @@ from common import EFFICIENTNETS, Recipe, build_model, fuse_batch_norms, head_na
 from common import load_weights, own_names, recipe_of, resolution_of
 
 SMALL = [f"efficientnet_b{i}" for i in range(8)]
-PARAMETERS = {
-    "efficientnet_b0": 5_288_548,
-    "efficientnet_b7": 66_347_960,
-    "efficientnet_l0": 140_764_664,
-    "efficientnet_l1": 272_630_564,
-    "efficientnet_l2": 480_309_308,
-}
 
 
 def on_meta(arch, **options):
@@ -54,9 +47,9 @@ def assert_same_logits(model, oracle, *sizes):
         assert (expected - got).abs().max() < 1e-4 * scale
 
 
-@pytest.mark.parametrize("arch", PARAMETERS)
-def test_parameter_count(arch):
-    assert sum(p.numel() for p in on_meta(arch).parameters()) == PARAMETERS[arch]
+def test_parameters_of_l0_and_l1_which_others_lack():
+    numbers = [sum(p.numel() for p in on_meta(f"efficientnet_{arch}").parameters()) for arch in ("l0", "l1")]
+    assert numbers == [140_764_664, 272_630_564]
 
 
 def shapes_of(weights):
@@ -150,42 +143,18 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     torch.testing.assert_close(kept, full.expand_as(kept), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("rates", [{"dropout": 0.5, "drop_path": 0}, {"dropout": 0, "drop_path": 0.5}])
-def test_each_noise_is_random_in_training_and_absent_in_eval(rates):
-    torch.manual_seed(0)
-    model = build_model("efficientnet_b0", 5, **rates)
-    images = torch.randn(8, 3, 32, 32)
-    with torch.no_grad():
-        clean = model.eval()(images)
-        assert torch.equal(model(images), clean)
-        for module in model.modules():  # batch norm on its running statistics
-            module.training = not isinstance(module, nn.BatchNorm2d)
-        first, second = model(images), model(images)
-    assert not torch.equal(first, second) and not torch.equal(first, clean)
-
-
 # options
 
 
-@pytest.mark.parametrize(
-    ("small", "expected"), [(False, [16, 16, 8, 4, 2, 2, 1, 1, 1]), (True, [16, 16, 16, 16, 8, 8, 4, 4, 4])]
-)
-def test_small_images_keeps_the_resolution_of_stages_2_and_3_and_the_weights(small, expected):
-    model = on_meta("efficientnet_b0", small_images=small).eval()
+def test_small_images_keeps_the_resolution_of_stages_2_and_3_and_the_weights():
+    model = on_meta("efficientnet_b0", small_images=True).eval()
     x = torch.zeros(1, 3, 32, 32, device="meta")
     sizes = []
     for stage in model.features:
         x = stage(x)
         sizes.append(x.shape[-1])
-    assert sizes == expected
+    assert sizes == [16, 16, 16, 16, 8, 8, 4, 4, 4]
     assert shapes_of(model.state_dict()) == shapes_of(on_meta("efficientnet_b0").state_dict())
-
-
-def test_options_none_mean_the_models_own():
-    model = on_meta("efficientnet_b7", num_classes=7, small_images=None, dropout=None, drop_path=None)
-    assert model.classifier[0].p == 0.5
-    assert on_meta("efficientnet_b7", dropout=0.1).classifier[0].p == 0.1
-    assert model.classifier[1].out_features == 7
 
 
 def test_initial_confidence_is_low_with_few_classes():
@@ -206,19 +175,9 @@ def test_other_names_are_torchvisions_and_the_last_layer_is_the_classifier(arch)
     assert len(model.get_submodule(head).weight) == 7 and list(model.state_dict())[-1] == f"{head}.bias"
 
 
-@pytest.mark.parametrize(
-    ("arch", "options"),
-    [
-        ("efficientnet_b9", {}),
-        ("tf_resnet18", {}),
-        ("", {}),
-        ("resnet18", {"small_images": True}),
-        ("resnet18", {"drop_path": 0.1}),
-        ("timm/no_such_model", {}),
-        ("timm/resnet18", {"small_images": True}),
-    ],
-)
-def test_unknown_names_and_options_are_value_errors(arch, options):
+@pytest.mark.parametrize("arch", ["tf_resnet18", "", "timm/no_such_model", "resnet18", "timm/resnet18"])
+def test_unknown_names_and_options_are_value_errors(arch):
+    options = {"small_images": True} if arch.endswith("/resnet18") or arch == "resnet18" else {}
     with pytest.raises(ValueError, match="cannot build"):
         build_model(arch, 3, **options)
 
@@ -264,15 +223,11 @@ def small_model():
     return model
 
 
-def test_from_timm_through_a_checkpoint_is_bitwise(tmp_path):
-    theirs, ours = timm.create_model("tf_efficientnet_b0", num_classes=3), build_model("tf_efficientnet_b0", 3)
-    randomise_batch_norms(theirs)
-    load_weights(ours, theirs.state_dict())
-    loaded, header = load_model(save_model(tmp_path / "model.pt", "tf_efficientnet_b0", model=ours))
-    assert_same_weights(loaded.state_dict(), own_names(theirs.state_dict()))
-    assert header["classes"] == ["disc", "square", "triangle"] and not loaded.training
-    fused, _ = load_model(tmp_path / "model.pt", fuse=True)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+def test_a_checkpoint_there_and_back_is_bitwise_and_may_be_fused(tmp_path):
+    model = small_model()
+    path = save_model(tmp_path / "model.pt", "efficientnet_b0", model=model)
+    assert_same_weights(load_model(path)[0].state_dict(), model.state_dict())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in load_model(path, fuse=True)[0].modules())
 
 
 def averaged_and_compiled(model):
@@ -325,16 +280,13 @@ def test_weights_are_copied(device, is_old):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (lambda weights: weights.pop("features.8.0.weight"), "features.8.0.weight"),
-        (lambda weights: weights.update({"some.other.weight": torch.zeros(1)}), "some.other.weight"),
-        (lambda weights: weights.update({"features.0.1.bias": torch.zeros(31)}), "features.0.1.bias"),
-    ],
+    ("name", "tensor"),
+    [("features.8.0.weight", None), ("other.weight", torch.zeros(1)), ("features.0.1.bias", torch.zeros(31))],
 )
-def test_what_is_missing_extra_or_of_another_shape_is_named(change, name, device):
-    weights = small_model().state_dict()
-    change(weights)
+def test_what_is_missing_extra_or_of_another_shape_is_named(name, tensor, device):
+    weights = {**small_model().state_dict(), name: tensor}
+    if tensor is None:
+        del weights[name]
     with torch.device(device):
         model = build_model("efficientnet_b0", 3)
     with pytest.raises(ValueError) as error:
@@ -382,15 +334,11 @@ def test_a_new_head_starts_at_zero_and_learns_and_all_else_is_loaded(arch, heads
 @pytest.mark.parametrize(
     ("arch", "flags", "expected"),
     [
-        ("tf_efficientnet_b7", {}, (350, 2, 27, 3)),
         ("efficientnet_b7", {"magnitude": 5, "ratio": 1.5}, (350, 2, 5, 1.5)),
         ("efficientnet_b7", {"init": "weights.pt"}, (30, 2, 27, 3)),
         ("efficientnet_b7", {"init": "weights.pt", "epochs": 7}, (7, 2, 27, 3)),
-        ("resnet50", {}, (350, 2, 9, 3)),
         ("timm/resnet50", {}, (350, 2, 9, 3)),
         # B0 and B1 have no RandAugment unless a flag asks for it; magnitude 0 would be violent.
-        ("efficientnet_b0", {}, (700, 0, 0, 1)),
-        ("efficientnet_b0", {"num_ops": 0}, (700, 0, 9, 1)),
         ("tf_efficientnet_b1", {}, (700, 0, 0, 3)),
         ("tf_efficientnet_b1", {"num_ops": 1}, (700, 1, 9, 3)),
         ("tf_efficientnet_b1", {"magnitude": 5}, (700, 2, 5, 3)),
@@ -402,8 +350,6 @@ def test_flags_replace_a_recipes_values(arch, flags, expected):
 
 
 def test_resolutions():
-    resolutions = [224, 240, 260, 300, 380, 456, 528, 600]
-    assert [resolution_of(arch) for arch in SMALL] == resolutions
-    assert resolution_of("efficientnet_l2") == 475
-    assert resolution_of("resnet50") == 224
-    assert resolution_of("timm/tf_efficientnet_b3") == 300
+    assert [resolution_of(arch) for arch in SMALL] == [224, 240, 260, 300, 380, 456, 528, 600]
+    others = ("efficientnet_l2", "resnet50", "timm/tf_efficientnet_b3")
+    assert [resolution_of(arch) for arch in others] == [475, 224, 300]
