@@ -5,10 +5,9 @@ import os
 import numpy as np
 import pytest
 from conftest import encoded, make_tar, noise_image, write_files
-from PIL import Image, features
 
 import common
-from common import ImageDataset, ImageList, View, images_by_class, labeled_images, list_images, unlabeled_images
+from common import ImageDataset, ImageList, View, labeled_images, list_images, unlabeled_images
 
 
 def names_of(images):
@@ -26,16 +25,6 @@ def test_list_images_is_sorted_nested_and_takes_images_only(tmp_path):
     assert len(list_images(tmp_path / "links")) == 0
     (tmp_path / "links" / "linked").symlink_to(tmp_path / "set" / "a" / "deep")
     assert names_of(list_images(tmp_path / "links")) == ["linked/er/x.webp"]
-
-
-def test_avif_counts_as_an_image_where_pillow_has_a_decoder_for_it(tmp_path):
-    if not features.check("avif"):
-        pytest.skip("this Pillow has none")
-    image = Image.linear_gradient("L").convert("RGB")
-    image.save(tmp_path / "a.AVIF", quality=95)
-    images = list_images(tmp_path)
-    assert names_of(images) == ["a.AVIF"]
-    assert np.abs(np.asarray(images.load(0)).astype(int) - np.asarray(image)).mean() < 3
 
 
 # shards
@@ -62,7 +51,7 @@ def test_shards_are_read_in_place_like_folders(tmp_path, tiny_data):
 
 def test_paths_of_files_and_members_are_sorted_together(tmp_path):
     """Also where names of files and shards begin alike, and with members that are not in order."""
-    members = {name: b"x" for name in ("b.png", "a.png", "deep/a.png", "deep-a.png")}
+    members = dict.fromkeys(["b.png", "a.png", "deep/a.png", "deep-a.png"], b"x")
     for name in ("a.tar", "a.tar-b.tar", "a/b.tar", "z.tar"):
         make_tar(tmp_path / name, members)
     names = ["a.png", "a.tar-a.png", "a.tar.png", "a/b.png", "a/b.tar.png", "~.png"]
@@ -83,20 +72,19 @@ def test_a_bad_member_of_a_shard_is_an_error_of_its_row_alone(tmp_path):
     assert "0.tar/d.png" in dataset[3][2]
 
 
-@pytest.mark.parametrize("kind", ["compressed", "renamed", "garbage", "cut in a header", "gone"])
+@pytest.mark.parametrize("kind", ["compressed", "garbage", "cut in a header", "gone"])
 def test_a_shard_that_is_no_plain_tar_is_named(kind, tmp_path, mistake):
-    name = "a.tar.gz" if kind == "compressed" else "a.tar"
-    make_tar(tmp_path / name, {"a.png": b"1", "b.png": b"2"}, "w:gz" if kind in ("compressed", "renamed") else "w")
+    path = tmp_path / ("a.tar.gz" if kind == "compressed" else "a.tar")
+    make_tar(path, {"a.png": b"1", "b.png": b"2"})
     if kind == "garbage":  # where the second header is
-        data = bytearray((tmp_path / name).read_bytes())
-        data[1024:1536] = b"x" * 512
-        (tmp_path / name).write_bytes(data)
+        data = path.read_bytes()
+        path.write_bytes(data[:1024] + b"x" * 512 + data[1536:])
     if kind == "cut in a header":
-        os.truncate(tmp_path / name, 1024 + 300)
+        os.truncate(path, 1024 + 300)
     if kind == "gone":
-        (tmp_path / name).unlink()
-        (tmp_path / name).symlink_to(tmp_path / "nowhere")
-    mistake(lambda: list_images(tmp_path), tmp_path / name)
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere")
+    mistake(lambda: list_images(tmp_path), path)
 
 
 # labels
@@ -105,7 +93,6 @@ def test_a_shard_that_is_no_plain_tar_is_named(kind, tmp_path, mistake):
 def folders(root, **splits):
     """folders(root, train={"cat": 3}) draws three images in root/train/cat."""
     for split, classes in splits.items():
-        (root / split).mkdir(parents=True)
         for name, num in classes.items():
             (root / split / name).mkdir(parents=True)
             for i in range(num):
@@ -135,26 +122,15 @@ def test_only_what_lies_in_a_class_folder_has_a_label_at_any_depth(tmp_path):
 @pytest.mark.parametrize(
     ("splits", "split", "word"),
     [
-        ({}, "train", "train/"),
-        ({"val": {"cat": 1}}, "train", "train"),
+        ({"val": {"cat": 1}}, "train", "train/"),
         ({"train": {"cat": 1, "dog": 0}, "val": {"cat": 1}}, "train", "dog"),
         ({"train": {"cat": 1}, "val": {"cat": 1, "wolf": 1}}, "val", "wolf"),
-        ({"train": {"cat": 1}, "val": {}}, "val", "val"),
         ({"train": {"cat": 1}, "val": {"cat": 0}}, "val", "val"),
     ],
 )
 def test_wrong_folders_are_one_line_and_status_2(tmp_path, mistake, splits, split, word):
     data = folders(tmp_path, **splits)
     mistake(lambda: labeled_images(data, split, ["cat"] if split == "val" else None), word)
-
-
-def test_images_by_class_raises_a_sentence(tmp_path):
-    """For folders that are not a data directory's: those of released sets."""
-    folders(tmp_path, set={"cat": 1, "wolf": 2})
-    with pytest.raises(ValueError, match="wolf"):
-        images_by_class(tmp_path / "set", ["cat"])
-    with pytest.raises(ValueError, match="nowhere"):
-        images_by_class(tmp_path / "nowhere")
 
 
 # what is held out
@@ -204,7 +180,6 @@ def test_half_of_val_is_kept_for_judging_by_the_paths_below_it_alone(tmp_path):
 
     names = [f"c{label}/{i:04}.png" for label in range(10) for i in range(200)]
     halves = judged("/val", names)
-    assert halves.dtype == bool and halves.shape == (2000,)
     for label in range(10):
         assert 70 < halves[200 * label :][:200].sum() < 130, "the classes are halved too"
     # Neither the root nor the others nor the width of the column counts, but the folder of the class does.
@@ -213,7 +188,6 @@ def test_half_of_val_is_kept_for_judging_by_the_paths_below_it_alone(tmp_path):
     assert 900 < (moved == halves).sum() < 1100
     tenth = common.is_held_out(np.array([name.encode() for name in names]), np.zeros(2000, int))
     assert 0.35 < halves[tenth].mean() < 0.65, "where there is no val/, the held-out tenth is halved"
-    assert judged("/val", []).shape == (0,)
 
 
 # what can be labelled
