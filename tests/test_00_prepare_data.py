@@ -141,6 +141,9 @@ def test_the_truth_is_that_of_the_known_classes(run, tmp_path, datasets, name, f
     assert run(name, "--out", tmp_path / "s", *flags).returncode == 0
     assert len(list((tmp_path / "s" / "unlabeled").iterdir())) == (9 if flags else 7)
     assert len(truth_of(tmp_path / "s")) == known
+    written = [np.asarray(Image.open(path)) for path in (tmp_path / "s" / "val").rglob("*.png")]
+    for pixels in stl("", "test", True).data:  # upright: torchvision has (3, H, W)
+        assert any((pixels.transpose(1, 2, 0) == image).all() for image in written)
 
 
 def test_a_failed_download_is_one_line(run, tmp_path, datasets):

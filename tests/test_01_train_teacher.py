@@ -1,5 +1,8 @@
 """Stage 01: a teacher that learns, what its checkpoint says, the control, `--init`, the default image size."""
 
+import argparse
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +117,14 @@ def test_without_classes_the_folders_say_it_unless_they_are_numbers(foreign, tin
     assert_mistake(call_main(*flags, "--classes", tmp_path / "names.txt"), "--init")  # it has three outputs
     assert_mistake(call_main(*flags, "--classes", tmp_path / "none.txt"), "--classes")
     assert not list(tmp_path.glob("o/*.pt"))
+
+
+def test_val_is_numbered_as_train_where_it_lacks_a_class(tiny_data, tmp_path):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    shutil.rmtree(data / "val" / "disc")
+    args = argparse.Namespace(data=data, init=None, epochs=1, steps=None, classes=None)
+    _, (_, labels), classes = stage.labeled_data(args, {})
+    assert classes == CLASSES and set(labels.tolist()) == {1, 2}
 
 
 @pytest.mark.parametrize("classes", [["triangle", "square", "disc"], ["disc", "square"]])
