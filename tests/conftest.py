@@ -377,9 +377,9 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def make_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
+def make_tar(path: Path, files: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
+    with tarfile.open(path, "w") as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
