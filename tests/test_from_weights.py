@@ -52,14 +52,6 @@ def best_regression(x, y):
     return regression(x, y, decays[losses.argmin()]).reshape(3, -1)
 
 
-@pytest.mark.parametrize("decay", [1e-3, 1.0])
-def test_the_logistic_regression_is_at_the_minimum(decay):
-    x, y = np.random.default_rng(0).normal(size=(60, 8)) + 1, np.arange(60) % 3
-    mine = common.logistic_regression(torch.from_numpy(x), torch.from_numpy(y), 3, decay).numpy().ravel()
-    best = regression(x, y, decay)
-    assert loss_of(mine, x, y, decay)[0] == pytest.approx(loss_of(best, x, y, decay)[0], abs=1e-4)
-
-
 def test_the_probe_is_the_logistic_regression_on_the_features(tiny_data, weights, call_main, run_stage, tmp_path):
     """Of the folder's classes, without an unreadable image; nothing else of the model changes."""
     shutil.copytree(tiny_data, tmp_path / "d")
@@ -178,7 +170,7 @@ def test_models_of_timm_get_the_noise_that_they_can_have(tiny_data, call_main, t
 def test_fine_tuning_with_the_defaults_is_no_worse_than_the_probe(call_main, monkeypatch, tmp_path):
     """A small EfficientNet that has learned five figures, and ten images each of five others.
 
-    Measured: 65 and 69. A classifier that starts at zero or at random is at 58 to 60; after 300 steps it passes too.
+    Measured: top-1 53 and 58, losses 1.18 and 1.23. A classifier that starts at zero or at random has 1.49 and 1.46.
     """
     drawing = load_stage("00_prepare_data")
     easy = dict.fromkeys(["occlusion_prob", "stripes_prob", "blur_prob"], 0)
@@ -192,13 +184,14 @@ def test_fine_tuning_with_the_defaults_is_no_worse_than_the_probe(call_main, mon
             for i in range(num):
                 Image.fromarray(drawing.draw_image(label, (num, label, i))).save(folder / f"{i}.png")
 
-    def top1(name, data, recipe, *flags):
+    def measured(name, data, recipe, *flags):
         flags = [f"@{ROOT}/recipes/{recipe}.txt", "--image-size", 32, *flags, "--out", tmp_path / name]
         assert call_main(TEACHER, "--data", tmp_path / data, *flags).returncode == 0
-        return checkpoint_of(tmp_path / name / "model.pt")["metrics"]["val_top1"]
+        metrics = checkpoint_of(tmp_path / name / "model.pt")["metrics"]
+        return metrics["val_top1"], metrics["val_loss"]
 
-    own = top1("published", "own", "small", "--steps", 500, "--num-ops", 0, "--batch-size", 32)
+    assert measured("published", "own", "small", "--steps", 300, "--num-ops", 0, "--batch-size", 32)[0] >= 80
     start = ["new", "finetune", "--init", tmp_path / "published" / "model.pt", "--batch-size", 16]
-    probe, tuned = top1("probe", *start, "--epochs", 0), top1("tuned", *start, "--steps", 100)
-    assert own >= 80 and 40 <= probe <= 95
-    assert tuned >= probe - 1
+    probe, tuned = measured("probe", *start, "--epochs", 0), measured("tuned", *start, "--steps", 60)
+    assert 40 <= probe[0] <= 95
+    assert tuned[0] >= probe[0] - 1 and tuned[1] <= probe[1] + 0.15
