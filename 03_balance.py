@@ -65,7 +65,7 @@ class Table:
         self.chunk_rows = max(1, (1 << 21) // len(self.classes))  # 8 MB of float32 logits: a cache
         roots = [os.path.abspath(file.attrs["root"]) for file in files]
         self.root = os.path.commonpath(roots)
-        below = [os.path.relpath(root, self.root) for root in roots]
+        below = [os.path.relpath(root, self.root) for root in roots]  # each file's folder in the common one
         self.prefixes = [b"" if path == "." else os.fsencode(path) + b"/" for path in below]
 
     def chunks(self) -> Iterator[np.ndarray]:
@@ -74,7 +74,7 @@ class Table:
             for begin in range(first, last, self.chunk_rows):
                 rows = np.arange(begin, min(begin + self.chunk_rows, last))
                 rows = rows[np.all(np.equal(self.columns("status", rows), DONE), axis=0)]
-                if len(rows):
+                if len(rows):  # a chunk may have no finished row
                     yield rows
 
     def split(self, rows: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
@@ -171,7 +171,7 @@ def check_disjoint(table: Table) -> None:
     for file, prefix in zip(table.files, table.prefixes, strict=True):
         paths = np.strings.add(prefix, file.column("path"))
         hashes.append(np.unique(np.fromiter(map(hash, paths), np.int64)))
-    ordered = np.sort(np.concatenate(hashes))
+    ordered = np.sort(np.concatenate(hashes))  # what is in two files stands twice in a row
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         owners = [k for k, of_file in enumerate(hashes) if twice[0] in of_file]
@@ -253,7 +253,7 @@ class BestOfClasses:
     def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(row, label, score) of what is kept, in the order in which it came."""
         row, label, score = (np.concatenate(column) for column in zip(*self.chunks, strict=True))
-        kept = np.ones(len(label), bool)
+        kept = np.ones(len(label), bool)  # of a class with fewer than K all stay
         for c, of_class in enumerate(by_class(label, len(self.cutoff))):
             surplus = len(of_class) - self.per_class  # how many must go
             if surplus >= 0:
@@ -261,7 +261,7 @@ class BestOfClasses:
                 is_best = rank >= np.partition(rank, surplus)[surplus]
                 kept[of_class] = is_best
                 self.cutoff[c] = score[of_class[is_best]].min()
-        self.chunks = [(row[kept], label[kept], score[kept])]
+        self.chunks = [(row[kept], label[kept], score[kept])]  # the rest is forgotten
         self.num_new = 0
         return self.chunks[0]
 
@@ -297,7 +297,7 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
     for rows in table.chunks():
         probs = table.probs(table.columns("logits", rows))  # (n, C)
         reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon few images reach a cutoff
-        rows, probs = rows[reaches.numpy()], probs[reaches].numpy()
+        rows, probs = rows[reaches.numpy()], probs[reaches].numpy()  # of images that can still enter
         rank = ranked(probs)  # ties go to the class that stands first
         image, label = np.nonzero(rank >= np.partition(rank, place, axis=1)[:, place, None])
         best.add(rows[image], label.astype(np.int32), probs[image, label])
@@ -358,7 +358,7 @@ def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict[str, 
         label, confidence = table.answers(rows)
         masks = {"images": slice(None), "above_threshold": confidence > np.float32(threshold)}
         if truth:
-            paths = table.columns("path", rows)[0].tolist()
+            paths = table.columns("path", rows)[0].tolist()  # bytes, as in the CSV
             true = np.array([truth.get(path, -1) for path in paths])  # -1: of no class, or not known
             masks |= {"with_truth": true >= 0, "right": true == label}
         for name, mask in masks.items():
@@ -378,7 +378,7 @@ def draw(path: Path, selection: LabelFile, sizes: dict, histograms: dict) -> Non
     if plt is None:
         return
     order = np.argsort(-sizes["candidates"], kind="stable")  # the most frequent class first
-    present = order[sizes["examples"][order] > 0]
+    present = order[sizes["examples"][order] > 0]  # classes that kept something
     shown = present[np.unique(np.linspace(0, len(present) - 1, 8).astype(int))]  # 8 classes
     names = np.array(selection.classes)
     size = {"figsize": (10, 3 + 0.7 * len(shown)), "height_ratios": (3, 0.7 * len(shown))}
@@ -413,7 +413,7 @@ def main() -> None:
     args = parse_args()
     if not is_rank0():  # under torchrun one process does it
         return
-    is_top_p = args.method == "top-p"
+    is_top_p = args.method == "top-p"  # billion-scale
     if args.out.suffix != ".h5" or args.out.resolve() in [path.resolve() for path in args.labels]:
         fail(f"--out {args.out}: expected the name of a new file, NAME.h5")
     if is_top_p and args.per_class in ("auto", "all"):
@@ -427,7 +427,7 @@ def main() -> None:
         threshold, calibration = auto_threshold(table, args)
 
     before = count(table, threshold, truth)
-    if args.truth and not before["with_truth"].any():
+    if args.truth and not before["with_truth"].any():  # a file of other images, or other names
         fail(f"--truth {args.truth}: none of its names and classes are those of the label files")
     above = np.sort(before["above_threshold"])  # images of each class
     above = above[above > 0]  # the sizes of the classes that are not empty
@@ -448,7 +448,7 @@ def main() -> None:
     flags |= {"top_p": args.top_p, "seed": args.seed}
     write_selection(args.out, table, num, chosen, header_of(table, args.labels[-1]) | flags)
 
-    selection = open_label_file(args.out)
+    selection = open_label_file(args.out)  # what was written, read as stage 04 will
     after = count(Table([selection]), threshold, truth)  # the same counts of what was kept
     examples = np.bincount(selection.column("label"), selection.column("copies"), len(table.classes))
     sizes = {"candidates": before["images"], "above_threshold": before["above_threshold"]}
