@@ -94,15 +94,19 @@ def labeled_data(args: argparse.Namespace, initial: dict) -> tuple:
 
 
 def default_size(images: ImageList, initial: dict, usual: int) -> int:
-    """The model's size or, where it is smaller, the images' median short side in steps of 32; both in pixels."""
-    if not len(images) or "format" in initial:
+    """The model's size or, where it is smaller, the images' median short side in steps of 32; both in pixels.
+
+    From weights on a GPU always the model's; on a CPU, for the time, the images', but at least 96: below, little is
+    left of a published network's last maps.
+    """
+    if not len(images) or "format" in initial or (initial and torch.cuda.is_available()):
         return usual
     sides = []
     for row in np.linspace(0, len(images) - 1, 300).astype(int):
         with contextlib.suppress(Exception), images.open(row) as file:  # the training reports what is unreadable
             sides.append(min(Image.open(file).size))
     most = usual if initial or torch.cuda.is_available() else min(usual, 64)  # a CPU has not the time for more
-    size = min(most, max(32, int(np.median(sides or [usual])) // 32 * 32))
+    size = min(most, max(96 if initial else 32, int(np.median(sides or [usual])) // 32 * 32))
     print0(f"--image-size {size}: the median short side is {np.median(sides or [usual]):g} pixels, at most {most}")
     return size
 

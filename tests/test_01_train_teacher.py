@@ -72,6 +72,8 @@ def test_with_ratio_it_is_the_students_control(flags, planned, tiny_data, tmp_pa
         (120, {}, True, 96),
         (300, {}, True, 224),
         (200, {"arch": CHEAP}, False, 192),
+        (40, {"arch": CHEAP}, False, 96),
+        (40, {"arch": CHEAP}, True, 224),
         (20, {"format": "of this toolkit"}, False, 224),
     ],
 )
