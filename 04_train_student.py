@@ -280,13 +280,13 @@ def main() -> None:
     noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"
     run.announce(sizes, f"{num_labeled} + {num_unlabeled} a step", noise, origin)
 
-    # Train. A teacher that labels on the fly sees each image's clean view; the student sees a random crop. Then images
-    # of val are skipped here; for stored labels stage 02 has skipped them.
+    # Train. A teacher that labels on the fly sees each image's clean view; the student sees a random crop, which
+    # setup.noise noises below. On the fly, copies of val are skipped here; for stored labels 02 has skipped them.
     clean, crop = pseudo_labels.view, setup.crop  # clean: None for stored labels
     held_out = digests_of(val_images) if clean and num_unlabeled else frozenset()
     of_labeled = {"clean": clean if same_images else None, "noised": crop}
     of_unlabeled = {"clean": clean, "noised": crop, "held_out": held_out, "repeated": pseudo_labels.rows}
-    labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)
+    labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)  # of 0 images: empty batches
     unlabeled_batches = run.batches(pseudo_images, num_unlabeled, "unlabeled", **of_unlabeled)
     loss_of = loss_function(args, unlabeled_weight, pseudo_labels.temperature)
     for labeled, unlabeled in run.steps(labeled_batches, unlabeled_batches):  # sets the rate, seeds the noise

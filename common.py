@@ -2,20 +2,20 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       flags that stages share, @FILE, `fail` (a user's mistake: status 2), atomic writes
-processes         this process among those of torchrun, sums over all, the flag that SIGTERM sets, seeds, progress
-models            EfficientNet, its sizes and official recipes, torchvision's and timm's models, folded batch norms
-weights           state_dicts of this toolkit, torchvision and timm; published weights; what --init starts from
-noise             RandAugment on whole uint8 batches, and the official noise of small images
+the program       flags that stages share, @FILE, `fail` (a user's mistake: status 2), atomic writes, digests of files
+processes         this process among torchrun's, sums over all, stop signals, words that seed a generator, progress
+models            EfficientNet, its sizes and recipes, torchvision's and timm's models by name, folding batch norms
+weights           the tensors' names in this toolkit, torchvision and timm; reading --init; published weights
+noise             RandAugment and its ops on whole uint8 batches, and the official noise of small images
 views             decoding a file, the clean (evaluation) view, the random training crop, normalizing
-listing           images in folders and .tar shards, labels from folder names, held-out images
-batches           views as a dataset, digests of files, which images a step gets in what order, loaders
+listing           images in folders and shards, labels from folders, what is held out, the half of val that judges
+batches           views as a dataset, digests of images, keys: which images a step or an evaluation gets; loaders
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
-optimization      the length of a run, the learning rate, RMSprop, weight decay, averaged weights
-checkpoints       model.pt and last.pt: reading, saving, resuming, comparing inputs; metrics.jsonl
-training          a model as the flags want it, precision, DDP, evaluation, Wilson's interval
+optimization      the length of a run (its plan), the learning rate, RMSprop, weight decay, averaged weights
+checkpoints       model.pt and last.pt: reading, loading, saving; comparing flags and inputs; metrics.jsonl
+training          a model as the flags want it, fitting its classifier, precision, DDP, evaluation, Wilson's interval
 the training run  Run: a step's rate, random numbers and readable images; log, evaluation, saving, stopping
-pictures          matplotlib, curves.png
+pictures          matplotlib, saving figures, curves.png
 """
 
 import argparse
