@@ -305,8 +305,8 @@ def main() -> None:
             # One forward pass for both kinds, so that batch norm sees both.
             with run.amp:
                 logits = run.ddp_model(normalize(torch.cat([part_labeled, part_unlabeled]), view)).float()
-            # Readable images a part in this step, averaged over parts and processes. backward divides by the parts and DDP by the
-            # processes, so the gradient is that of the mean over all readable images of the step.
+            # Readable images a part, averaged over this step's parts and processes. backward divides by the parts and
+            # DDP by the processes, so the gradient is that of the mean over all readable images of the step.
             mean_n, mean_m = run.counts
             labeled_logits, pseudo_logits = logits[: len(part_target)], logits[len(part_target) :]
             if same_images:  # the Keras example: the labelled logits carry both losses, each a mean over n

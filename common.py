@@ -13,7 +13,7 @@ batches           views as a dataset, digests of images, keys: which images a st
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
 optimization      the length of a run (its plan), the learning rate, RMSprop, weight decay, averaged weights
 checkpoints       model.pt and last.pt: reading, loading, saving; comparing flags and inputs; metrics.jsonl
-training          a model as the flags want it, its classifier and norms refitted, precision, DDP, evaluation, Wilson
+training          a model as the flags want it, its classifier and norms refitted, precision, DDP, memory, evaluation
 the training run  Run: a step's rate, random numbers and readable images; log, evaluation, saving, stopping
 pictures          matplotlib, saving figures, curves.png
 """
