@@ -218,12 +218,14 @@ def test_logits_that_are_not_finite_are_not_written(random_teacher, tiny_data, l
     assert not read(tmp_path / "l.h5")["status"].any()
 
 
-# Stage 02 with batches and syncs as a test wants them, and later processes that begin later.
+# Stage 02 with batches, syncs and pauses (seconds a batch) as a test wants them, and later processes that begin later.
 WATCHED = """
 import importlib, os, time
 stage = importlib.import_module("02_pseudo_label")
 stage.SYNC_SECONDS = {seconds}
 stage.rows_per_batch = lambda size, device: {rows}
+normalize = stage.normalize
+stage.normalize = lambda *args: time.sleep(float(os.environ.get("PAUSE", 0))) or normalize(*args)
 time.sleep({wait} * int(os.environ.get("RANK", 0)))
 stage.main()
 """
@@ -268,16 +270,16 @@ def check_rows(path: Path, whole: dict) -> int:
 
 @pytest.mark.xdist_group("kill 02")
 def test_killed_at_any_time_it_ends_as_if_nothing_had_been(slow_run, start_stage, tmp_path):
-    """Runs of 1, 2 and 3 processes are killed after some progress each."""
+    """Runs of 1, 2 and 3 processes are killed after some progress each: slow ones, so that none ends before."""
     (flags, whole), out, watched = slow_run, tmp_path / "l.h5", tmp_path / "stage.py"
     watched.write_text(WATCHED.format(rows=16, seconds=0.05, wait=0))  # the rows as without
-    process = start_stage(STAGE, *flags, out)
+    process = start_stage(watched, *flags, out, PYTHONPATH=ROOT, PAUSE=0.2)
     process.wait_until(out.exists)
     process.kill()
     before = check_rows(out, whole)  # the file is complete from the first moment
     for nproc in (1, 2, 3, 1, 2):
-        process = start_stage(watched, *flags, out, nproc=nproc, PYTHONPATH=ROOT)
-        goal = before + NUM // 8
+        process = start_stage(watched, *flags, out, nproc=nproc, PYTHONPATH=ROOT, PAUSE=0.2 * nproc)
+        goal = before + NUM // 16
         process.wait_until(lambda goal=goal: np.count_nonzero(read(out)["status"]) >= goal)
         process.kill()
         done = check_rows(out, whole)
@@ -289,13 +291,14 @@ def test_killed_at_any_time_it_ends_as_if_nothing_had_been(slow_run, start_stage
 @pytest.mark.xdist_group("kill 02")
 @pytest.mark.parametrize(("nproc", "launcher"), [(1, None), (2, "torchrun")])
 def test_sigterm_keeps_all_that_was_done(nproc, launcher, slow_run, start_stage, tmp_path):
-    (flags, whole), out = slow_run, tmp_path / "l.h5"
-    process = start_stage(ROOT / STAGE, *flags, out, nproc=nproc, launcher=launcher)
+    (flags, whole), out, watched = slow_run, tmp_path / "l.h5", tmp_path / "watched.py"
+    watched.write_text(WATCHED.format(rows=16, seconds=5, wait=0))
+    process = start_stage(watched, *flags, out, nproc=nproc, launcher=launcher, PYTHONPATH=ROOT, PAUSE=0.1)
     # What a row says follows its data by up to 5 seconds.
     process.wait_until(lambda: out.exists() and np.count_nonzero(read(out)["confidence"]) > 30)
     os.kill(process.pids[0], signal.SIGTERM)  # torchrun hands it on
     assert process.wait(60) == (143 if nproc == 1 else 1), process
-    assert STAGE not in process.stderr, process  # torchrun's own traceback is torchrun's
+    assert watched.name not in process.stderr, process  # torchrun's own traceback is torchrun's
     assert 30 < check_rows(out, whole) < NUM
 
 
