@@ -2,19 +2,19 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       flags that stages share, @FILE, `fail` (a user's mistake: status 2), atomic writes, digests of files
-processes         this process among torchrun's, sums over all, stop signals, words that seed a generator, progress
-models            EfficientNet, its sizes and recipes, torchvision's and timm's models by name, folding batch norms
-weights           the tensors' names in this toolkit, torchvision and timm; reading --init; published weights
-noise             RandAugment and its ops on whole uint8 batches, and the official noise of small images
-views             decoding a file, the clean (evaluation) view, the random training crop, normalizing
-listing           images in folders and shards, labels from folders, what is held out, the half of val that judges
-batches           views as a dataset, digests of images, keys: which images a step or an evaluation gets; loaders
+the program       flags, @FILE, `fail` (the user's mistake: status 2), atomic writes, digests of files
+processes         torchrun's processes, sums over them, stop signals, seeds, progress bars
+models            EfficientNet, its sizes and recipes; other models by name; fusing batch norms
+weights           --init: tensors' names, published weights, timm's models, how their images must look
+noise             RandAugment and its ops on uint8 batches; the official noise of small images
+views             decoding an image; the clean (evaluation) view, the training crop; normalizing
+listing           the data directory: images in folders and shards, labels, copies, held-out images
+batches           a dataset of views; the keys of a step's or an evaluation's images; loaders
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
-optimization      the length of a run (its plan), the learning rate, RMSprop, weight decay, averaged weights
-checkpoints       model.pt and last.pt: reading, loading, saving; comparing flags and inputs; metrics.jsonl
-training          a model as the flags want it, its classifier and norms refitted, precision, DDP, memory, evaluation
-the training run  Run: a step's rate, random numbers and readable images; log, evaluation, saving, stopping
+optimization      a run's length and learning rate; RMSprop, weight decay; averaged weights (EMA, SWA)
+checkpoints       model.pt and last.pt: reading, loading, saving, resuming; metrics.jsonl
+training          a model as the flags want it, its classifier; precision, DDP, memory; evaluation
+the training run  Run: what happens around a step: rate, noise, log, evaluation, saving, stopping
 pictures          matplotlib, saving figures, curves.png
 """
 
@@ -55,7 +55,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# ------------------------------------------------ the program ------------------------------------------------
+# ----------------------------------------- the program ------------------------------------------
 
 
 def is_rank0() -> bool:
@@ -70,7 +70,7 @@ def print0(*words) -> None:
 
 
 def fail(message: str, from_any: bool = False) -> NoReturn:
-    """End with the user's mistake: one line on stderr, status 2. `from_any`: other processes may not meet it."""
+    """End with the user's mistake: one line on stderr, status 2. `from_any`: not of rank 0 alone."""
     if from_any or is_rank0():
         print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -148,7 +148,7 @@ SWITCH = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
 class Length(argparse.Action):
-    """--epochs and --steps: the last one on the command line counts, so that it can follow a recipe."""
+    """--epochs and --steps: the last one on the command line counts, so it can follow a recipe."""
 
     def __call__(self, parser, args, value, option=None):
         args.epochs = args.steps = None
@@ -182,7 +182,7 @@ def add_noise_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool = True) -> None:
-    """`from_scratch`: with a warm-up and a running average, for which a fine-tuning is too short."""
+    """`from_scratch`: with a warm-up and an average, for which a fine-tuning is too short."""
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=COUNT, default=256, help="labelled images a step, all processes (paper: 2048)")
     add("--accumulate", type=COUNT, default=1, help="split the batch in N: less memory; norms see 1 / N")
@@ -232,7 +232,7 @@ def flags_of(args: argparse.Namespace) -> dict:
 
 @contextlib.contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; at the end sync and rename it, after an error remove it."""
+    """Give a temporary path in the same folder; at the end sync and rename it, or remove it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")  # process ids may be equal
     try:
@@ -249,7 +249,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
 
 def optional(module: str, package: str = "", what: str = "this"):
-    """A module that only some features (`what`) need; where it is not installed the program ends."""
+    """A module that only `what` needs; where it is not installed the program ends."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
@@ -266,14 +266,19 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------- processes -------------------------------------------------
+def digest_of_bytes(data: bytes) -> bytes:
+    """What tells the bytes of an image file from those of another: blake2b, 16 bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+# ------------------------------------------ processes -------------------------------------------
 
 
 def seed_words(seed: int | str, stream: str, *numbers: int) -> list[int]:
     """The seed of a random generator. Each stream has a word of its own: streams share no numbers.
 
-    All randomness is a function of these words, never of what ran before: that is what makes a resumed run equal an
-    uninterrupted one. The name in a seed N:NAME is part of the stream.
+    All randomness is a function of these words, never of what ran before: that is what makes a
+    resumed run equal an uninterrupted one. The name in a seed N:NAME is part of the stream.
     """
     num, _, name = str(seed).partition(":")
     return [int(num), zlib.crc32(f"{name} {stream}".strip().encode()), *numbers]
@@ -299,7 +304,7 @@ class Processes(NamedTuple):
 
 
 def init_processes(workers: int | None = None, connect: bool = True) -> Processes:
-    """Find this process's device and place; without torchrun it is alone. `connect`: they will exchange tensors."""
+    """This process's device and place; without torchrun it is alone. `connect`: to exchange tensors."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world_size, local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     device = torch.device("cpu")
@@ -336,7 +341,7 @@ def sum_of(processes: Processes, *numbers: float) -> list[float]:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT only set `received`: the process decides where it stops. A second one ends it at once."""
+    """SIGTERM and SIGINT only set `received`: the process stops where it can save. A second one kills."""
 
     def __init__(self):
         self.received, self.since = False, math.inf
@@ -360,11 +365,11 @@ def progress(iterable: Iterable, name: str, total: int, processes: Processes, st
     return iterable
 
 
-# -------------------------------------------------- models --------------------------------------------------
+# -------------------------------------------- models --------------------------------------------
 
 
 class SamePadConv2d(nn.Conv2d):
-    """TensorFlow's SAME padding: ceil(size / stride) pixels out, the odd one at the bottom and right."""
+    """TensorFlow's SAME padding: ceil(size / stride) pixels out, an odd one at the bottom and right."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -433,7 +438,8 @@ def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
         recipe = recipe._replace(epochs=EPOCHS_FROM_WEIGHTS)
     asks_for_ops = flags["num_ops"] is not None or flags["magnitude"] is not None
     if recipe.num_ops == 0 and asks_for_ops:
-        # B0 and B1 have none: the other flag gets a usual value (magnitude 0 would be violent; 5 changes nothing).
+        # B0 and B1 have none: the other flag gets a usual value (magnitude 0 would be violent; 5
+        # changes nothing).
         recipe = recipe._replace(num_ops=OTHER_RECIPE.num_ops, magnitude=OTHER_RECIPE.magnitude)
     return recipe._replace(**{name: value for name, value in flags.items() if value is not None})
 
@@ -465,7 +471,7 @@ def round_channels(channels: float) -> int:
 
 
 class MBConv(nn.Module):
-    """Inverted residual block with stochastic depth: `drop_path` is how likely an image skips it."""
+    """Inverted residual block; stochastic depth: an image skips it with probability `drop_path`."""
 
     def __init__(self, inputs, outputs, kernel, stride, expand, drop_path, conv_norm):
         super().__init__()
@@ -491,11 +497,12 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """EfficientNet (Tan & Le 2019) as the official Noisy Student code builds it: (N, 3, H, W) -> logits (N, classes).
+    """EfficientNet (Tan & Le 2019) as in the official code: (N, 3, H, W) -> logits (N, classes).
 
-    `small_images`: the official variant for 32 pixels, whose stages 2 and 3 keep their resolution. `drop_path`: block i
-    of n is dropped with probability drop_path * i / n (0.2 is the paper's survival 0.8). `zero_init_residual`: blocks
-    with a skip start as the identity (1706.02677), for short runs; not the paper's.
+    `small_images`: the official variant for 32 pixels, whose stages 2 and 3 keep their resolution.
+    `drop_path`: block i of n is dropped with probability drop_path * i / n (0.2 is the paper's
+    survival 0.8). `zero_init_residual`: blocks with a skip start as the identity (1706.02677), for
+    short runs; not the paper's.
     """
 
     def __init__(
@@ -525,8 +532,9 @@ class EfficientNet(nn.Module):
     def init_weights(self, tf: bool, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # TensorFlow counts the fan-out of one group (official efficientnet_model.py:74-98), torchvision that
-                # of all groups: smaller depthwise weights, which AdamW moves sooner.
+                # TensorFlow counts the fan-out of one group (official efficientnet_model.py:74-98),
+                # torchvision that of all groups: smaller depthwise weights, which AdamW moves
+                # sooner.
                 fan_out = module.kernel_size[0] ** 2 * module.out_channels
                 fan_out = fan_out // module.groups if tf else fan_out
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
@@ -534,8 +542,9 @@ class EfficientNet(nn.Module):
                     nn.init.zeros_(module.bias)
             if zero_init_residual and isinstance(module, MBConv) and module.has_skip:
                 nn.init.zeros_(module.block[-1][1].weight)  # the last batch norm's
-        # Official: U(+-1/sqrt(classes)), 0.03 for ImageNet. For 10 classes it would be 0.3 and nearly every image
-        # confident from the first step on, so never more than ImageNet's. (Deviation.)
+        # Official: U(+-1/sqrt(classes)), 0.03 for ImageNet. For 10 classes it would be 0.3 and
+        # nearly every image confident from the first step on, so never more than ImageNet's.
+        # (Deviation.)
         linear = self.classifier[1]
         bound = 1 / math.sqrt(max(linear.out_features, 1000))
         nn.init.uniform_(linear.weight, -bound, bound)
@@ -548,9 +557,10 @@ class EfficientNet(nn.Module):
 def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module:
     """Build a model by name, with fresh weights; ValueError for an unknown name or option.
 
-    `efficientnet_b0` ... `_l2`: torchvision's numbers; `tf_efficientnet_...`: TensorFlow's padding and batch-norm eps;
-    `timm/NAME`: timm's; `resnext101_32xNd`: any N; others: torchvision's `get_model`. Options (None: the model's own):
-    `small_images`, `dropout`, `drop_path`, `zero_init_residual`, and timm's `img_size`.
+    `efficientnet_b0` ... `_l2`: torchvision's numbers; `tf_efficientnet_...`: TensorFlow's padding
+    and batch-norm eps; `timm/NAME`: timm's; `resnext101_32xNd`: any N; others: torchvision's
+    `get_model`. Options (None: the model's own): `small_images`, `dropout`, `drop_path`,
+    `zero_init_residual`, and timm's `img_size`.
     """
     options = {name: value for name, value in arch_options.items() if value is not None}
     name = arch.removeprefix("tf_")
@@ -576,20 +586,22 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
 
 
 def fuse_batch_norms(model: nn.Module) -> None:
-    """Fold batch norms into the convolutions before them, in place: the same in eval mode, faster."""
+    """Fold batch norms into the convolutions before them, in place: the same function, faster."""
     model.eval()
     for module in list(model.modules()):
         for (name, conv), (next_name, norm) in pairwise(list(module.named_children())):
-            # type: timm's BatchNormAct2d has an activation inside. Features: qkv and norm_q of a LambdaLayer.
+            # type: timm's BatchNormAct2d has an activation inside. Features: qkv and norm_q of a
+            # LambdaLayer.
             is_pair = isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d
             if is_pair and conv.out_channels == norm.num_features:
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, next_name, nn.Identity())
 
 
-# ------------------------------------------------- weights --------------------------------------------------
+# ------------------------------------------- weights --------------------------------------------
 
-# timm's layers of an EfficientNet by our (torchvision's) names; the blocks of the first stage do not expand.
+# timm's layers of an EfficientNet by our (torchvision's) names; the blocks of the first stage do
+# not expand.
 TIMM_TOP = {
     "conv_stem": "features.0.0",
     "bn1": "features.0.1",
@@ -614,7 +626,7 @@ def timm_to_own(name: str) -> str:
 
 
 def own_names(weights: dict, like: Iterable[str] = ()) -> dict[str, Tensor]:
-    """A state_dict by our names: out of its containers, without wrappers' prefixes, timm's translated.
+    """A state_dict by our names: out of its containers, without prefixes, timm's translated.
 
     `like`: the names that the model has; timm's own model keeps timm's.
     """
@@ -643,10 +655,10 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def load_weights(model: nn.Module, weights: dict, new_head: bool = False) -> None:
-    """Load a state_dict of this toolkit, torchvision or timm; a model on the meta device gets memory.
+    """Load a state_dict of this toolkit, torchvision or timm, also into a model on the meta device.
 
-    ValueError names what is missing, extra or of another shape. `new_head`: the last layer starts at zero. Random
-    weights would stay as noise wherever few training images touch them.
+    ValueError names what is missing, extra or of another shape. `new_head`: the last layer starts
+    at zero. Random weights would stay as noise wherever few training images touch them.
     """
     own = model.state_dict()
     weights = own_names(weights, own)
@@ -699,8 +711,8 @@ def published_weights(arch: str, image_size: int | None) -> dict:
 def view_of_file(path: Path, arch: str) -> "View":
     """How images must look for a file of foreign weights, as far as its name says.
 
-    A file that torchvision does not know is taken for the first that it published of that model, which is right for the
-    semi-supervised ResNets (1905.00546).
+    A file that torchvision does not know is taken for the first that it published of that model,
+    which is right for the semi-supervised ResNets (1905.00546).
     """
     from torchvision import models
 
@@ -781,12 +793,13 @@ def timm_view(config) -> "View":
     return View(config.input_size[-1], config.crop_pct, config.interpolation, mean, std, crop_mode)
 
 
-# -------------------------------------------------- noise ---------------------------------------------------
-# RandAugment (Cubuk et al., 1909.13719) as the official Noisy Student code runs it, on whole batches.
-# Magnitudes are on a scale of 10 without a cap: the paper's 27 is 2.7 times each op's range (rotate
-# by 81 degrees). torchvision's 27 is on a scale of 30 (27 degrees), timm clamps it to 10.
-# An op maps uint8 (N, 3, H, W) to the same; `sign` (N,) is +1 or -1. Draws come from `generator` on the
-# CPU, so all devices get the same noise. Sources: official randaugment.py; Pillow for rounding.
+# -------------------------------------------- noise ---------------------------------------------
+# RandAugment (Cubuk et al., 1909.13719) as the official Noisy Student code runs it, on whole
+# batches. Magnitudes are on a scale of 10 without a cap: the paper's 27 is 2.7 times each op's
+# range (rotate by 81 degrees). torchvision's 27 is on a scale of 30 (27 degrees), timm clamps it to
+# 10. An op maps uint8 (N, 3, H, W) to the same; `sign` (N,) is +1 or -1. Draws come from
+# `generator` on the CPU, so all devices get the same noise. Sources: official randaugment.py;
+# Pillow for rounding.
 
 
 def put(images: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -901,7 +914,7 @@ def posterize(images, magnitude, sign, generator):
 
 
 def solarize(images, magnitude, sign, generator):
-    """Invert from int(256 M/10) up; above M = 10, where that wraps, torchvision's 255 (1 - M/30)."""
+    """Invert from int(256 M/10) up; above M = 10, where that wraps, from 255 (1 - M/30) as torchvision."""
     threshold = int(256 * magnitude / 10) if magnitude <= 10 else 255 * (1 - magnitude / 30)
     levels = torch.arange(256)
     return table_lookup(images, torch.where(levels < threshold, levels, 255 - levels))
@@ -970,12 +983,12 @@ RAND_AUGMENT_OPS = {
 
 
 def rand_augment(images: Tensor, num_ops=2, magnitude=27, generator=None, resolution=None) -> Tensor:
-    """Apply `num_ops` ops, drawn for each image with replacement, to uint8 (N, 3, H, W), not in place.
+    """Apply `num_ops` ops, drawn for each image with replacement: uint8 (N, 3, H, W) -> the same.
 
-    `generator`: a CPU generator (None: torch's own). `resolution`: the side in pixels for which the official sizes of
-    translation and cutout are meant, a model's own (B0 224 ... B7 600). Images between 64 pixels and it get them in
-    proportion: B7's 270 pixels would empty most images of 224. Source: official randaugment.py:530-554 (the op's
-    probability there is never used).
+    `generator`: a CPU generator (None: torch's own). `resolution`: the side in pixels for which the
+    official sizes of translation and cutout are meant, a model's own (B0 224 ... B7 600). Images
+    between 64 pixels and it get them in proportion: B7's 270 pixels would empty most images of 224.
+    Source: official randaugment.py:530-554 (the op's probability there is never used).
     """
     images = images.clone(memory_format=torch.contiguous_format)
     ops = torch.randint(len(RAND_AUGMENT_OPS), (num_ops, len(images)), generator=generator)
@@ -997,10 +1010,10 @@ def rand_augment(images: Tensor, num_ops=2, magnitude=27, generator=None, resolu
 
 
 def small_image_noise(images: Tensor, hflip: bool, generator: torch.Generator | None = None) -> Tensor:
-    """What the official code does to images of 32 pixels, after RandAugment (preprocessing.py:189-224).
+    """The official noise of 32 pixels, after RandAugment (preprocessing.py:189-224).
 
-    A grey square of half the side; a shift by up to an eighth of it, reflected at the edge; half of the images
-    mirrored, if `hflip`. uint8 (N, 3, H, W) -> the same.
+    A grey square of half the side; a shift by up to an eighth of it, reflected at the edge; half of
+    the images mirrored, if `hflip`. uint8 (N, 3, H, W) -> the same.
     """
     num, _, height, width = images.shape
     size = min(height, width)
@@ -1023,7 +1036,7 @@ def add_noise(images, generator, recipe: Recipe, resolution, small_images, hflip
     return small_image_noise(images, hflip, generator) if small_images else images
 
 
-# -------------------------------------------------- views ---------------------------------------------------
+# -------------------------------------------- views ---------------------------------------------
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of values in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -1035,9 +1048,9 @@ if features.check("avif"):
 def load_image(file: str | Path | BinaryIO, enough: int = 0) -> Image.Image:
     """Read an image as RGB, as a person would see it.
 
-    EXIF rotation is applied, 16-bit grey scaled, alpha laid over grey 128. `enough`: an upright JPEG may be decoded at
-    1/2, 1/4 or 1/8 of its size while its short side keeps that many pixels, which is faster. Raises whatever the
-    decoder raises, and above 179 million pixels.
+    EXIF rotation is applied, 16-bit grey scaled, alpha laid over grey 128. `enough`: an upright
+    JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while its short side keeps that many pixels,
+    which is faster. Raises whatever the decoder raises, and above 179 million pixels.
     """
     # EXIF data is often bad, and Pillow warns of it.
     with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
@@ -1061,16 +1074,11 @@ def load_image(file: str | Path | BinaryIO, enough: int = 0) -> Image.Image:
 CROP_MODES = ("center", "squash")
 
 
-def default_crop_fraction(image_size: int) -> float:
-    """The share of the short side in the clean view: the official code's, all for small images."""
-    return image_size / (image_size + 32) if image_size > 64 else 1.0
-
-
 class View(NamedTuple):
     """How a model sees an image when it labels or is tested; every checkpoint has these fields.
 
-    center: the middle square of side crop_fraction x short side, resized to image_size. squash: all of the image,
-    whatever its shape, resized to image_size / crop_fraction, and of that the middle.
+    center: the middle square of side crop_fraction x short side, resized to image_size. squash: all
+    of the image, whatever its shape, resized to image_size / crop_fraction, and of that the middle.
     """
 
     image_size: int  # pixels
@@ -1089,7 +1097,9 @@ class View(NamedTuple):
 
     @classmethod
     def default(cls, image_size: int, crop_mode: str = "center") -> "View":
-        fraction = 1.0 if crop_mode == "squash" else default_crop_fraction(image_size)
+        """size / (size + 32) of the short side (official preprocessing.py), all of small images."""
+        shows_all = crop_mode == "squash" or image_size <= 64
+        fraction = 1.0 if shows_all else image_size / (image_size + 32)
         return cls(image_size, fraction, crop_mode=crop_mode)
 
     @property
@@ -1103,7 +1113,7 @@ class View(NamedTuple):
         return math.ceil(2 * self.image_size / self.crop_fraction)
 
     def at(self, image_size: int, crop_mode: str | None = None) -> "View":
-        """The view at another size or in another mode, with the crop fraction that is usual there."""
+        """The view at another size or in another mode, with the crop fraction usual there."""
         crop_mode = crop_mode or self.crop_mode
         view = self._replace(image_size=image_size, crop_mode=crop_mode)
         if crop_mode != self.crop_mode or (image_size != self.image_size and crop_mode == "center"):
@@ -1147,8 +1157,8 @@ def eval_view(image: Image.Image, view: View) -> np.ndarray:
 def random_view(image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.ndarray:
     """Inception crop: `min_area` to all of the area, aspect 3/4 to 4/3, bicubic, perhaps mirrored.
 
-    Official preprocessing.py:81-102 tries 10 times and then takes the clean view. Areas and log-aspects are uniform, as
-    in torchvision; TensorFlow draws heights uniformly (deviation).
+    Official preprocessing.py:81-102 tries 10 times and then takes the clean view. Areas and
+    log-aspects are uniform, as in torchvision; TensorFlow draws heights uniformly (deviation).
     """
     size, clean = crop.image_size, View.default(crop.image_size, crop.crop_mode)
     if crop.min_area is None:
@@ -1175,7 +1185,7 @@ def normalize(images: Tensor, view: View) -> Tensor:
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-# ------------------------------------------------- listing --------------------------------------------------
+# ------------------------------------------- listing --------------------------------------------
 
 # What file managers and network disks leave behind: thumbnails and deleted files.
 JUNK = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "lost+found", "System Volume Information"}
@@ -1276,7 +1286,7 @@ def list_images(root: str | Path) -> ImageList:
 
 
 def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The val set of data that has none: a tenth, by the hash of the path, never a class's last image."""
+    """The val set of data without one: a tenth, by the path's hash, never a class's last image."""
     hashes = np.array([zlib.crc32(path) for path in paths.tolist()], dtype=np.int64)
     held_out = hashes < 2**32 // 10
     for label in np.unique(labels):
@@ -1286,10 +1296,20 @@ def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return held_out
 
 
-def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
-    """Tell of images of val that are in train too, and of images under two classes; many end the program.
+def digests_of(images: ImageList) -> frozenset[bytes]:
+    """The digests of the readable files, so that a renamed copy is recognised."""
+    digests = set()
+    for row in range(len(images)):
+        with contextlib.suppress(OSError), images.open(row) as file:
+            digests.add(digest_of_bytes(file.read()))
+    return frozenset(digests)
 
-    Byte for byte. Only files of equal size are read. Not of more than 200,000 images, where it takes minutes.
+
+def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
+    """Tell of images of val that are in train too, and of images under two classes.
+
+    Byte for byte. Only files of equal size are read. Not of more than 200,000 images, where it
+    takes minutes.
     """
     if not is_rank0() or len(train) + len(val) > 200_000:
         return
@@ -1321,17 +1341,18 @@ def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
 def judged_half(images: ImageList) -> np.ndarray:
     """Which images of val are kept for judging, bool (N,), by the hash of the path below val.
 
-    One chooses on the others: what a run chooses on an image (a threshold) is no measurement of it any more. Another
-    hash than that of `is_held_out`, so that the held-out tenth is halved too.
+    One chooses on the others: what a run chooses on an image (a threshold) is no measurement of it
+    any more. Another hash than that of `is_held_out`, so that the held-out tenth is halved too.
     """
     return np.array([digest_of_bytes(path)[0] % 2 == 1 for path in images.path.tolist()], dtype=bool)
 
 
 def images_by_class(folder: str | Path, classes: list[str] | None = None):
-    """(ImageList, labels int64 (N,), classes) of `folder`/<class>/; images beside the folders are left out.
+    """(ImageList, labels int64 (N,), classes) of `folder`/<class>/**; images beside these are ignored.
 
-    `classes`: the known names in the order of their labels; None: the sorted names of the folders. ValueError where
-    there are no class folders, two that differ in case alone, or one of an unknown name.
+    `classes`: the known names in the order of their labels; None: the sorted names of the folders.
+    ValueError where there are no class folders, two that differ in case alone, or one of an unknown
+    name.
     """
     entries = list(os.scandir(folder)) if os.path.isdir(folder) else []
     folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in JUNK]
@@ -1351,6 +1372,13 @@ def images_by_class(folder: str | Path, classes: list[str] | None = None):
     images = list_images(folder)
     labels = np.array([number.get(p.split(b"/")[0], -1) for p in images.path.tolist()], np.int64)
     return images[labels >= 0], labels[labels >= 0], classes
+
+
+def data_of(args: argparse.Namespace, source: Mapping) -> Path:
+    """The data directory: --data, or that of the checkpoint or label file which is the source."""
+    if not args.data and not os.path.isdir(source.get("data") or ""):
+        fail(f"--data: say where it is, for it is not where it was ({source.get('data')})")
+    return args.data or Path(source["data"])
 
 
 def labeled_images(data: str | Path, split: str, classes: list[str] | None = None):
@@ -1386,8 +1414,8 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
 def unlabeled_images(path: str | Path, data: str | Path | None = None) -> ImageList:
     """The images of a folder, a .tar shard, a label file or a single image file.
 
-    If DATA has no val/, DATA/train gives the images that train and DATA/val the held-out ones. `data`: the data
-    directory, whose train/ and val/ must not lie below `path`.
+    If DATA has no val/, DATA/train gives the images that train and DATA/val the held-out ones.
+    `data`: the data directory, whose train/ and val/ must not lie below `path`.
     """
     path = Path(os.path.abspath(path))
     if path.suffix == ".h5":
@@ -1410,7 +1438,7 @@ def unlabeled_images(path: str | Path, data: str | Path | None = None) -> ImageL
     return images
 
 
-# ------------------------------------------------- batches --------------------------------------------------
+# ------------------------------------------- batches --------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -1420,28 +1448,14 @@ class Batch(NamedTuple):
     held_out: list[int]  # rows of images of val, which no stage trains on
 
 
-def digest_of_bytes(data: bytes) -> bytes:
-    """What tells the bytes of an image file from those of another: blake2b, 16 bytes."""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def digests_of(images: ImageList) -> frozenset[bytes]:
-    """The digests of the readable files, so that a renamed copy is recognised."""
-    digests = set()
-    for row in range(len(images)):
-        with contextlib.suppress(OSError), images.open(row) as file:
-            digests.add(digest_of_bytes(file.read()))
-    return frozenset(digests)
-
-
 class ImageDataset(torch.utils.data.Dataset):
-    """Views of images as uint8. An item is (row, views, error): a list of (H, W, 3) arrays, or why not.
+    """Views of images as uint8. An item is (row, views, error): a list of (H, W, 3), or why not.
 
-    `clean` and `noised`: each that is given makes one view, in this order. The key of an item is `row` or `(epoch,
-    row)`: the random view is a function of (seed, stream, epoch, row) alone, so workers, processes and interruptions do
-    not change it. `repeated` (M,): row i of the dataset is images[repeated[i]].
-    `held_out`: the digests of val, whose images have neither views nor an error. A bad image never stops a run, and no
-    other takes its place.
+    `clean` and `noised`: each that is given makes one view, in this order. The key of an item is
+    `row` or `(epoch, row)`: the random view is a function of (seed, stream, epoch, row) alone, so
+    workers, processes and interruptions do not change it. `repeated` (M,): row i of the dataset is
+    images[repeated[i]]. `held_out`: the digests of val, whose images have neither views nor an
+    error. A bad image never stops a run, and no other takes its place.
     """
 
     def __init__(
@@ -1515,15 +1529,16 @@ def train_keys(num: int, batch_size: int, seed, stream: str, steps: range, proce
 
 
 def grid_keys(num: int, batch_size: int, processes: Processes) -> Iterator[range]:
-    """This process's rows of each batch of a fixed grid: the same batches with any number of processes."""
+    """This process's share of the batches of a fixed grid, whatever the number of processes."""
     for first in range(processes.rank * batch_size, num, processes.world_size * batch_size):
         yield range(first, min(first + batch_size, num))
 
 
 def rows_per_batch(image_size: int, device: torch.device) -> int:
-    """How many images a model takes at a time without gradients: a function of size and device alone.
+    """How many images a model takes at a time without gradients, by size and device alone.
 
-    CPUs are fastest while a batch's activations fit the cache (512 images of 32 px, 8 of 224). GPUs take 64 times that.
+    CPUs are fastest while a batch's activations fit the cache (512 images of 32 px, 8 of 224). GPUs
+    take 64 times that.
     """
     fits = 512 * 32**2 / image_size**2 * (64 if device.type == "cuda" else 1)
     return int(min(max(2 ** int(np.log2(max(fits, 1))), 1), 1024))
@@ -1537,7 +1552,8 @@ def ignore_signals(worker: int) -> None:
 
 def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) -> Iterator[Batch]:
     """Load a Batch for each list (or range) of keys, which are rows or (epoch, row)."""
-    # A fork shares millions of paths, where spawn copies them; libraries of macOS do not survive it.
+    # A fork shares millions of paths, where spawn copies them; libraries of macOS do not survive
+    # it.
     context = "fork" if processes.workers and sys.platform == "linux" else None
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -1565,7 +1581,7 @@ def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) ->
         yield batch
 
 
-# ----------------------------------------------- label files ------------------------------------------------
+# ----------------------------------------- label files ------------------------------------------
 
 LABELS_FORMAT = "noisy-student-labels-2"
 TODO, DONE, UNREADABLE, HELD_OUT = 0, 1, 2, 3  # status of a row; HELD_OUT: an image of val
@@ -1576,7 +1592,7 @@ LABEL_COLUMNS |= {"val_logits": "f2", "val_label": "i4"}
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A label file for reading. No descriptor stays open: a column is mapped when it is asked for."""
+    """A label file for reading. No file stays open: a column is mapped when it is asked for."""
 
     path: Path
     attrs: dict
@@ -1587,7 +1603,7 @@ class LabelFile:
         return self.places["status"][2][0]
 
     def column(self, name: str) -> np.ndarray:
-        """A column, mapped. offset and size may be missing (plain files), and copies (1 a label)."""
+        """A column, mapped. offset, size (0: plain files) and copies (1 a label) may be missing."""
         if name in self.places:
             dtype, offset, shape = self.places[name]
             return np.memmap(str(self.path), dtype, "r", offset, shape) if math.prod(shape) else np.zeros(shape, dtype)
@@ -1636,7 +1652,7 @@ def open_label_file(path: str | Path) -> LabelFile:
 
 
 def check_label_rows(labels: LabelFile) -> None:
-    """End the program where, in some thousand rows, the logits do not fit the label and the confidence."""
+    """End the program where, in some thousand rows, logits, label and confidence do not agree."""
     rows = np.unique(np.linspace(0, len(labels) - 1, 4096).astype(int)) if len(labels) else []
     rows = rows[labels.column("status")[rows] == DONE] if len(rows) else []
     if "logits" not in labels.places or not len(rows):
@@ -1655,11 +1671,12 @@ def check_label_rows(labels: LabelFile) -> None:
 
 @contextlib.contextmanager
 def new_label_file(path: Path, num: int, path_width: int, classes: list, columns: Iterable[str], **attrs):
-    """Give an h5py.File with these columns of `num` rows, unfilled; at the end it is renamed to `path`.
+    """Give an h5py.File with these columns of `num` rows, unfilled; it becomes `path` at the end.
 
-    `path_width`: bytes of the longest path. class_counts, val_logits and val_label, arrays among `attrs`, are written.
-    Every dataset is contiguous and has its place from the start (sparse on disk), so that any number of processes can
-    fill it with os.pwrite: the HDF5 structure does not change, and the file opens at any time, after kill -9 too.
+    `path_width`: bytes of the longest path. class_counts, val_logits and val_label, arrays among
+    `attrs`, are written. Every dataset is contiguous and has its place from the start (sparse on
+    disk), so that any number of processes can fill it with os.pwrite: the HDF5 structure does not
+    change, and the file opens at any time, after kill -9 too.
     """
     arrays = {name: attrs.pop(name) for name in LABEL_COLUMNS if name in attrs}
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # h5py's own calls cannot ask for these
@@ -1686,7 +1703,7 @@ def new_label_file(path: Path, num: int, path_width: int, classes: list, columns
         yield file
 
 
-# ----------------------------------------------- optimization -----------------------------------------------
+# ----------------------------------------- optimization -----------------------------------------
 
 
 class Plan(NamedTuple):
@@ -1699,8 +1716,8 @@ class Plan(NamedTuple):
     warmup_steps: float = 0
 
 
-# optimizer: peak rate from scratch for each 256 images of a batch; peak rate from weights, whatever the
-# batch (a guess); weight decay.
+# optimizer: peak rate from scratch for each 256 images of a batch; peak rate from weights, whatever
+# the batch (a guess); weight decay.
 RATES = {
     "rmsprop": (0.016, 0.0016, 1e-5),  # the paper's: 0.128 at 2048; official main.py:173-182
     "sgd": (0.1, 0.01, 1e-4),  # ResNets: Goyal et al., 1706.02677
@@ -1713,8 +1730,9 @@ def plan_of(
 ) -> Plan:
     """The plan of a run. `epochs` and `peak` count where no flag says how long and how fast.
 
-    --steps auto, ours: from scratch 100 passes over the labelled images, at least 1,000 steps; from weights 30 passes
-    over them or 3 over those in `unlabeled`, `num_unlabeled` a step, whichever is longer, at least 300 steps.
+    --steps auto, ours: from scratch 100 passes over the labelled images, at least 1,000 steps; from
+    weights 30 passes over them or 3 over those in `unlabeled`, `num_unlabeled` a step, whichever is
+    longer, at least 300 steps.
     """
     init, steps_per_epoch = getattr(args, "init", None), max(num_images, 1) / args.batch_size
     if args.steps == "auto":
@@ -1746,9 +1764,10 @@ def plan_of(
 def learning_rate(step: int, plan: Plan) -> float:
     """The learning rate of a step: linear warm-up from 0, then the schedule.
 
-    staircase: x 0.97 every 2.4 epochs of 350, every 4.8 of 700: one rule, 2.4 / 350 of the run. Its clock starts at
-    step 0, not after the warm-up (official utils.py:39-74, main.py:569-584). N:FACTOR divides the run evenly. What
-    `plateau` takes off depends on the evaluations: `plateau_factor`.
+    staircase: x 0.97 every 2.4 epochs of 350, every 4.8 of 700: one rule, 2.4 / 350 of the run. Its
+    clock starts at step 0, not after the warm-up (official utils.py:39-74, main.py:569-584).
+    N:FACTOR divides the run evenly. What `plateau` takes off depends on the evaluations:
+    `plateau_factor`.
     """
     if step < plan.warmup_steps:
         return plan.peak * step / plan.warmup_steps
@@ -1763,14 +1782,16 @@ def learning_rate(step: int, plan: Plan) -> float:
     return plan.peak
 
 
-# The factor of the rate in the Keras example. Its teacher watches the loss on val, its student the accuracy.
+# The factor of the rate in the Keras example. Its teacher watches the loss on val, its student the
+# accuracy.
 PLATEAU = {"teacher": 0.1, "student": 0.5}
 
 
 def plateau_factor(values: list[float], factor: float, patience: int = 3, min_delta: float = 1e-4):
-    """What Keras' ReduceLROnPlateau makes of the rate after evaluations with these values, low is good.
+    """Keras' ReduceLROnPlateau: the factor of the rate after these values, of which low is good.
 
-    After `patience` evaluations in a row that are not better by more than `min_delta` it is multiplied by `factor`.
+    After `patience` evaluations in a row that are not better by more than `min_delta` it is
+    multiplied by `factor`.
     """
     best, waited, product = math.inf, 0, 1.0  # waited: evaluations since the best
     for value in values:
@@ -1785,8 +1806,9 @@ def plateau_factor(values: list[float], factor: float, patience: int = 3, min_de
 class RMSpropTF(torch.optim.Optimizer):
     """TensorFlow's RMSProp, the paper's (official utils.py:77-97).
 
-    torch.optim.RMSprop differs in three things: here epsilon is inside the root, the mean square starts at 1, and the
-    rate is inside the momentum. Weight decay is coupled: it is part of the gradient.
+    torch.optim.RMSprop differs in three things: here epsilon is inside the root, the mean square
+    starts at 1, and the rate is inside the momentum. Weight decay is coupled: it is part of the
+    gradient.
     """
 
     def __init__(self, params, lr: float, decay=0.9, momentum=0.9, eps=1e-3, weight_decay=0.0):
@@ -1816,12 +1838,13 @@ class RMSpropTF(torch.optim.Optimizer):
 
 
 def make_optimizer(name: str, model: nn.Module, weight_decay: float | None, classifier_lr: float = 1.0):
-    """`rmsprop` (the paper's), `sgd` (Nesterov 0.9) or `adamw`; the loop sets the rate of every step.
+    """`rmsprop` (the paper's), `sgd` (Nesterov 0.9) or `adamw`; the loop sets the rate.
 
-    Weight decay (None: that of RATES) spares the norms and nothing else, as the official code (main.py:552-555);
-    AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate, kept in its group as `share`. AdamW moves
-    every weight by about the rate, so a classifier of 1,280 inputs moves its logits by 1,280 times that, and they
-    follow the last batch; a share that falls with the inputs prevents it (muP, 2203.03466, table 3).
+    Weight decay (None: that of RATES) spares the norms and nothing else, as the official code
+    (main.py:552-555); AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate,
+    kept in its group as `share`. AdamW moves every weight by about the rate, so a classifier of
+    1,280 inputs moves its logits by 1,280 times that, and they follow the last batch; a share that
+    falls with the inputs prevents it (muP, 2203.03466, table 3).
     """
     weight_decay = RATES[name][2] if weight_decay is None else weight_decay
     norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm))]
@@ -1858,7 +1881,7 @@ def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) 
 
 @torch.no_grad()
 def update_swa(swa_model: nn.Module, model: nn.Module, step: int, total_steps: int) -> None:
-    """The equal mean of the weights at every 10th step of the second half; before it the latest ones.
+    """The equal mean of the weights at each 10th step of the second half; before it the latest ones.
 
     Parameters alone: batch norms are recomputed before an evaluation.
     """
@@ -1868,7 +1891,25 @@ def update_swa(swa_model: nn.Module, model: nn.Module, step: int, total_steps: i
         torch._foreach_lerp_(list(swa_model.parameters()), list(model.parameters()), rate)
 
 
-# ----------------------------------------------- checkpoints ------------------------------------------------
+@torch.no_grad()
+def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Batch norms' running statistics: the mean over the batches, without dropout and drop path.
+
+    torch's swa_utils.update_bn leaves these on, but the model is tested without them.
+    """
+    norms = [module for module in model.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.momentum != 0]  # 0: frozen
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+# ----------------------------------------- checkpoints ------------------------------------------
 
 CHECKPOINT_FORMAT = "noisy-student-checkpoint-2"
 OLD_FORMAT = "noisy-student-checkpoint-1"  # is read
@@ -1909,7 +1950,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool 
     `fuse`: with the batch norms folded into the convolutions, for inference: 1.4 times as fast.
     """
     checkpoint = read_checkpoint(path)
-    # No memory and time for weights that are replaced at once; torchvision's RegNets cannot do that.
+    # No memory and time for weights that are replaced at once; torchvision's RegNets cannot do
+    # that.
     on_meta = checkpoint["arch"].removeprefix("tf_") in EFFICIENTNETS
     options = checkpoint["arch_options"]
     try:
@@ -1923,15 +1965,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool 
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-def data_of(args: argparse.Namespace, source: Mapping) -> Path:
-    """The data directory: --data, or that of the checkpoint or label file which is the source."""
-    if not args.data and not os.path.isdir(source.get("data") or ""):
-        fail(f"--data: say where it is, for it is not where it was ({source.get('data')})")
-    return args.data or Path(source["data"])
-
-
 def identity(thing: Path | ImageList) -> str:
-    """What tells inputs apart: the sha256 of a file, of the names in a list, of a label file without its logits."""
+    """The sha256 of a file, of the names in a list, or of a label file without its logits."""
     if isinstance(thing, ImageList):
         names = hashlib.sha256(np.ascontiguousarray(thing.path))
         return f"{len(thing)} images, names {names.hexdigest()}"
@@ -1964,7 +1999,8 @@ def lock(out: Path) -> None:
 def previous_run(args: argparse.Namespace) -> dict | None:
     """The checkpoint of the run that --out holds, None for a new run.
 
-    Ends the program if the flags differ from that run's, or (status 0) if it is finished and its inputs are gone.
+    Ends the program if the flags differ from that run's, or (status 0) if it is finished and its
+    inputs are gone.
     """
     if is_rank0():
         lock(args.out)
@@ -1990,7 +2026,8 @@ def previous_run(args: argparse.Namespace) -> dict | None:
 def compare_inputs(args: argparse.Namespace, resumed: dict | None, **images: ImageList) -> dict[str, str]:
     """{role: identity} of the files and images that a run is made from, for its checkpoints.
 
-    Ends the program where they are not what the run began with, and (status 0) where it is finished.
+    Ends the program where they are not what the run began with, and (status 0) where it is
+    finished.
     """
     things = {role: getattr(args, role, None) for role in ROLES} | images
     things = {role: thing for role, thing in things.items() if isinstance(thing, (Path, ImageList))}
@@ -2050,11 +2087,11 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may leave half a line
 
 
-# ------------------------------------------------- training -------------------------------------------------
+# ------------------------------------------- training -------------------------------------------
 
 
 class Setup(NamedTuple):
-    """What the flags, the weights to start from and the teacher say about a model and its images."""
+    """What flags, initial weights and teacher say about a model and its images."""
 
     arch: str
     small_images: bool | None
@@ -2066,7 +2103,7 @@ class Setup(NamedTuple):
 
 
 def setup_of(args, teacher: Mapping, initial: dict, image_size: int) -> Setup:
-    """A flag comes first, then --init (`initial`, or {}), then the teacher, then the model's usual."""
+    """A flag counts first, then --init (`initial`, or {}), the teacher, the model's usual."""
     source = initial or teacher
     arch = args.arch or source.get("arch", "efficientnet_b0")
     small_images = args.small_images
@@ -2130,14 +2167,14 @@ def model_of(stage: str, setup: Setup, train: tuple, classes: list[str], args, p
 
 
 def has_noise(model: nn.Module) -> bool:
-    """Whether dropout or stochastic depth is on, by the names of ours, torch's, torchvision's and timm's rates."""
+    """Whether dropout or stochastic depth is on, by the names of all libraries' rates."""
     names = ("p", "drop_rate", "drop_prob", "drop_path")
     rates = [getattr(module, name, 0) for module in model.modules() for name in names]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
-    """0: batch norms stay in inference mode. A few small noised batches would only disturb published statistics."""
+    """0: inference mode. A few small noised batches would only disturb published statistics."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
@@ -2146,7 +2183,7 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
 
 
 def logistic_regression(features: Tensor, target: Tensor, num_classes: int, decay: float) -> Tensor:
-    """(classes, features + 1), the biases last, of the least mean cross-entropy + decay / 2 x the squared weights."""
+    """Weights (classes, features + 1), biases last: least mean cross-entropy + decay / 2 |weights|^2."""
     weights = features.new_zeros(num_classes, features.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -2163,7 +2200,7 @@ def logistic_regression(features: Tensor, target: Tensor, num_classes: int, deca
 
 @torch.no_grad()
 def features_of(model: nn.Module, head: nn.Linear, images: ImageList, view: View, processes: Processes):
-    """(what `head` gets of each readable clean image (n, features), their rows (n,)); the same in each process."""
+    """(inputs of `head` (n, features) from the readable clean images, their rows (n,)), in each process."""
     features, rows = [], []
     hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     alone = processes._replace(rank=0, world_size=1)
@@ -2181,11 +2218,12 @@ def features_of(model: nn.Module, head: nn.Linear, images: ImageList, view: View
 
 
 def fit_classifier(model: nn.Module, images: ImageList, labels: np.ndarray, view: View, processes: Processes) -> str:
-    """Set the last layer to the logistic regression on the frozen features of the clean images; returns what to say.
+    """Make the last layer the logistic regression on frozen features; returns what to say of it.
 
-    Then step 0 is what a linear probe gives, and the first steps do not distort the features to suit a random
-    classifier (LP-FT, Kumar et al., 2202.10054). The weight decay has the least cross-entropy in five folds. At most
-    20,000 images are used. A last layer that is not one linear layer with biases stays zero.
+    Then step 0 is what a linear probe gives, and the first steps do not distort the features to
+    suit a random classifier (LP-FT, Kumar et al., 2202.10054). The weight decay has the least
+    cross-entropy in five folds. At most 20,000 images are used. A last layer that is not one linear
+    layer with biases stays zero.
     """
     names = head_names(model)
     head = model.get_submodule(names[0])
@@ -2305,26 +2343,8 @@ def evaluate(model: nn.Module, images: ImageList, labels, view: View, processes:
     return {"val_loss": loss, "val_top1": 100 * top1, "val_top5": 100 * top5}
 
 
-@torch.no_grad()
-def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Running statistics of the batch norms: the mean of those of the batches, without dropout and stochastic depth.
-
-    torch's swa_utils.update_bn leaves these on, but the model is tested without them.
-    """
-    norms = [module for module in model.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.momentum != 0]  # 0: frozen
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train().reset_running_stats()
-        norm.momentum = None
-    for images in batches:
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-
-
 def wilson(num_right: int, num: int) -> list[float]:
-    """Wilson's 95 percent interval of the share num_right / num: honest near 0 and 1, and for few images."""
+    """Wilson's 95 percent interval of num_right / num: honest near 0 and 1, and for few images."""
     z2 = 1.959964**2
     share = num_right / num if num else 0.5
     middle = num_right + z2 / 2
@@ -2332,11 +2352,11 @@ def wilson(num_right: int, num: int) -> list[float]:
     return [max((middle - half) / (num + z2), 0.0), min((middle + half) / (num + z2), 1.0)]
 
 
-# --------------------------------------------- the training run ---------------------------------------------
+# --------------------------------------- the training run ---------------------------------------
 
 
 class Run:
-    """The state of a training run, and what happens around a step. The stage owns the loop and the loss:
+    """The state of a training run, and what happens around a step. The stage owns loop and loss:
 
         for batch in run.steps(batches):            # sets the learning rate and the step's random numbers
             for part in run.parts(*tensors):        # --accumulate; gradients are zero before the first part
@@ -2355,7 +2375,7 @@ class Run:
     """
 
     def __init__(self, args, processes: Processes, model: nn.Module, header: dict, plan: Plan, train, val, resumed):
-        """`header`: what a checkpoint says of the model. `train`: for SWA's norms. `val`: (images, labels)."""
+        """header: what a checkpoint says of the model. train: for SWA's norms. val: (images, labels)."""
         self.args, self.processes, self.plan, self.train, self.val = args, processes, plan, train, val
         self.header = {"format": CHECKPOINT_FORMAT, **header, "lr": plan.peak, "args": flags_of(args)}
         self.header |= {"versions": {"torch": str(torch.__version__)}, "roots": [val[0].root]}  # of the images
@@ -2421,7 +2441,8 @@ class Run:
     def batches(self, images: ImageList, num: int, stream: str, repeated=None, **views):
         """The loader of the steps that remain: `num` images a step over all processes.
 
-        `stream`: names their order. `repeated`, `views` (clean, noised, held_out): see ImageDataset.
+        `stream`: names their order. `repeated`, `views` (clean, noised, held_out): see
+        ImageDataset.
         """
         stream, seed, steps = f"{self.stage} {stream}", self.args.seed, range(self.step, self.plan.total_steps)
         self.num_asked.append(num)
@@ -2447,7 +2468,8 @@ class Run:
                 self.lr *= plateau_factor(self.judged, PLATEAU[self.stage])
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * group.get("share", 1)
-            # A function of (seed, stage, step, rank): a resumed run draws what an uninterrupted one does.
+            # A function of (seed, stage, step, rank): a resumed run draws what an uninterrupted one
+            # does.
             word = seed_word(self.args.seed, f"{self.stage} noise", self.step, self.processes.rank)
             torch.manual_seed(word)  # dropout, stochastic depth
             self.generator = torch.Generator().manual_seed(word ^ 1)
@@ -2476,7 +2498,7 @@ class Run:
         self.counts = [count / num_parts for count in counts]
 
     def parts(self, *tensors: Tensor) -> Iterator:
-        """The batch in --accumulate parts. Gradients are exchanged once, in the last backward pass."""
+        """The batch in --accumulate parts. Gradients are exchanged in the last backward pass."""
         self.optimizer.zero_grad()
         num_parts = self.args.accumulate
         parts = zip(*(tensor.tensor_split(num_parts) for tensor in tensors), strict=True)
@@ -2517,7 +2539,7 @@ class Run:
         self.logged, self.sums = self.step, {}
 
     def log(self, evaluates: bool) -> None:
-        """Write a line of metrics.jsonl: the mean losses since the line before, maybe an evaluation."""
+        """Write a line of metrics.jsonl: mean losses since the last one, maybe an evaluation."""
         num = (self.step - self.logged) * self.processes.world_size
         means = {name: reduce_sum(sums, self.processes).item() / num for name, sums in self.sums.items()}
         if not math.isfinite(means["loss"]):
@@ -2536,7 +2558,7 @@ class Run:
         self.begin_line()
 
     def evaluate_average(self) -> dict:
-        """val_loss, val_top1 and val_top5 of the averaged weights, remembered for --patience and plateau."""
+        """val_loss, val_top1 and val_top5 of the averaged weights, kept for --patience and plateau."""
         if self.average == "swa" and self.step:  # averaged weights need batch-norm statistics of their own
             alone = self.processes._replace(rank=0, world_size=1)  # all processes see the same images
             keys = islice(grid_keys(len(self.train), 64, alone), 100)
@@ -2563,7 +2585,7 @@ class Run:
 
     @property
     def ended_early(self) -> bool:
-        """Whether the last --patience evaluations were no better than the best (Keras' EarlyStopping)."""
+        """Whether the last --patience evaluations were no better than the best (Keras)."""
         if not self.patience or not self.judged:
             return False
         return len(self.judged) - 1 - self.judged.index(min(self.judged)) >= self.patience
@@ -2588,11 +2610,11 @@ class Run:
             raise SystemExit(143)
 
 
-# ------------------------------------------------- pictures -------------------------------------------------
+# ------------------------------------------- pictures -------------------------------------------
 
 
 def pyplot():
-    """matplotlib.pyplot drawing to files, or None (and a line) where matplotlib is not installed."""
+    """matplotlib.pyplot drawing to files, or None (and a line) where there is no matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -2615,7 +2637,7 @@ def save_figure(plt, path: Path) -> None:
 
 
 def draw_curves(out: Path) -> None:
-    """curves.png from metrics.jsonl: the losses, the val top-1, the learning rate, against steps."""
+    """curves.png from metrics.jsonl: losses, val top-1 and learning rate against steps."""
     plt = pyplot()
     if plt is None:
         return

@@ -13,7 +13,7 @@ from conftest import CHEAP, checkpoint_of, encoded, load_stage, noise_image, sav
 from PIL import Image, ImageDraw
 
 import common
-from common import CROP_MODES, Crop, ImageDataset, View, default_crop_fraction
+from common import CROP_MODES, Crop, ImageDataset, View
 from common import eval_view, list_images, load_image, normalize, random_view
 
 
@@ -81,10 +81,10 @@ def test_exif_rotation_is_applied(tmp_path):
 
 
 def test_default_crop_fraction():
-    assert default_crop_fraction(224) == 0.875
-    assert [default_crop_fraction(size) for size in (1, 32, 64)] == [1, 1, 1]
-    assert default_crop_fraction(65) == 65 / 97
-    assert default_crop_fraction(600) == pytest.approx(0.949, abs=1e-3)
+    assert View.default(224).crop_fraction == 0.875
+    assert [View.default(size).crop_fraction for size in (1, 32, 64)] == [1, 1, 1]
+    assert View.default(65).crop_fraction == 65 / 97
+    assert View.default(600).crop_fraction == pytest.approx(0.949, abs=1e-3)
 
 
 LONG = [(60, 180), (180, 60), (61, 200), (200, 61), (3, 400), (64, 64), (1, 300), (1, 1)]
