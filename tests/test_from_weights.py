@@ -170,7 +170,8 @@ def test_models_of_timm_get_the_noise_that_they_can_have(tiny_data, call_main, t
 def test_fine_tuning_with_the_defaults_is_no_worse_than_the_probe(call_main, monkeypatch, tmp_path):
     """A small EfficientNet that has learned five figures, and ten images each of five others.
 
-    Measured: top-1 53 and 58, losses 1.18 and 1.23. A classifier that starts at zero or at random has 1.49 and 1.46.
+    Measured: top-1 53 and 59, losses 1.18 and 1.23. A classifier that starts at zero or at random has 1.49 and 1.46
+    (after 60 steps). The training loss ends at 1.52, with a tenth of the rate at 1.69 (other draws: 1.50, 1.59).
     """
     drawing = load_stage("00_prepare_data")
     easy = dict.fromkeys(["occlusion_prob", "stripes_prob", "blur_prob"], 0)
@@ -192,6 +193,8 @@ def test_fine_tuning_with_the_defaults_is_no_worse_than_the_probe(call_main, mon
 
     assert measured("published", "own", "small", "--steps", 300, "--num-ops", 0, "--batch-size", 32)[0] >= 80
     start = ["new", "finetune", "--init", tmp_path / "published" / "model.pt", "--batch-size", 16]
-    probe, tuned = measured("probe", *start, "--epochs", 0), measured("tuned", *start, "--steps", 60)
+    probe, tuned = measured("probe", *start, "--epochs", 0), measured("tuned", *start, "--steps", 120)
     assert 40 <= probe[0] <= 95
     assert tuned[0] >= probe[0] - 1 and tuned[1] <= probe[1] + 0.15
+    losses = [line["loss"] for line in common.read_metrics(tmp_path / "tuned") if "loss" in line]  # of each step
+    assert np.mean(losses[-10:]) < 1.6
