@@ -2,16 +2,16 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       flags, @FILE, `fail` (the user's mistake: status 2), atomic writes, digests of files
+the program       flags, @FILE, `fail` (a user's mistake, status 2), atomic writes, digests of files
 processes         torchrun's processes, sums over them, stop signals, seeds, progress bars
 models            EfficientNet, its sizes and recipes; other models by name; fusing batch norms
-weights           --init: tensors' names, published weights, timm's models, how their images must look
+weights           --init: tensors' names, published weights, timm's models, how their images look
 noise             RandAugment and its ops on uint8 batches; the official noise of small images
 views             decoding an image; the clean (evaluation) view, the training crop; normalizing
 listing           the data directory: images in folders and shards, labels, copies, held-out images
 batches           a dataset of views; the keys of a step's or an evaluation's images; loaders
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
-optimization      a run's length and learning rate; RMSprop, weight decay; averaged weights (EMA, SWA)
+optimization      a run's length and learning rate; RMSprop, weight decay; EMA and SWA of weights
 checkpoints       model.pt and last.pt: reading, loading, saving, resuming; metrics.jsonl
 training          a model as the flags want it, its classifier; precision, DDP, memory; evaluation
 the training run  Run: what happens around a step: rate, noise, log, evaluation, saving, stopping
@@ -51,7 +51,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -70,7 +70,7 @@ def print0(*words) -> None:
 
 
 def fail(message: str, from_any: bool = False) -> NoReturn:
-    """End with the user's mistake: one line on stderr, status 2. `from_any`: not of rank 0 alone."""
+    """The user's mistake: one line on stderr, status 2. `from_any`: not from rank 0 alone."""
     if from_any or is_rank0():
         print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -304,7 +304,7 @@ class Processes(NamedTuple):
 
 
 def init_processes(workers: int | None = None, connect: bool = True) -> Processes:
-    """This process's device and place; without torchrun it is alone. `connect`: to exchange tensors."""
+    """This process's device and rank; alone without torchrun. `connect`: to exchange tensors."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     world_size, local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     device = torch.device("cpu")
@@ -319,7 +319,8 @@ def init_processes(workers: int | None = None, connect: bool = True) -> Processe
     if world_size > 1 and connect:
         # gloo beside nccl carries the stop flag without waiting for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # a process may list files for long
+        # A process may list files for long.
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     return Processes(device, rank, world_size, workers)
 
@@ -331,7 +332,8 @@ def reduce_sum(tensor: Tensor, processes: Processes) -> Tensor:
     return tensor
 
 
-BUFFER = torch.zeros(8, dtype=torch.float64)  # kept: gloo's thread may let go of it after Python's end, and abort
+# Kept: gloo's thread may let go of it after Python's end, and abort.
+BUFFER = torch.zeros(8, dtype=torch.float64)
 
 
 def sum_of(processes: Processes, *numbers: float) -> list[float]:
@@ -341,7 +343,7 @@ def sum_of(processes: Processes, *numbers: float) -> list[float]:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT only set `received`: the process stops where it can save. A second one kills."""
+    """SIGTERM and SIGINT set `received`: the process stops where it can save. A second one kills."""
 
     def __init__(self):
         self.received, self.since = False, math.inf
@@ -349,7 +351,8 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
-        if time.monotonic() - self.since > 0.5:  # torchrun passes the first one on: that makes two, in milliseconds
+        # torchrun passes the first one on: that makes two, in milliseconds.
+        if time.monotonic() - self.since > 0.5:
             os._exit(143)
         if not self.received:
             self.received, self.since = True, time.monotonic()
@@ -369,7 +372,7 @@ def progress(iterable: Iterable, name: str, total: int, processes: Processes, st
 
 
 class SamePadConv2d(nn.Conv2d):
-    """TensorFlow's SAME padding: ceil(size / stride) pixels out, an odd one at the bottom and right."""
+    """TensorFlow's SAME padding: ceil(size / stride) pixels out, the odd one bottom and right."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -427,7 +430,7 @@ EFFICIENTNETS = {name: row[:4] for name, row in MODELS.items()}
 RECIPES = {name: Recipe(*row[4:]) for name, row in MODELS.items()}
 OTHER_RECIPE = Recipe(350, 2, 9, 3)  # RandAugment's own setting for ResNet-50 (1909.13719)
 EPOCHS_FROM_WEIGHTS = 30  # our choice
-MODEL_NOISE = {"dropout": 0.2, "drop_path": 0.2}  # of timm's models, which have none by themselves: B0's
+MODEL_NOISE = {"dropout": 0.2, "drop_path": 0.2}  # B0's, for timm's models, which have none
 
 
 def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
@@ -702,7 +705,7 @@ def published_weights(arch: str, image_size: int | None) -> dict:
             cache = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
             view = torchvision_view(weights)
             model = models.get_model(arch, weights=weights)
-    except Exception as error:  # no such model, no network; of a damaged file unpickling raises anything
+    except Exception as error:  # no such model, no network, a damaged file
         reason = f"{type(error).__name__}: {str(error)[:150]}"
         fail(f"--init published: no weights of {arch} ({reason}); a damaged download is in {cache}: delete it")
     return {"arch": arch, "model": model.state_dict(), **view._asdict()}
@@ -718,7 +721,7 @@ def view_of_file(path: Path, arch: str) -> "View":
 
     # TensorFlow's weights: size / (size + 32), bicubic (official preprocessing.py:104-134).
     if arch.startswith(("tf_", "efficientnet_l")):
-        name = "/".join(path.absolute().parts[-4:])  # the Hugging Face cache names a folder, not the file
+        name = "/".join(path.absolute().parts[-4:])  # Hugging Face's cache names a folder
         size = resolution_of(arch)
         if arch == "tf_efficientnet_l2" and not re.search(r"ns(_jft_in1k)?_475", name):
             size = 800  # trained at 475, tuned for 800
@@ -914,7 +917,7 @@ def posterize(images, magnitude, sign, generator):
 
 
 def solarize(images, magnitude, sign, generator):
-    """Invert from int(256 M/10) up; above M = 10, where that wraps, from 255 (1 - M/30) as torchvision."""
+    """Invert from int(256 M/10) up; above M = 10 that wraps: from torchvision's 255 (1 - M/30)."""
     threshold = int(256 * magnitude / 10) if magnitude <= 10 else 255 * (1 - magnitude / 30)
     levels = torch.arange(256)
     return table_lookup(images, torch.where(levels < threshold, levels, 255 - levels))
@@ -1040,9 +1043,8 @@ def add_noise(images, generator, recipe: Recipe, resolution, small_images, hflip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of values in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # most CVEs are in the other decoders
-if features.check("avif"):
-    FORMATS += ("AVIF",)
+# Most CVEs are in the other decoders.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def load_image(file: str | Path | BinaryIO, enough: int = 0) -> Image.Image:
@@ -1190,8 +1192,7 @@ def normalize(images: Tensor, view: View) -> Tensor:
 # What file managers and network disks leave behind: thumbnails and deleted files.
 JUNK = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "lost+found", "System Volume Information"}
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-if "AVIF" in FORMATS:
-    EXTENSIONS += (".avif",)
+EXTENSIONS += (".avif",)
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -1348,7 +1349,7 @@ def judged_half(images: ImageList) -> np.ndarray:
 
 
 def images_by_class(folder: str | Path, classes: list[str] | None = None):
-    """(ImageList, labels int64 (N,), classes) of `folder`/<class>/**; images beside these are ignored.
+    """(ImageList, labels int64 (N,), classes) of `folder`/<class>/**, nothing beside these.
 
     `classes`: the known names in the order of their labels; None: the sorted names of the folders.
     ValueError where there are no class folders, two that differ in case alone, or one of an unknown
@@ -1503,7 +1504,7 @@ class ImageDataset(torch.utils.data.Dataset):
         views = [torch.from_numpy(stack).permute(0, 3, 1, 2) for stack in stacks]
         rows = torch.tensor([row for row, _ in good], dtype=torch.int64)
         if torch.utils.data.get_worker_info():
-            for tensor in (rows, *views):  # a full /dev/shm is an error here, but a hang in torch's own thread
+            for tensor in (rows, *views):  # a full /dev/shm: an error here, a hang in torch's thread
                 tensor.share_memory_()
         return Batch(
             rows=rows,
@@ -1574,7 +1575,8 @@ def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) ->
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
             for worker in active_children():  # they ignore SIGTERM
                 worker.kill()
-            reason = str(error).strip().split("\n")[-1]  # Docker gives /dev/shm 64 MB unless it is told otherwise
+            # Docker gives /dev/shm 64 MB unless it is told otherwise.
+            reason = str(error).strip().split("\n")[-1]
             fail(f"the loaders have died ({reason}): try docker run --shm-size 8g, or --workers 0", from_any=True)
         if batch is None:
             return
@@ -1881,7 +1883,7 @@ def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) 
 
 @torch.no_grad()
 def update_swa(swa_model: nn.Module, model: nn.Module, step: int, total_steps: int) -> None:
-    """The equal mean of the weights at each 10th step of the second half; before it the latest ones.
+    """The equal mean of the weights at each 10th step of the second half; before it the latest.
 
     Parameters alone: batch norms are recomputed before an evaluation.
     """
@@ -2183,7 +2185,7 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
 
 
 def logistic_regression(features: Tensor, target: Tensor, num_classes: int, decay: float) -> Tensor:
-    """Weights (classes, features + 1), biases last: least mean cross-entropy + decay / 2 |weights|^2."""
+    """Weights (classes, features + 1), biases last: least cross-entropy + decay / 2 |weights|^2."""
     weights = features.new_zeros(num_classes, features.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -2200,7 +2202,7 @@ def logistic_regression(features: Tensor, target: Tensor, num_classes: int, deca
 
 @torch.no_grad()
 def features_of(model: nn.Module, head: nn.Linear, images: ImageList, view: View, processes: Processes):
-    """(inputs of `head` (n, features) from the readable clean images, their rows (n,)), in each process."""
+    """(inputs of `head` (n, features) for the readable clean images, their rows (n,))."""
     features, rows = [], []
     hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     alone = processes._replace(rank=0, world_size=1)
@@ -2375,7 +2377,7 @@ class Run:
     """
 
     def __init__(self, args, processes: Processes, model: nn.Module, header: dict, plan: Plan, train, val, resumed):
-        """header: what a checkpoint says of the model. train: for SWA's norms. val: (images, labels)."""
+        """header: what checkpoints say of the model. train: for SWA's norms. val: images, labels."""
         self.args, self.processes, self.plan, self.train, self.val = args, processes, plan, train, val
         self.header = {"format": CHECKPOINT_FORMAT, **header, "lr": plan.peak, "args": flags_of(args)}
         self.header |= {"versions": {"torch": str(torch.__version__)}, "roots": [val[0].root]}  # of the images
