@@ -37,6 +37,7 @@ import time
 import unicodedata
 import warnings
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -674,6 +675,8 @@ def load_weights(model: nn.Module, weights: dict, new_head: bool = False) -> Non
     if on_meta:  # a copy, for a mapped file may change
         for name, tensor in weights.items():
             weights[name] = tensor.to(own.get(name, tensor).dtype, copy=True)
+    weights = OrderedDict(weights)
+    weights._metadata = {"": {"version": model._version}}  # MNASNet asks for it
     try:
         model.load_state_dict(weights, assign=on_meta)
     except RuntimeError as error:

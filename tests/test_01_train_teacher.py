@@ -151,7 +151,8 @@ def test_a_classifier_of_other_classes_starts_anew(classes, tiny_data, call_main
 def test_a_mistaken_init_is_one_line_and_status_2(weights, flags, named, tiny_data, call_main, tmp_path):
     torch.save(weights, tmp_path / "weights.pth")
     flags = [STAGE, "--init", tmp_path / "weights.pth", "--data", tiny_data, "--out", tmp_path / "t", *flags]
-    assert_mistake(call_main(*flags, "--steps", 1), named)
+    for steps in (0, 1):
+        assert_mistake(call_main(*flags, "--steps", steps), named)
     assert not list(tmp_path.glob("t/*.pt"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import CHEAP, assert_mistake, checkpoint_of, clean_batch, noise_image
+from conftest import CHEAP, assert_mistake, checkpoint_of, clean_batch, noise_image, save_model
 from safetensors.torch import save_file
 from torchvision import models
 
@@ -69,6 +69,10 @@ def test_a_resnext_of_any_width():
         wide = common.build_model("resnext101_32x48d", 7)
     assert str(mine) == str(theirs)
     assert wide.layer1[0].conv2.weight.shape == (32 * 48, 48, 3, 3) and wide.fc.out_features == 7
+
+
+def test_a_model_that_asks_for_the_version_of_its_weights_is_loaded(tmp_path):
+    common.load_model(save_model(tmp_path / "m.pt", "mnasnet0_5", ["a", "b"]))
 
 
 def test_a_squashed_view_is_timms():

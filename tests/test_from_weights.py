@@ -150,7 +150,8 @@ def test_a_temperature_below_1_sharpens_the_targets_alone(temperature, of_studen
     labeled, logits, teachers = np.random.default_rng(0).normal(size=(3, 6, 4)) * 3
     stage, y = load_stage(STUDENT), np.arange(6) % 4
     probs = stage.pseudo_targets(torch.from_numpy(teachers), None, temperature, 0.0)
-    loss_of = stage.loss_function(SimpleNamespace(consistency=consistency, label_smoothing=0.0), 3.0, temperature)
+    args = SimpleNamespace(consistency=consistency, label_smoothing=0.0, unlabeled_weight=3.0)
+    loss_of = stage.loss_function(args, 1.0, temperature)
     loss = loss_of(torch.from_numpy(labeled), torch.from_numpy(y), torch.from_numpy(logits), probs, 6, 6)[0].item()
     p, log_q = softmax(teachers / temperature, axis=1), log_softmax(logits / of_student, axis=1)
     first, second = -log_softmax(labeled, axis=1)[range(6), y].mean(), -(p * log_q).sum(1).mean()
