@@ -31,13 +31,11 @@ import torch
 from common import add_device_flags, argument_parser, at_least, fail, print0, write_atomically  # program
 from common import StopSignal, init_processes, progress  # processes
 from common import View, normalize  # views
-from common import ImageList, judged_half, labeled_images, unlabeled_images  # listing
-from common import ImageDataset, digests_of, grid_keys, load_batches, rows_per_batch  # batches
+from common import ImageList, digests_of, judged_half, labeled_images, unlabeled_images  # listing
+from common import ImageDataset, grid_keys, load_batches, rows_per_batch  # batches
 from common import DONE, HELD_OUT, TODO, UNREADABLE, LabelFile, new_label_file, open_label_file  # label files
 from common import identity, load_model, read_checkpoint  # checkpoints
 from common import autocast, precision_of  # training
-
-SYNC_SECONDS = 5  # a row counts as done after a sync, so a `kill -9` costs about this much work
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,8 +105,8 @@ def create_output(path: Path, images: ImageList, source: LabelFile | None, check
     attrs.update(arch=checkpoint["arch"], arch_options=json.dumps(checkpoint["arch_options"]))
     attrs["created"] = time.strftime("%Y-%m-%d")
     names = ["logits", "label", "confidence", "status", *columns]
-    width, classes = images.path.itemsize, checkpoint["classes"]
-    with new_label_file(path, len(images), width, classes, names, **attrs) as file:
+    width = images.path.itemsize
+    with new_label_file(path, len(images), width, checkpoint["classes"], names, **attrs) as file:
         for name, values in columns.items():
             file[name][:] = values.view(file[name].dtype)  # HDF5's text has a dtype of its own
 
@@ -119,15 +117,14 @@ def follow_images(path: Path, folder: str, data: str | Path | None) -> None:
     if len(labels) > 1_000_000:  # listing takes long
         return
     images = unlabeled_images(folder, data)
-    listed = set(labels.column("path").tolist())
-    num_new = len(set(images.path.tolist()) - listed)
+    num_new = len({*images.path.tolist()} - {*labels.column("path").tolist()})
     is_moved = labels.attrs.get("unlabeled") not in (folder, None)
-    if is_moved and num_new == 0 and len(images) == len(listed):
+    if num_new:
+        print0(f"{num_new} images came after {path} was begun, and are not labelled: choose another --out")
+    elif is_moved and len(images) == len(labels):
         print0(f"{path}: the images have moved to {folder}")
         with h5py.File(path, "r+", locking=False) as file:
             file.attrs.update(root=images.root, unlabeled=folder)
-    elif num_new:
-        print0(f"{num_new} images came after {path} was begun, and are not labelled: choose another --out")
 
 
 def is_todo(path: Path, settings: dict[str, str]) -> np.ndarray:
@@ -139,69 +136,52 @@ def is_todo(path: Path, settings: dict[str, str]) -> np.ndarray:
     return labels.column("status") == TODO
 
 
-class RowWriter:
-    """Fills rows in place, at fixed offsets: the structure of the HDF5 file never changes.
+def put(file: int, labels: LabelFile, name: str, rows: np.ndarray, values: np.ndarray) -> None:
+    """Fill rows of a column in place: the structure of the HDF5 file never changes."""
+    _, place, _ = labels.places[name]
+    begins = np.flatnonzero(np.diff(rows, prepend=-2) > 1)  # neighbours are written at once
+    for begin, run in zip(begins, np.split(values, begins[1:]), strict=False):
+        offset = place + int(rows[begin]) * run[0].nbytes
+        if os.pwrite(file, run.tobytes(), offset) < run.nbytes:
+            raise OSError("a write was cut short, as on a full disk")
 
-    A row's status follows a sync of its data: one that says `done` is right, whatever happens.
-    """
 
-    def __init__(self, labels: LabelFile, kept_labels: np.ndarray | None):
-        self.file = os.open(labels.path, os.O_WRONLY)
-        self.places, self.kept_labels = labels.places, kept_labels
-        self.status = labels.column("status")
-        self.unsynced, self.last_sync = [], time.monotonic()
-
-    def put(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        _, place, _ = self.places[name]
-        begins = np.flatnonzero(np.diff(rows, prepend=-2) > 1)  # neighbours are written at once
-        for begin, run in zip(begins, np.split(values, begins[1:]), strict=False):
-            offset = place + int(rows[begin]) * run[0].nbytes
-            if os.pwrite(self.file, run.tobytes(), offset) < run.nbytes:
-                raise OSError("a write was cut short, as on a full disk")
-
-    def write(self, rows: np.ndarray, logits: torch.Tensor, status: np.ndarray) -> None:
-        logits = shift(logits, status == DONE)
-        is_todo = self.status[rows] == TODO  # what is done stays as it is
-        rows, logits, status = rows[is_todo], logits[is_todo], status[is_todo]
-        label = logits.argmax(1)
-        if self.kept_labels is not None:
-            kept = self.kept_labels[rows]
-            label = np.where(kept < 0, label, kept)  # -1: it was unreadable
-        probs = np.exp(logits)
-        confidence = probs[np.arange(len(rows)), label] / probs.sum(1)
-        for values, nothing in ((logits, np.nan), (label, -1), (confidence, np.nan)):
-            values[status != DONE] = nothing
-        self.put("logits", rows, logits.astype(np.float16))
-        self.put("label", rows, label.astype(np.int32))
-        self.put("confidence", rows, confidence)
-        self.unsynced.append((rows, status))
-        if time.monotonic() - self.last_sync > SYNC_SECONDS:
-            self.sync()
-
-    def sync(self) -> None:
-        os.fsync(self.file)
-        for rows, status in self.unsynced:
-            self.put("status", rows, status)
-        self.unsynced, self.last_sync = [], time.monotonic()
+def write_rows(file: int, labels: LabelFile, kept_labels, rows, logits, status) -> None:
+    """Write a batch. The status follows a sync of the data: a row that says `done` is right."""
+    logits = shift(logits, status == DONE)
+    is_todo = labels.column("status")[rows] == TODO  # what is done stays as it is
+    rows, logits, status = rows[is_todo], logits[is_todo], status[is_todo]
+    label = logits.argmax(1)
+    if kept_labels is not None:
+        kept = kept_labels[rows]
+        label = np.where(kept < 0, label, kept)  # -1: it was unreadable
+    probs = np.exp(logits)
+    confidence = probs[np.arange(len(rows)), label] / probs.sum(1)
+    for values, nothing in ((logits, np.nan), (label, -1), (confidence, np.nan)):
+        values[status != DONE] = nothing
+    put(file, labels, "logits", rows, logits.astype(np.float16))
+    put(file, labels, "label", rows, label.astype(np.int32))
+    put(file, labels, "confidence", rows, confidence)
+    os.fsync(file)
+    put(file, labels, "status", rows, status)
 
 
 def fill(labels: LabelFile, kept_labels: np.ndarray | None, batches, stop: StopSignal) -> None:
     """Write each batch in a thread, beside the next one."""
     try:
-        writer = RowWriter(labels, kept_labels)
+        file = os.open(labels.path, os.O_WRONLY)
         with ThreadPoolExecutor(1) as thread:
-            writing = thread.submit(writer.sync)
+            writing = thread.submit(os.fsync, file)
             for rows, logits, status, errors in batches:
                 writing.result()  # raises what went wrong in it
                 if errors:  # a lost disk is not a million bad images
                     with os.scandir(labels.images.root) as entries:
                         if next(entries, None) is None:
                             raise OSError(f"{labels.images.root} is empty")
-                writing = thread.submit(writer.write, rows, logits, status)
+                writing = thread.submit(write_rows, file, labels, kept_labels, rows, logits, status)
                 if stop.received:
                     break
             writing.result()
-        writer.sync()
     except OSError as error:
         fail(f"{labels.path}: {error}; what is done is kept: run again", from_any=True)
 
@@ -236,18 +216,9 @@ def report(labels: LabelFile, max_bad: float) -> None:
         fail(f"--max-bad {max_bad:g}: {len(rows)} of {len(status)} images are unreadable: {names}")
 
 
-@torch.inference_mode()
-def main() -> None:
-    args = parse_args()
-    processes = init_processes(args.workers, connect=False)
-    checkpoint = read_checkpoint(args.teacher)
+def label_all(args, processes, checkpoint: dict, settings: dict, unlabeled: str, data) -> None:
+    """Label the rows of --out that are not done; the first process makes the file if there is none."""
     view, classes = View.of(checkpoint), checkpoint["classes"]
-    data = args.data or checkpoint.get("data")
-    if not args.data and not any(os.path.isdir(f"{data}/{split}") for split in ("train", "val")):
-        data = ""
-    if not args.unlabeled and not data:
-        fail(f"--unlabeled: say where the images are, for {args.teacher} has no data directory")
-    unlabeled = os.path.abspath(args.unlabeled or f"{data}/unlabeled")
     source = open_label_file(unlabeled) if unlabeled.endswith(".h5") else None
     kept_labels = None
     if source and source.attrs.get("method") == "top-p":
@@ -255,8 +226,59 @@ def main() -> None:
         if source.classes != classes:
             fail(f"--teacher {args.teacher} has other classes than {unlabeled}, whose labels stay")
     is_image = os.path.isfile(unlabeled) and not unlabeled.lower().endswith((".h5", ".tar"))
+    images = None
+    if processes.is_main and not args.out.exists():
+        images = unlabeled_images(unlabeled, data)
+        if is_image and ImageDataset(images, clean=view)[0][2]:
+            fail(f"--unlabeled {unlabeled} is no readable image")
+
+    model, _ = load_model(args.teacher, processes.device, fuse=True)
+    label = partial(label_batches, model, view, settings["precision"], processes)
+    size = rows_per_batch(view.image_size, processes.device)
+    val = labeled_images(data, "val", classes)[:2] if data and not is_image else None
+    if images is not None:
+        attrs = {"teacher": os.path.abspath(args.teacher), "data": data and os.path.abspath(data)}
+        if val:
+            attrs |= label_val(label, *val, size)
+        if not args.out.exists():  # another run may have been faster
+            create_output(args.out, images, source, checkpoint, **settings, **attrs)
+    while not args.out.exists():  # the processes share the file alone, so there is no time limit
+        time.sleep(0.2)
+
+    labels = open_label_file(args.out)
+    if os.path.isdir(unlabeled):  # where the images are now
+        labels = replace(labels, attrs=labels.attrs | {"root": unlabeled})
+    held_out = frozenset()
+    folder = Path(labels.images.root if source else unlabeled).resolve()
+    if not data:
+        print0("--data: the teacher's is gone: no held-out image is compared and no val labelled")
+    elif val and not folder.is_relative_to(Path(data, "val").resolve()):
+        held_out = digests_of(val[0])
+    stop = StopSignal()  # before, there was nothing to save, and a signal ended the process
+    todo = is_todo(args.out, settings)
+    print0(f"{args.out}: {todo.sum()} of {len(todo)} images, listed {labels.attrs['created']}, are left")
+    batches = grid_keys(len(todo), size, processes)
+    batches = [rows for rows in batches if todo[rows[0] : rows[-1] + 1].any()]
+    fill(labels, kept_labels, label(labels.images, batches, held_out), stop)
+    while processes.is_main and not stop.received and is_todo(args.out, settings).any():
+        time.sleep(0.2)  # until the other processes are done
+    if stop.received:
+        raise SystemExit(143)
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = parse_args()
+    processes = init_processes(args.workers, connect=False)
+    checkpoint = read_checkpoint(args.teacher)
+    data = args.data or checkpoint.get("data")
+    if not args.data and not any(os.path.isdir(f"{data}/{split}") for split in ("train", "val")):
+        data = ""
+    if not args.unlabeled and not data:
+        fail(f"--unlabeled: say where the images are, for {args.teacher} has no data directory")
+    unlabeled = os.path.abspath(args.unlabeled or f"{data}/unlabeled")
     settings = {"teacher_sha256": identity(args.teacher)}
-    settings["unlabeled"] = identity(Path(unlabeled)) if source else unlabeled
+    settings["unlabeled"] = identity(Path(unlabeled)) if unlabeled.endswith(".h5") else unlabeled
     settings["precision"] = precision_of(args.precision, processes.device)
     if not processes.is_main:
         del settings["unlabeled"]  # rank 0 compares it, and may store another
@@ -265,41 +287,7 @@ def main() -> None:
     if args.out.exists() and not is_todo(args.out, settings).any():
         print0(f"{args.out} is finished")
     else:
-        creates = processes.is_main and not args.out.exists()
-        images = unlabeled_images(unlabeled, data) if creates else None
-        model, _ = load_model(args.teacher, processes.device, fuse=True)
-        label = partial(label_batches, model, view, settings["precision"], processes)
-        size = rows_per_batch(view.image_size, processes.device)
-        val = labeled_images(data, "val", classes)[:2] if data and not is_image else None
-        if creates and not args.out.exists():
-            if is_image and ImageDataset(images, clean=view)[0][2]:
-                fail(f"--unlabeled {unlabeled} is no readable image")
-            attrs = {"teacher": os.path.abspath(args.teacher), "data": data and os.path.abspath(data)}
-            if val:
-                attrs.update(label_val(label, *val, size))
-            create_output(args.out, images, source, checkpoint, **settings, **attrs)
-        while not args.out.exists():  # the processes share the file alone, so there is no time limit
-            time.sleep(0.2)
-
-        labels = open_label_file(args.out)
-        if os.path.isdir(unlabeled):  # where the images are now
-            labels = replace(labels, attrs=labels.attrs | {"root": unlabeled})
-        held_out = frozenset()
-        folder = Path(labels.images.root if source else unlabeled).resolve()
-        if not data:
-            print0("--data: the teacher's is gone: no held-out image is compared and no val labelled")
-        elif val and not folder.is_relative_to(Path(data, "val").resolve()):
-            held_out = digests_of(val[0])
-        stop = StopSignal()  # before, there was nothing to save, and a signal ended the process
-        todo = is_todo(args.out, settings)
-        print0(f"{args.out}: {todo.sum()} of {len(todo)} images, listed {labels.attrs['created']}, are left")
-        batches = grid_keys(len(todo), size, processes)
-        batches = [rows for rows in batches if todo[rows[0] : rows[-1] + 1].any()]
-        fill(labels, kept_labels, label(labels.images, batches, held_out), stop)
-        while processes.is_main and not stop.received and is_todo(args.out, settings).any():
-            time.sleep(0.2)
-        if stop.received:
-            raise SystemExit(143)
+        label_all(args, processes, checkpoint, settings, unlabeled, data)
     if processes.is_main:
         labels = open_label_file(args.out)
         if args.csv:

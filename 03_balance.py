@@ -1,13 +1,13 @@
 """Stage 03: keep the images that the teacher is sure of, and the same number of each class.
 
-noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the threshold, keep the K most
-confident of each class. The images of a smaller class are repeated evenly to exactly K. Most images of low confidence
-belong to none of the classes, and unequal numbers would teach the student that some classes are rare.
+noisy-student (1911.04252, section 3): of the images whose confidence max_c p_c is above the
+threshold, keep the K most confident of each class; repeat those of a smaller class evenly to K.
+Most images of low confidence are of no class, and unequal numbers teach that some are rare.
 
 top-p (Yalniz et al., 1905.00546): each image counts for its P most probable classes, and each
 class keeps its K highest-scoring images, with that class as the hard label.
 
-reads   label files of different images by one teacher, or of the same images by several teachers: their mean
+reads   label files of different images by one teacher, or of the same images by several: their mean
 writes  balanced.h5 (a label file of the kept images), balanced.json (counts), balanced.png
 
     python 03_balance.py logits.h5 --out balanced.h5
@@ -22,8 +22,7 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,46 +60,41 @@ class Table:
 
     def __init__(self, files: list[LabelFile], is_mean: bool = False):
         self.files, self.classes, self.is_mean = files, files[0].classes, is_mean
-        self.starts = np.cumsum([0, *map(len, files[:1] if is_mean else files)])  # each file's first row
+        self.groups = [files] if is_mean else [[file] for file in files]  # files of the same rows
+        self.starts = np.cumsum([0, *(len(group[0]) for group in self.groups)])  # their first rows
         self.chunk_rows = max(1, (1 << 21) // len(self.classes))  # 8 MB of float32 logits: a cache
-        roots = [os.path.abspath(file.attrs["root"]) for file in files]
-        self.root = os.path.commonpath(roots)
-        below = [os.path.relpath(root, self.root) for root in roots]  # each file's folder in the common one
+        self.root = os.path.commonpath([os.path.abspath(file.attrs["root"]) for file in files])
+        below = [os.path.relpath(file.attrs["root"], self.root) for file in files]
         self.prefixes = [b"" if path == "." else os.fsencode(path) + b"/" for path in below]
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All rows that every teacher has labelled. A chunk is of one file."""
-        for first, last in pairwise(self.starts):
-            for begin in range(first, last, self.chunk_rows):
-                rows = np.arange(begin, min(begin + self.chunk_rows, last))
-                rows = rows[np.all(np.equal(self.columns("status", rows), DONE), axis=0)]
-                if len(rows):  # a chunk may have no finished row
-                    yield rows
-
-    def split(self, rows: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-        """Chunks of these rows, which ascend, and of columns beside them."""
-        cuts = np.union1d(np.searchsorted(rows, self.starts), np.arange(0, len(rows), self.chunk_rows))
-        chunks = zip(*(np.split(column, cuts) for column in (rows, *columns)), strict=True)
-        return (chunk for chunk in chunks if len(chunk[0]))
+        """All rows that every teacher has labelled."""
+        num = self.starts[-1]
+        for begin in range(0, num, self.chunk_rows):
+            rows = np.arange(begin, min(begin + self.chunk_rows, num))
+            rows = rows[np.all(np.equal(self.columns("status", rows), DONE), axis=0)]
+            if len(rows):  # a chunk may have no finished row
+                yield rows
 
     def columns(self, name: str, rows: np.ndarray) -> list[np.ndarray]:
-        """An array for each teacher: the values in the rows of a chunk. Copies: no file stays mapped."""
-        if self.is_mean:
-            return [file.column(name)[rows] for file in self.files]
-        k = np.searchsorted(self.starts, rows[0], side="right") - 1  # the file that these rows are of
-        values = self.files[k].column(name)[rows - self.starts[k]]
-        if name == "path":  # relative to the common root
-            values = np.strings.add(self.prefixes[k], values)
-        return [values]
+        """An array for each teacher: the values in these rows, which ascend. No file stays mapped."""
+        parts = []
+        for k, of_group in enumerate(np.split(rows, np.searchsorted(rows, self.starts[1:-1]))):
+            if len(of_group):
+                values = [file.column(name)[of_group - self.starts[k]] for file in self.groups[k]]
+                if name == "path":  # relative to the common root
+                    values = [np.strings.add(self.prefixes[k], paths) for paths in values]
+                parts.append(values)
+        return [np.concatenate(of_teacher) for of_teacher in zip(*parts, strict=True)]
 
     def probs(self, logits: list[np.ndarray]) -> torch.Tensor:
-        """float32 (n, C): the softmax of each teacher's logits, averaged. Classes are matched by name."""
-        probs = [torch.from_numpy(of_teacher).softmax(1, dtype=torch.float32) for of_teacher in logits]
+        """float32 (n, C): the mean of the teachers' softmax. Classes are matched by name."""
+        probs = [torch.from_numpy(values).softmax(1, dtype=torch.float32) for values in logits]
         if not self.is_mean:
             return probs[0]
-        for k, file in enumerate(self.files):
-            order = np.argsort(file.classes)  # teachers may number the classes differently
-            probs[k] = probs[k][:, order[np.searchsorted(file.classes, self.classes, sorter=order)]]
+        for k, file in enumerate(self.files):  # teachers may number the classes differently
+            number = {name: c for c, name in enumerate(file.classes)}
+            probs[k] = probs[k][:, [number[name] for name in self.classes]]
         return sum(probs) / len(probs)
 
     def merge(self, logits: list[np.ndarray]) -> np.ndarray:
@@ -119,60 +113,54 @@ class Table:
 
     def val(self) -> tuple[list[np.ndarray], np.ndarray]:
         """(val_logits of each teacher, val_label), if all files have those of the same images."""
-        if not all({"val_logits", "val_label"} <= file.places.keys() for file in self.files):
+        with_val = [file for file in self.files if "val_logits" in file.places]
+        true = [np.array(file.classes)[file.column("val_label")].tolist() for file in with_val]
+        if len(true) < len(self.files) or any(names != true[0] for names in true):
             return [], np.zeros(0, np.int32)
-        true = [np.array(file.classes)[file.column("val_label")] for file in self.files]
-        if not all(np.array_equal(names, true[0]) for names in true):
-            return [], np.zeros(0, np.int32)
-        files = self.files if self.is_mean else self.files[:1]  # of one teacher all have the same
-        return [np.array(file.column("val_logits")) for file in files], files[0].column("val_label")
+        logits = [np.array(file.column("val_logits")) for file in self.groups[0]]  # the same in all groups
+        return logits, self.files[0].column("val_label")
 
 
 def open_table(paths: list[Path]) -> Table:
     """Finished label files, sorted by path: of the same images, or of one teacher."""
     files = [open_label_file(path) for path in sorted(map(os.path.abspath, paths))]
+    first = files[0]
+    is_mean = len(files) > 1  # several teachers, if all files are of the same images
     for file in files:
         if file.attrs.get("method") == "top-p":
             fail(f"{file.path} is a top-p selection: select from what it was made from")
         if (file.column("status") == TODO).any():
             fail(f"{file.path} is unfinished: run 02 again on it")
-        check_label_rows(file)
-    first, others = files[0], files[1:]
-    is_mean = bool(others) and all(same_images(first, file) for file in others)  # several teachers
-    for file in others:
+        check_label_rows(file)  # hand-made files may hold probabilities
+        is_mean = is_mean and file.attrs["root"] == first.attrs["root"]
+        for name in ("path", "offset"):
+            is_mean = is_mean and np.array_equal(file.column(name), first.column(name))
+    settings = ("teacher_sha256", "precision", "crop_mode")
+    for file in files[1:]:
         both = f"{first.path} and {file.path}"
         if is_mean and {*file.classes} != {*first.classes}:
             fail(f"{both}: the same images, but other classes")
-        if not is_mean and made_by(file) != made_by(first):
+        same = [file.attrs.get(name) == first.attrs.get(name) for name in settings]
+        if not is_mean and (file.classes != first.classes or not all(same)):
             fail(f"{both}: neither the same images nor the same teacher, view and classes")
     table = Table(files, is_mean)
     if is_mean:
         if len({file.attrs.get("teacher_sha256", file.path) for file in files}) < len(files):
-            names = " and ".join(str(file.path) for file in files)
-            fail(f"{names}: two are of the same images and the same teacher")
+            fail(f"{', '.join(map(str, paths))}: two are of the same images and teacher")
         print0(f"mean of {len(files)} teachers")
-    elif others:
+    elif len(files) > 1:
         check_disjoint(table)
     return table
 
 
-def same_images(first: LabelFile, second: LabelFile) -> bool:
-    equal = (np.array_equal(first.column(name), second.column(name)) for name in ("path", "offset"))
-    return first.attrs["root"] == second.attrs["root"] and all(equal)
-
-
-def made_by(file: LabelFile) -> list:
-    return [file.classes, *map(file.attrs.get, ("teacher_sha256", "precision", "crop_mode"))]
-
-
 def check_disjoint(table: Table) -> None:
     """No image is in two files. Paths are compared by hashes of 64 bits: 8 bytes an image."""
-    hashes = []  # of each file, sorted
+    hashes = []  # of each file
     for file, prefix in zip(table.files, table.prefixes, strict=True):
         paths = np.strings.add(prefix, file.column("path"))
         hashes.append(np.unique(np.fromiter(map(hash, paths), np.int64)))
-    ordered = np.sort(np.concatenate(hashes))  # what is in two files stands twice in a row
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    twice = values[counts > 1]
     if len(twice):
         owners = [k for k, of_file in enumerate(hashes) if twice[0] in of_file]
         names = " and ".join(str(table.files[k].path) for k in owners)
@@ -180,10 +168,7 @@ def check_disjoint(table: Table) -> None:
 
 
 def calibrate(confidence: np.ndarray, right: np.ndarray, args: argparse.Namespace) -> dict:
-    """The lowest threshold with a precision of at least --min-precision, else the most precise one.
-
-    Thresholds that keep less than --min-share of the images are ignored: a few may all be right by luck.
-    """
+    """The lowest threshold that reaches --min-precision and leaves --min-share, or the most precise."""
     curve = []
     for step in range(100):  # thresholds 0.00 to 0.99
         above = confidence > np.float32(step / 100)  # in float32, as the selection compares
@@ -192,6 +177,7 @@ def calibrate(confidence: np.ndarray, right: np.ndarray, args: argparse.Namespac
         point |= {"share": num / len(right), "share_interval": wilson(num, len(right))}
         point |= {"precision": num_right / max(num, 1), "precision_interval": wilson(num_right, num)}
         curve.append(point)
+    # Of a small share all may be right by luck.
     points = [point for point in curve if point["kept"] and point["share"] >= args.min_share]
     precise = [point for point in points if point["precision"] >= args.min_precision]
     at = precise[0] if precise else max(points, key=lambda point: point["precision"])
@@ -220,7 +206,7 @@ def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]
 
 def by_class(label: np.ndarray, num_classes: int) -> list[np.ndarray]:
     """The positions of each class's entries, ascending."""
-    kind = np.uint16 if num_classes <= 1 << 16 else np.int32  # 16 bits: a radix sort, 5 times as fast
+    kind = np.uint16 if num_classes <= 1 << 16 else np.int32  # 16 bits: radix, 5 times as fast
     ends = np.bincount(label, minlength=num_classes).cumsum()  # of each class in the sorted order
     return np.split(np.argsort(label.astype(kind), kind="stable"), ends[:-1])
 
@@ -232,10 +218,7 @@ def ranked(score: np.ndarray) -> np.ndarray:
 
 
 class BestOfClasses:
-    """The `per_class` highest scores of each class, of entries that come in chunks.
-
-    Of equal scores the first to come are kept. The memory is O(classes x per_class).
-    """
+    """The `per_class` highest scores of each class, of equal ones the first: O(classes x per_class)."""
 
     def __init__(self, num_classes: int, per_class: int):
         self.per_class = per_class
@@ -266,22 +249,17 @@ class BestOfClasses:
         return self.chunks[0]
 
 
-def above_threshold(table: Table, threshold: float) -> Iterator[tuple[np.ndarray, ...]]:
-    """Chunks of (row, label, confidence) above the threshold, which is compared in float32."""
+def select_noisy_student(table: Table, threshold: float, per_class: int | str, seed: int) -> tuple:
+    """The paper's rule, or without K ("all"): (row, label, confidence, copies), sorted by row."""
+    best = BestOfClasses(len(table.classes), np.inf if per_class == "all" else per_class)
     for rows in table.chunks():
         label, confidence = table.answers(rows)
         above = confidence > np.float32(threshold)
-        if above.any():
-            yield rows[above], label[above], confidence[above]
-
-
-def select_noisy_student(table: Table, threshold: float, per_class: int, seed: int) -> tuple:
-    """The paper's rule: (row, label, confidence, copies), sorted by row."""
-    best = BestOfClasses(len(table.classes), per_class)
-    for chunk in above_threshold(table, threshold):
-        best.add(*chunk)
+        best.add(rows[above], label[above], confidence[above])
     row, label, confidence = best.best()
-    copies = np.zeros(len(row), np.uint32)  # in a class they differ by at most one
+    copies = np.ones(len(row), np.uint32)
+    if per_class == "all":
+        return row, label, confidence, copies
     for c, of_class in enumerate(by_class(label, len(table.classes))):
         if len(of_class):
             copies[of_class] = per_class // len(of_class)  # each image so often
@@ -296,8 +274,8 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
     place = max(0, len(table.classes) - top_p)  # of the P-th highest, in ascending order
     for rows in table.chunks():
         probs = table.probs(table.columns("logits", rows))  # (n, C)
-        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon few images reach a cutoff
-        rows, probs = rows[reaches.numpy()], probs[reaches].numpy()  # of images that can still enter
+        reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon only few
+        rows, probs = rows[reaches.numpy()], probs[reaches].numpy()  # images that can enter
         rank = ranked(probs)  # ties go to the class that stands first
         image, label = np.nonzero(rank >= np.partition(rank, place, axis=1)[:, place, None])
         best.add(rows[image], label.astype(np.int32), probs[image, label])
@@ -305,28 +283,11 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
     return row, label, score, np.ones(len(row), np.uint32)
 
 
-def write_selection(path: Path, table: Table, num: int, chosen: Iterable, header: dict) -> None:
-    """Write a label file of `num` rows: chunks of (row, label, confidence, copies)."""
-    names = ["label", "confidence", "copies", "status", "path", "offset", "size"]
-    if header["method"] != "top-p":
-        names.append("logits")
-    width = max(map(len, table.prefixes)) + max(file.places["path"][0].itemsize for file in table.files)
-    end = 0
-    with new_label_file(path, num, width, table.classes, names, **header) as file:
-        for rows, *values in chosen:
-            begin, end = end, end + len(rows)  # where these rows go in the new file
-            for name, column in zip(names, [*values, DONE], strict=False):
-                file[name][begin:end] = column
-            for name in names[4:]:  # copied from the files that were selected from
-                column = table.columns(name, rows)
-                column = table.merge(column) if name == "logits" else column[0]
-                file[name][begin:end] = column.astype(file[name].dtype)
-
-
 def header_of(table: Table, last: Path) -> dict:
-    """What the selection keeps of its input, a student's defaults; of several teachers that of the last file."""
+    """What the selection keeps of its input, a student's defaults; of a mean the last file's."""
     attrs = open_label_file(last).attrs if table.is_mean else table.files[-1].attrs
-    header = {name: value for name, value in attrs.items() if name != "format"}
+    header = attrs | {"root": table.root, "files": json.dumps([str(file.path) for file in table.files])}
+    del header["format"]
     if table.is_mean:
         for name in ("teacher", "teacher_sha256"):
             header[name] = json.dumps([file.attrs.get(name) for file in table.files])
@@ -335,7 +296,28 @@ def header_of(table: Table, last: Path) -> dict:
         header |= {"val_logits": table.merge(logits), "val_label": true}
     if "class_counts" in table.files[0].places:
         header["class_counts"] = table.files[0].column("class_counts")
-    return header | {"root": table.root, "files": json.dumps([str(file.path) for file in table.files])}
+    return header
+
+
+def write_selection(path: Path, table: Table, chosen: tuple, header: dict) -> None:
+    """Write a label file of the chosen (row, label, confidence, copies)."""
+    row, label, confidence, copies = chosen
+    copied = ["path", "offset", "size"]  # from the files that were selected from
+    if header["method"] != "top-p":
+        copied.append("logits")
+    names = ["label", "confidence", "copies", "status", *copied]
+    width = max(map(len, table.prefixes)) + max(file.places["path"][0].itemsize for file in table.files)
+    with new_label_file(path, len(row), width, table.classes, names, **header) as file:
+        file["label"][:] = label
+        file["confidence"][:] = confidence
+        file["copies"][:] = copies
+        file["status"][:] = DONE
+        for begin in range(0, len(row), table.chunk_rows):  # the logits may not fit into memory
+            chunk = slice(begin, begin + table.chunk_rows)
+            for name in copied:
+                values = table.columns(name, row[chunk])
+                values = table.merge(values) if name == "logits" else values[0]
+                file[name][chunk] = values.astype(file[name].dtype)
 
 
 def read_truth(path: Path, classes: list[str]) -> dict[bytes, int]:
@@ -343,54 +325,53 @@ def read_truth(path: Path, classes: list[str]) -> dict[bytes, int]:
     number = {name: c for c, name in enumerate(classes)}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # Excel writes a mark
-            lines = [(os.fsencode(line["name"]), nfc(line["class"])) for line in csv.DictReader(file)]
+            lines = [(line["name"], nfc(line["class"])) for line in csv.DictReader(file)]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         fail(f"--truth {path}: expected a CSV with the columns name,class ({error!r})")
-    return {name: number[true] for name, true in lines if true in number}
+    return {os.fsencode(name): number[true] for name, true in lines if true in number}
 
 
-def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict[str, np.ndarray]:
-    """{what: how many images of each class}, and a histogram of the confidences."""
+def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict:
+    """How many images of each class there are, and a histogram and the accuracy of all."""
     names = ("images", "above_threshold", "with_truth", "right")
     counts = {name: np.zeros(len(table.classes), int) for name in names}
-    counts["histogram"] = np.zeros(50, int)
+    histogram = np.zeros(50, int)  # of the confidences, for the picture
     for rows in table.chunks():
         label, confidence = table.answers(rows)
-        masks = {"images": slice(None), "above_threshold": confidence > np.float32(threshold)}
+        true = np.full(len(rows), -1)  # of no class, or not known
         if truth:
             paths = table.columns("path", rows)[0].tolist()  # bytes, as in the CSV
-            true = np.array([truth.get(path, -1) for path in paths])  # -1: of no class, or not known
-            masks |= {"with_truth": true >= 0, "right": true == label}
-        for name, mask in masks.items():
+            true = np.array([truth.get(path, -1) for path in paths])
+        masks = (label >= 0, confidence > np.float32(threshold), true >= 0, true == label)
+        for name, mask in zip(names, masks, strict=True):
             counts[name] += np.bincount(label[mask], minlength=len(table.classes))
-        counts["histogram"] += np.histogram(confidence, 50, (0, 1))[0]  # for the picture
-    return counts
+        histogram += np.histogram(confidence, 50, (0, 1))[0]
+    accuracy = 100 * counts["right"].sum() / max(counts["with_truth"].sum(), 1)
+    return counts | {"histogram": histogram, "accuracy": round(accuracy, 2)}
 
 
-def accuracy(counts: dict[str, np.ndarray]) -> float:
-    """Percent of the labels with a known truth that are right."""
-    return round(100 * counts["right"].sum() / max(counts["with_truth"].sum(), 1), 2)
-
-
-def draw(path: Path, selection: LabelFile, sizes: dict, histograms: dict) -> None:
-    """The sizes of the classes, the confidences, and images of a few classes."""
+def draw(path: Path, selection: LabelFile, sizes: dict, before: np.ndarray, after: np.ndarray) -> None:
+    """The sizes of the classes, histograms of the confidence, and images of a few classes."""
     plt = pyplot()
     if plt is None:
         return
     order = np.argsort(-sizes["candidates"], kind="stable")  # the most frequent class first
     present = order[sizes["examples"][order] > 0]  # classes that kept something
     shown = present[np.unique(np.linspace(0, len(present) - 1, 8).astype(int))]  # 8 classes
-    names = np.array(selection.classes)
+    names = np.array([name[:24] for name in selection.classes])  # longer ones take the room
     size = {"figsize": (10, 3 + 0.7 * len(shown)), "height_ratios": (3, 0.7 * len(shown))}
     _, axes = plt.subplot_mosaic("AB;CC", layout="constrained", **size)
-    for what in ("candidates", "examples"):
-        axes["A"].stairs(sizes[what][order], label=what, fill=what == "candidates")
-    axes["A"].set(xlabel="class", ylabel="images")
+    axes["A"].stairs(sizes["candidates"][order], label="candidates", fill=True)
+    axes["A"].stairs(sizes["examples"][order], label="examples")
+    axes["A"].set_ylabel("images")
     if len(order) <= 20:
         axes["A"].set_xticks(np.arange(len(order)) + 0.5, names[order], rotation=90)
-    for what, histogram in histograms.items():
-        axes["B"].stairs(histogram, np.linspace(0, 1, 51), label=what, fill=True)
-    axes["B"].set(xlabel="confidence")
+    else:  # a few large classes would hide the others
+        axes["A"].set(xlabel="classes", yscale="symlog")
+        axes["A"].yaxis.set_major_formatter("{x:,.0f}")
+    axes["B"].stairs(before, np.linspace(0, 1, 51), label="all", fill=True)
+    axes["B"].stairs(after, np.linspace(0, 1, 51), label="kept", fill=True)
+    axes["B"].set_xlabel("confidence")
     axes["A"].legend()
     axes["B"].legend()
 
@@ -429,24 +410,19 @@ def main() -> None:
     before = count(table, threshold, truth)
     if args.truth and not before["with_truth"].any():  # a file of other images, or other names
         fail(f"--truth {args.truth}: none of its names and classes are those of the label files")
-    above = np.sort(before["above_threshold"])  # images of each class
-    above = above[above > 0]  # the sizes of the classes that are not empty
-    if not len(above):
+    if not before["above_threshold"].any():
         fail(f"--threshold {threshold:g} leaves no image of {args.labels[0]}: lower it")
     per_class = args.per_class
-    if per_class == "auto":  # the lower median, at most the paper's 130,000
-        per_class = int(min(above[(len(above) - 1) // 2], 130_000))
-    if per_class == "all":
-        num, chosen = above.sum(), ((*chunk, 1) for chunk in above_threshold(table, threshold))
+    if per_class == "auto":  # the lower median of what is not empty, at most the paper's 130,000
+        above = before["above_threshold"][before["above_threshold"] > 0]
+        per_class = min(int(np.quantile(above, 0.5, method="lower")), 130_000)
+    if is_top_p:
+        chosen = select_top_p(table, args.top_p, per_class)
     else:
-        if is_top_p:
-            columns = select_top_p(table, args.top_p, per_class)
-        else:
-            columns = select_noisy_student(table, threshold, per_class, args.seed)
-        num, chosen = len(columns[0]), table.split(*columns)  # in chunks, for the memory
+        chosen = select_noisy_student(table, threshold, per_class, args.seed)
     flags = {"method": args.method, "threshold": threshold, "per_class": per_class}
     flags |= {"top_p": args.top_p, "seed": args.seed}
-    write_selection(args.out, table, num, chosen, header_of(table, args.labels[-1]) | flags)
+    write_selection(args.out, table, chosen, header_of(table, args.labels[-1]) | flags)
 
     selection = open_label_file(args.out)  # what was written, read as stage 04 will
     after = count(Table([selection]), threshold, truth)  # the same counts of what was kept
@@ -458,20 +434,19 @@ def main() -> None:
     for c, name in enumerate(table.classes):
         report["classes"][name] = {what: int(values[c]) for what, values in sizes.items()}
     if truth:
-        report["truth"] = {"accuracy_before": accuracy(before), "accuracy_after": accuracy(after)}
+        report["truth"] = {"accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"]}
     with write_atomically(args.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-    histograms = {"all": before["histogram"], "kept": after["histogram"]}
-    draw(args.out.with_suffix(".png"), selection, sizes, histograms)
+    draw(args.out.with_suffix(".png"), selection, sizes, before["histogram"], after["histogram"])
     print0(
-        f"{args.out}: {report['candidates']} images, {report['above_threshold']} above {threshold:g}, "
-        f"{report['kept']} kept as {report['examples']} examples (K = {per_class})"
+        f"{args.out}: {report['candidates']} images, {report['above_threshold']} above "
+        f"{threshold:g}, {report['kept']} kept as {report['examples']} examples (K = {per_class})"
     )
     empty = [name for name, num in zip(table.classes, examples, strict=True) if not num]
     if empty:
         print0(f"no image is left of {', '.join(empty)}: lower --threshold, or label more images")
     if truth:
-        print0(f"{accuracy(before)}% of the labels are right, of those that are kept {accuracy(after)}%")
+        print0(f"{before['accuracy']}% of the labels are right, of those kept {after['accuracy']}%")
 
 
 if __name__ == "__main__":

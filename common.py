@@ -1856,15 +1856,16 @@ def make_optimizer(name: str, model: nn.Module, weight_decay: float | None, clas
     heads = [model.get_submodule(head) for head in head_names(model)]
     spared = {p for module in norms for p in module.parameters()}
     classifier = {p for module in heads for p in module.parameters()}
-    groups = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": 0.0},
-        {"params": [], "weight_decay": weight_decay, "share": classifier_lr},
-    ]
+    body = {"params": [], "weight_decay": weight_decay}
+    undecayed = {"params": [], "weight_decay": 0.0}
+    head = {"params": [], "weight_decay": weight_decay, "share": classifier_lr}
     for p in model.parameters():
-        if p.requires_grad:
-            number = 1 if p in spared else 2 * (p in classifier)
-            groups[number]["params"].append(p)
+        group = head if p in classifier else body
+        if p in spared:
+            group = undecayed
+        if p.requires_grad:  # 05 freezes some
+            group["params"].append(p)
+    groups = [body, undecayed, head]
     if name == "rmsprop":
         return RMSpropTF(groups, lr=0.0)
     if name == "sgd":
@@ -1902,12 +1903,12 @@ def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     torch's swa_utils.update_bn leaves these on, but the model is tested without them.
     """
-    norms = [module for module in model.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.momentum != 0]  # 0: frozen
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().reset_running_stats()
-        norm.momentum = None
+        norm.momentum = None  # an equal mean
     for images in batches:
         model(images)
     for norm, momentum in zip(norms, momenta, strict=True):

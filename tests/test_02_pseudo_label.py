@@ -157,8 +157,8 @@ def test_rows_that_are_done_are_not_written_again(random_teacher, label, tmp_pat
     assert label(random_teacher, folder, out).returncode == 0
     whole = read(out)
     write(out, "confidence", [4, 6], 0)
-    writer = stage.RowWriter(common.open_label_file(out), None)
-    writer.put("confidence", np.array([4, 6]), whole["confidence"][[4, 6]])
+    rows, file = np.array([4, 6]), os.open(out, os.O_WRONLY)
+    stage.put(file, common.open_label_file(out), "confidence", rows, whole["confidence"][rows])
     assert_same_labels(out, whole)  # 5 stays
     write(out, "confidence", 3, 0.125)  # a sign that nobody else would leave
     write(out, "status", [2, 4, 5], common.TODO)
@@ -172,10 +172,9 @@ def test_rows_that_are_done_are_not_written_again(random_teacher, label, tmp_pat
 
 
 def test_the_status_of_rows_is_written_after_a_sync_of_their_data(random_teacher, label, tmp_path, monkeypatch):
-    calls, put = [], stage.RowWriter.put
+    calls, put = [], stage.put
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync"))
-    monkeypatch.setattr(stage.RowWriter, "put", lambda self, name, *rows: calls.append(name) or put(self, name, *rows))
-    monkeypatch.setattr(stage, "SYNC_SECONDS", 999)
+    monkeypatch.setattr(stage, "put", lambda *args: calls.append(args[2]) or put(*args))
     assert label(random_teacher, write_files(tmp_path / "u", pictures(3)), tmp_path / "l.h5").returncode == 0
     assert calls[-5:] == ["logits", "label", "confidence", "sync", "status"] and calls.count("status") == 1
 
@@ -218,11 +217,10 @@ def test_logits_that_are_not_finite_are_not_written(random_teacher, tiny_data, l
     assert not read(tmp_path / "l.h5")["status"].any()
 
 
-# Stage 02 with batches, syncs and pauses (seconds a batch) as a test wants them, and later processes that begin later.
+# Stage 02 with batches and pauses (seconds a batch) as a test wants them, and later processes that begin later.
 WATCHED = """
 import importlib, os, time
 stage = importlib.import_module("02_pseudo_label")
-stage.SYNC_SECONDS = {seconds}
 stage.rows_per_batch = lambda size, device: {rows}
 normalize = stage.normalize
 stage.normalize = lambda *args: time.sleep(float(os.environ.get("PAUSE", 0))) or normalize(*args)
@@ -234,7 +232,7 @@ stage.main()
 @pytest.mark.parametrize(("column", "num_bytes", "num_done"), [("logits", 37, 0), ("status", 18, 18)])
 def test_a_full_disk_is_one_line_and_costs_nothing(column, num_bytes, num_done, own_teacher, run_stage, tmp_path):
     """A limit on the size of files stands in for the disk: what was done before stays, and a later run continues."""
-    (tmp_path / "stage.py").write_text(WATCHED.format(rows=4, seconds=0, wait=0))
+    (tmp_path / "stage.py").write_text(WATCHED.format(rows=4, wait=0))
     flags = [tmp_path / "stage.py", "--teacher", own_teacher, "--out", tmp_path / "l.h5"]
     run_stage(*flags, PYTHONPATH=ROOT)
     whole = read(tmp_path / "l.h5")
@@ -272,7 +270,7 @@ def check_rows(path: Path, whole: dict) -> int:
 def test_killed_at_any_time_it_ends_as_if_nothing_had_been(slow_run, start_stage, tmp_path):
     """Runs of 1, 2 and 3 processes are killed after some progress each: slow ones, so that none ends before."""
     (flags, whole), out, watched = slow_run, tmp_path / "l.h5", tmp_path / "stage.py"
-    watched.write_text(WATCHED.format(rows=16, seconds=0.05, wait=0))  # the rows as without
+    watched.write_text(WATCHED.format(rows=16, wait=0))  # the rows as without
     process = start_stage(watched, *flags, out, PYTHONPATH=ROOT, PAUSE=0.2)
     process.wait_until(out.exists)
     process.kill()
@@ -292,9 +290,8 @@ def test_killed_at_any_time_it_ends_as_if_nothing_had_been(slow_run, start_stage
 @pytest.mark.parametrize(("nproc", "launcher"), [(1, None), (2, "torchrun")])
 def test_sigterm_keeps_all_that_was_done(nproc, launcher, slow_run, start_stage, tmp_path):
     (flags, whole), out, watched = slow_run, tmp_path / "l.h5", tmp_path / "watched.py"
-    watched.write_text(WATCHED.format(rows=16, seconds=5, wait=0))
+    watched.write_text(WATCHED.format(rows=16, wait=0))
     process = start_stage(watched, *flags, out, nproc=nproc, launcher=launcher, PYTHONPATH=ROOT, PAUSE=0.1)
-    # What a row says follows its data by up to 5 seconds.
     process.wait_until(lambda: out.exists() and np.count_nonzero(read(out)["confidence"]) > 30)
     os.kill(process.pids[0], signal.SIGTERM)  # torchrun hands it on
     assert process.wait(60) == (143 if nproc == 1 else 1), process
@@ -418,7 +415,7 @@ def test_the_labels_as_csv(run_stage, tmp_path):
     folder = write_files(tmp_path / "u", files | {"no.png": b"no"})
     teacher = save_model(tmp_path / "t.pt", CHEAP, ["a,b", 'c"d', "ü"], seed=1)
     table = tmp_path / "new" / "labels.csv"
-    (tmp_path / "stage.py").write_text(WATCHED.format(rows=2, seconds=5, wait=1))
+    (tmp_path / "stage.py").write_text(WATCHED.format(rows=2, wait=1))
     flags = ["--teacher", teacher, "--unlabeled", folder, "--out", tmp_path / "l.h5", "--max-bad", 50, "--csv", table]
     for nproc in (3, 1):
         run_stage(tmp_path / "stage.py", *flags, nproc=nproc, PYTHONPATH=ROOT)

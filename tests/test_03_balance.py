@@ -83,7 +83,7 @@ def test_noisy_student_is_the_contracts_rule(data, num_classes, threshold, per_c
         assert sorted(of_class) == sorted(rows)
         if rows:
             assert sum(of_class.values()) == per_class and max(of_class.values()) - min(of_class.values()) <= 1
-    assert [row for chunk in balance.above_threshold(table, threshold) for row in chunk[0].tolist()] == above
+    assert balance.select_noisy_student(table, threshold, "all", 0)[0].tolist() == above
 
 
 LEVELS = st.sampled_from([0.0, -0.5, -1.0, -3.0, -20.0, -65_000.0])
