@@ -1,6 +1,6 @@
 """The tables at the top of docs/results.md, made of docs/results/*.json.
 
-    python tests/results.py add NAME OUT ...   keep what run.sh wrote into the folders OUT (of other seeds each) as
+    python tests/results.py add NAME OUT ...   add what run.sh wrote into the folders OUT (of other seeds each) to
                                                docs/results/NAME.json, then make all tables
     python tests/results.py                    make all tables
     python tests/results.py NAME=FILE ...      print the tables of such files
@@ -39,16 +39,21 @@ def made_by() -> dict[str, str]:
 
 def add(name: str, runs: list[Path]) -> None:
     """Write docs/results/NAME.json; `models` is as in robustness.json, without what is long or names folders."""
+    file = ROOT / "docs" / "results" / f"{name}.json"
     kept = {"made": made_by(), "images": {}, "labels": {}, "models": {}}
+    if file.exists():  # seeds of an earlier day
+        commit = kept["made"]["commit"]
+        kept = json.loads(file.read_text())
+        kept["made"]["commit"] = " ".join(dict.fromkeys([*kept["made"]["commit"].split(), commit]))
     images = kept["images"]
     for run in runs:
-        for file in run.glob("seed*/teacher/model.pt"):
-            images["labeled"] = sum(common.read_checkpoint(file)["class_counts"])
-        for file in sorted(run.glob("seed*/selected*.json")):
-            report = json.loads(file.read_text())
+        for teacher in run.glob("seed*/teacher/model.pt"):
+            images["labeled"] = sum(common.read_checkpoint(teacher)["class_counts"])
+        for selected in sorted(run.glob("seed*/selected*.json")):
+            report = json.loads(selected.read_text())
             images["unlabeled"] = report["candidates"]
             counts = {what: report[what] for what in ("threshold", "kept", "examples")}
-            kept["labels"][f"{file.parent.name}/{file.stem}"] = counts | report.get("truth", {})
+            kept["labels"][f"{selected.parent.name}/{selected.stem}"] = counts | report.get("truth", {})
         for path, entry in json.loads((run / "robustness" / "robustness.json").read_text()).items():
             entry.pop("sha256", None)
             for result in entry.values():
@@ -57,7 +62,7 @@ def add(name: str, runs: list[Path]) -> None:
             images["val"] = entry["clean"]["num"]
             model = re.sub(r".*/(?=seed\d+/)", "", path)
             assert kept["models"].setdefault(model, entry) is entry, f"{model} is in two folders"
-    (ROOT / "docs" / "results" / f"{name}.json").write_text(json.dumps(kept) + "\n")
+    file.write_text(json.dumps(kept) + "\n")
 
 
 def section(name: str, file: str | Path) -> str:

@@ -101,7 +101,6 @@ def test_the_verdict_in_numbers():
 def test_a_run_that_is_taken_in_becomes_a_table(tmp_path, monkeypatch):
     """tests/results.py on two folders of made-up runs: what is kept of them, and the table and verdict of stage 06."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setenv("COMMIT", "abc1234")
     page = tmp_path / "docs" / "results.md"
     page.parent.joinpath("results").mkdir(parents=True)
     page.write_text("# Results\n<!-- tables -->\nof before\n<!-- end -->\nmore\n")
@@ -118,11 +117,13 @@ def test_a_run_that_is_taken_in_becomes_a_table(tmp_path, monkeypatch):
             entries[f"{folder}/{model}/model.pt"] = entry
         (run / "robustness").mkdir()
         (run / "robustness" / "robustness.json").write_text(json.dumps(entries))
-    results.main(["add", "demo", *map(str, runs)])
+    for commit, run in zip(("abc1234", "def5678"), runs, strict=True):  # on two days
+        monkeypatch.setenv("COMMIT", commit)
+        results.main(["add", "demo", str(run)])
     text, kept = page.read_text(), (tmp_path / "docs" / "results" / "demo.json").read_text()
     assert text.startswith("# Results\n<!-- tables -->\n## demo\n") and text.endswith("<!-- end -->\nmore\n")
     assert str(tmp_path) not in kept and "confusion" not in kept and "of before" not in text
-    for fact in ("commit abc1234", "30 labeled images, 60 unlabeled images, 100 val images", "seeds 0 1."):
+    for fact in ("commit abc1234 def5678", "30 labeled images, 60 unlabeled images, 100 val images", "seeds 0 1."):
         assert fact in text
     # Differences 10 and 12; corrupted ones are half as large, their interval that of t with one degree of freedom.
     (student,) = (line.split("|") for line in text.splitlines() if line.startswith("| student1 (2 seeds)"))
