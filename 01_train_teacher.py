@@ -152,8 +152,9 @@ def main() -> None:
 
     # Train.
     labeled_batches = run.batches(train_images, num_labeled, "labeled", noised=setup.crop)
-    for labeled in run.steps(labeled_batches):  # sets rate and seed
-        # The noise is drawn on the whole batch, as uint8 (n, 3, H, W), on the device.
+    for labeled in run.steps(labeled_batches):  # sets rate, seed, counts
+        # The last view of an image is its random crop. The noise (common's add_noise) is drawn on
+        # the whole batch, uint8 (n, 3, H, W), on the device.
         images = labeled.views[-1]
         images = setup.noise(images.to(processes.device, non_blocking=True), run.generator)
         # y of the readable images, int64 (n,); an unreadable image has no place in the batch.

@@ -34,7 +34,7 @@ from common import View, normalize  # views
 from common import ImageList, digests_of, judged_half, labeled_images, unlabeled_images  # listing
 from common import ImageDataset, grid_keys, load_batches, rows_per_batch  # batches
 from common import DONE, HELD_OUT, TODO, UNREADABLE, LabelFile, new_label_file, open_label_file  # label files
-from common import identity, load_model, read_checkpoint  # checkpoints
+from common import fingerprint, load_model, read_checkpoint  # checkpoints
 from common import autocast, precision_of  # training
 
 
@@ -277,8 +277,8 @@ def main() -> None:
     if not args.unlabeled and not data:
         fail(f"--unlabeled: say where the images are, for {args.teacher} has no data directory")
     unlabeled = os.path.abspath(args.unlabeled or f"{data}/unlabeled")
-    settings = {"teacher_sha256": identity(args.teacher)}
-    settings["unlabeled"] = identity(Path(unlabeled)) if unlabeled.endswith(".h5") else unlabeled
+    settings = {"teacher_sha256": fingerprint(args.teacher)}
+    settings["unlabeled"] = fingerprint(Path(unlabeled)) if unlabeled.endswith(".h5") else unlabeled
     settings["precision"] = precision_of(args.precision, processes.device)
     if not processes.is_main:
         del settings["unlabeled"]  # rank 0 compares it, and may store another

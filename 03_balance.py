@@ -60,7 +60,8 @@ class Table:
 
     def __init__(self, files: list[LabelFile], is_mean: bool = False):
         self.files, self.classes, self.is_mean = files, files[0].classes, is_mean
-        self.groups = [files] if is_mean else [[file] for file in files]  # files of the same rows
+        # Files of the same rows: all of them, a file a teacher, or each file alone.
+        self.groups = [files] if is_mean else [[file] for file in files]
         self.starts = np.cumsum([0, *(len(group[0]) for group in self.groups)])  # their first rows
         self.chunk_rows = max(1, (1 << 21) // len(self.classes))  # 8 MB of float32 logits: a cache
         self.root = os.path.commonpath([os.path.abspath(file.attrs["root"]) for file in files])
@@ -78,7 +79,7 @@ class Table:
 
     def columns(self, name: str, rows: np.ndarray) -> list[np.ndarray]:
         """An array for each teacher: the values in these rows, which ascend. No file stays mapped."""
-        parts = []
+        parts = []  # of each group: an array for each teacher
         for k, of_group in enumerate(np.split(rows, np.searchsorted(rows, self.starts[1:-1]))):
             if len(of_group):
                 values = [file.column(name)[of_group - self.starts[k]] for file in self.groups[k]]
@@ -97,14 +98,14 @@ class Table:
             probs[k] = probs[k][:, [number[name] for name in self.classes]]
         return sum(probs) / len(probs)
 
-    def merge(self, logits: list[np.ndarray]) -> np.ndarray:
-        """float16 (n, C), a row's largest is 0: the teacher's logits, or the log of the mean."""
+    def logits_to_store(self, logits: list[np.ndarray]) -> np.ndarray:
+        """float16 (n, C), as 02 stores them, the largest of a row 0; of a mean its logarithm."""
         if not self.is_mean:
             return logits[0]
-        mean = self.probs(logits).log()
-        return (mean - mean.amax(1, keepdim=True)).clamp(min=-65_000).half().numpy()  # fp16 ends there
+        log_mean = self.probs(logits).log()
+        return (log_mean - log_mean.amax(1, keepdim=True)).clamp(min=-65_000).half().numpy()  # fp16 ends there
 
-    def answers(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predictions(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(label, confidence): as stored, or of the mean."""
         if not self.is_mean:
             return self.columns("label", rows)[0], self.columns("confidence", rows)[0]
@@ -211,8 +212,8 @@ def by_class(label: np.ndarray, num_classes: int) -> list[np.ndarray]:
     return np.split(np.argsort(label.astype(kind), kind="stable"), ends[:-1])
 
 
-def ranked(score: np.ndarray) -> np.ndarray:
-    """Numbers in the order of scores (..., n) >= 0; of equal scores the first is the highest."""
+def sort_keys(score: np.ndarray) -> np.ndarray:
+    """Unique integers in the order of scores (..., n) >= 0; of equal scores the first is highest."""
     last_to_first = np.arange(score.shape[-1], dtype=np.uint64)[::-1]
     return score.view(np.uint32).astype(np.uint64) << 32 | last_to_first
 
@@ -236,35 +237,39 @@ class BestOfClasses:
     def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(row, label, score) of what is kept, in the order in which it came."""
         row, label, score = (np.concatenate(column) for column in zip(*self.chunks, strict=True))
-        kept = np.ones(len(label), bool)  # of a class with fewer than K all stay
-        for c, of_class in enumerate(by_class(label, len(self.cutoff))):
-            surplus = len(of_class) - self.per_class  # how many must go
+        kept = np.ones(len(label), bool)  # all, but for what is too many of a class
+        for c, positions in enumerate(by_class(label, len(self.cutoff))):
+            surplus = len(positions) - self.per_class  # how many must go
             if surplus >= 0:
-                rank = ranked(score[of_class])
-                is_best = rank >= np.partition(rank, surplus)[surplus]
-                kept[of_class] = is_best
-                self.cutoff[c] = score[of_class[is_best]].min()
+                keys = sort_keys(score[positions])
+                is_best = keys >= np.partition(keys, surplus)[surplus]
+                kept[positions] = is_best
+                self.cutoff[c] = score[positions[is_best]].min()
         self.chunks = [(row[kept], label[kept], score[kept])]  # the rest is forgotten
         self.num_new = 0
         return self.chunks[0]
 
 
 def select_noisy_student(table: Table, threshold: float, per_class: int | str, seed: int) -> tuple:
-    """The paper's rule, or without K ("all"): (row, label, confidence, copies), sorted by row."""
+    """Noisy Student's rule: (row, label, confidence, copies), sorted by row.
+
+    Of the images above the threshold the K = `per_class` most confident of each class; those of a
+    smaller class are repeated to K. "all": each image above the threshold once.
+    """
     best = BestOfClasses(len(table.classes), np.inf if per_class == "all" else per_class)
     for rows in table.chunks():
-        label, confidence = table.answers(rows)
+        label, confidence = table.predictions(rows)
         above = confidence > np.float32(threshold)
         best.add(rows[above], label[above], confidence[above])
     row, label, confidence = best.best()
     copies = np.ones(len(row), np.uint32)
     if per_class == "all":
         return row, label, confidence, copies
-    for c, of_class in enumerate(by_class(label, len(table.classes))):
-        if len(of_class):
-            copies[of_class] = per_class // len(of_class)  # each image so often
-            shuffled = np.random.default_rng([seed, c]).permutation(of_class)
-            copies[shuffled[: per_class % len(of_class)]] += 1  # and some once more, to exactly K
+    for c, positions in enumerate(by_class(label, len(table.classes))):
+        if len(positions):
+            copies[positions] = per_class // len(positions)  # each image so often
+            shuffled = np.random.default_rng([seed, c]).permutation(positions)
+            copies[shuffled[: per_class % len(positions)]] += 1  # some once more, to exactly K
     return row, label, confidence, copies
 
 
@@ -276,8 +281,8 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
         probs = table.probs(table.columns("logits", rows))  # (n, C)
         reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon only few
         rows, probs = rows[reaches.numpy()], probs[reaches].numpy()  # images that can enter
-        rank = ranked(probs)  # ties go to the class that stands first
-        image, label = np.nonzero(rank >= np.partition(rank, place, axis=1)[:, place, None])
+        keys = sort_keys(probs)  # unique, so exactly P are chosen; ties go to the first class
+        image, label = np.nonzero(keys >= np.partition(keys, place, axis=1)[:, place, None])
         best.add(rows[image], label.astype(np.int32), probs[image, label])
     row, label, score = best.best()
     return row, label, score, np.ones(len(row), np.uint32)
@@ -293,7 +298,7 @@ def header_of(table: Table, last: Path) -> dict:
             header[name] = json.dumps([file.attrs.get(name) for file in table.files])
     logits, true = table.val()
     if logits:
-        header |= {"val_logits": table.merge(logits), "val_label": true}
+        header |= {"val_logits": table.logits_to_store(logits), "val_label": true}
     if "class_counts" in table.files[0].places:
         header["class_counts"] = table.files[0].column("class_counts")
     return header
@@ -303,11 +308,11 @@ def write_selection(path: Path, table: Table, chosen: tuple, header: dict) -> No
     """Write a label file of the chosen (row, label, confidence, copies)."""
     row, label, confidence, copies = chosen
     copied = ["path", "offset", "size"]  # from the files that were selected from
-    if header["method"] != "top-p":
+    if header["method"] != "top-p":  # whose labels are hard: they need not be the most probable
         copied.append("logits")
-    names = ["label", "confidence", "copies", "status", *copied]
+    columns = ["label", "confidence", "copies", "status", *copied]
     width = max(map(len, table.prefixes)) + max(file.places["path"][0].itemsize for file in table.files)
-    with new_label_file(path, len(row), width, table.classes, names, **header) as file:
+    with new_label_file(path, len(row), width, table.classes, columns, **header) as file:
         file["label"][:] = label
         file["confidence"][:] = confidence
         file["copies"][:] = copies
@@ -316,7 +321,7 @@ def write_selection(path: Path, table: Table, chosen: tuple, header: dict) -> No
             chunk = slice(begin, begin + table.chunk_rows)
             for name in copied:
                 values = table.columns(name, row[chunk])
-                values = table.merge(values) if name == "logits" else values[0]
+                values = table.logits_to_store(values) if name == "logits" else values[0]
                 file[name][chunk] = values.astype(file[name].dtype)
 
 
@@ -337,7 +342,7 @@ def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict:
     counts = {name: np.zeros(len(table.classes), int) for name in names}
     histogram = np.zeros(50, int)  # of the confidences, for the picture
     for rows in table.chunks():
-        label, confidence = table.answers(rows)
+        label, confidence = table.predictions(rows)
         true = np.full(len(rows), -1)  # of no class, or not known
         if truth:
             paths = table.columns("path", rows)[0].tolist()  # bytes, as in the CSV
@@ -368,7 +373,7 @@ def draw(path: Path, selection: LabelFile, sizes: dict, before: np.ndarray, afte
         axes["A"].set_xticks(np.arange(len(order)) + 0.5, names[order], rotation=90)
     else:  # a few large classes would hide the others
         axes["A"].set(xlabel="classes", yscale="symlog")
-        axes["A"].yaxis.set_major_formatter("{x:,.0f}")
+        axes["A"].yaxis.set_major_formatter("{x:,.0f}")  # 1,000 and not 10^3
     axes["B"].stairs(before, np.linspace(0, 1, 51), label="all", fill=True)
     axes["B"].stairs(after, np.linspace(0, 1, 51), label="kept", fill=True)
     axes["B"].set_xlabel("confidence")

@@ -253,8 +253,7 @@ def main() -> None:
 
     # The model and its training run. An epoch is a pass over the labelled images, if there are any.
     model, header, origin = model_of("student", setup, (train_images, labels), classes, args, processes)
-    header["inputs"] = inputs
-    header["data"] = os.path.abspath(data)  # the next student's default
+    header |= {"inputs": inputs, "data": os.path.abspath(data)}  # data: the next student's default
     num_pseudo = len(pseudo_labels.rows)
     num_epoch = len(train_images) if num_labeled else num_pseudo
     plan = plan_of(args, recipe.epochs, num_epoch, unlabeled=data / "unlabeled", num_unlabeled=num_unlabeled)
@@ -272,8 +271,9 @@ def main() -> None:
     labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)
     unlabeled_batches = run.batches(pseudo_labels.images, num_unlabeled, "unlabeled", **of_unlabeled)
     loss_of = loss_function(args, recipe.ratio, pseudo_labels.temperature)
-    for labeled, unlabeled in run.steps(labeled_batches, unlabeled_batches):  # sets rate and seed
-        # The noise is drawn on the whole batch, as uint8 (n + m, 3, H, W), on the device.
+    for labeled, unlabeled in run.steps(labeled_batches, unlabeled_batches):  # sets rate, seed, counts
+        # The last view of an image is its random crop. The noise (common's add_noise) is drawn on
+        # the whole batch, uint8 (n + m, 3, H, W), on the device. n or m may be 0.
         images = torch.cat([labeled.views[-1], unlabeled.views[-1]])
         images = setup.noise(images.to(processes.device, non_blocking=True), run.generator)
         # y of the readable images, int64 (n,); an unreadable image has no place in the batch.
@@ -287,12 +287,12 @@ def main() -> None:
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
                 logits = run.ddp_model(normalize(part_images, view)).float()
             labeled_logits, pseudo_logits = logits.tensor_split([len(part_target)])
-            # Readable images a part, in the mean over parts and processes: the parts' gradients
-            # then average to that of the mean over the step.
-            mean_n, mean_m = run.counts
+            # The readable images of the step, labelled and unlabelled, / (processes x parts). The
+            # parts' gradients then average to that of the mean over the step.
+            part_n, part_m = run.counts
             if same_images:  # the Keras example: the labelled logits carry both losses
-                pseudo_logits, mean_m = logits, mean_n
-            losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, mean_n, mean_m)
+                pseudo_logits, part_m = logits, part_n
+            losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, part_n, part_m)
             loss, loss_labeled, loss_unlabeled = losses
             run.backward(loss, loss_labeled=loss_labeled, loss_unlabeled=loss_unlabeled)
         run.end_step()  # updates the weights and their average; logs, evaluates, saves

@@ -160,7 +160,7 @@ def main() -> None:
 
     # Train.
     batches = run.batches(train_images, args.batch_size, "labeled", clean=view)
-    for labeled in run.steps(batches):  # sets rate and seed
+    for labeled in run.steps(batches):  # sets rate, seed, counts
         images = labeled.views[0].to(processes.device, non_blocking=True)  # uint8 (n, 3, H, W)
         target = torch.from_numpy(labels)[labeled.rows].to(processes.device, non_blocking=True)
         for part_target, part_images in run.parts(target, images):

@@ -51,7 +51,7 @@ from common import Processes, init_processes, progress, reduce_sum, seed_words  
 from common import View, eval_view, normalize  # views
 from common import ImageList, images_by_class, judged_half, labeled_images  # listing
 from common import ImageDataset, grid_keys, load_batches, rows_per_batch  # batches
-from common import identity, load_model  # checkpoints
+from common import fingerprint, load_model  # checkpoints
 from common import autocast, in_halves, precision_of, wilson  # training
 from common import pyplot, save_figure  # pictures
 
@@ -444,7 +444,7 @@ def list_severities(folder: Path) -> Shown:
     if any(of_severity != classes[0] for of_severity in classes):
         raise ValueError(f"{folder} is not whole: its severities have other images or classes")
     images = [shown.images for shown in five]
-    settings = {"images": [identity(of_severity) for of_severity in images]}
+    settings = {"images": [fingerprint(of_severity) for of_severity in images]}
     return five[0]._replace(settings=settings, read=partial(read_five, images))
 
 
@@ -625,7 +625,7 @@ class Evaluation:
             for tested in self.models:
                 tested.entry[key] = {"gap": str(error)}
             return
-        settings = {"folder": shown.images.root, "images": identity(shown.images)}
+        settings = {"folder": shown.images.root, "images": fingerprint(shown.images)}
         settings["precision"] = "fp32" if "eps" in how else self.precision
         settings = settings | (shown.settings or {}) | how
         settings = json.loads(json.dumps(settings))  # as they are read again

@@ -2,18 +2,22 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       flags, @FILE, `fail` (a user's mistake, status 2), atomic writes, digests of files
-processes         torchrun's processes, sums over them, stop signals, seeds, progress bars
+the program       all flags that stages share, @FILE; printing and failing (status 2) from rank 0;
+                  atomic writes, the digest of a file
+processes         this process's device and rank, sums over processes; stop signals, seeds, progress
 models            EfficientNet, its sizes and recipes; other models by name; fusing batch norms
-weights           --init: tensors' names, published weights, timm's models, how their images look
+weights           --init: names of tensors, the last layer, published weights; how their images look;
+                  everything about timm
 noise             RandAugment and its ops on uint8 batches; the official noise of small images
 views             decoding an image; the clean (evaluation) view, the training crop; normalizing
-listing           the data directory: images in folders and shards, labels, copies, held-out images
+listing           the data directory: images in folders and shards, their labels, the held-out tenth,
+                  the halves of val, copies of val's images
 batches           a dataset of views; the keys of a step's or an evaluation's images; loaders
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
 optimization      a run's length and learning rate; RMSprop, weight decay; EMA and SWA of weights
-checkpoints       model.pt and last.pt: reading, loading, saving, resuming; metrics.jsonl
-training          a model as the flags want it, its classifier; precision, DDP, memory; evaluation
+checkpoints       model.pt and last.pt: reading, loading, saving; may --out be resumed? metrics.jsonl
+training          a model as the flags want it, its new classifier; precision, DDP, GPU memory;
+                  evaluation and intervals
 the training run  Run: what happens around a step: rate, noise, log, evaluation, saving, stopping
 pictures          matplotlib, saving figures, curves.png
 """
@@ -91,11 +95,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # what it tells each process
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # its variables
 
 
-def check_environment() -> None:
-    """End the program where a cluster's launcher left some of torchrun's variables behind."""
+def check_torchrun_variables() -> None:
+    """End the program where a cluster's launcher has set only some of torchrun's variables.
+
+    A process that takes itself for rank 1 of 1 would print and write nothing, or wait for ever.
+    """
     given = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
     if not given:
         return
@@ -108,9 +115,10 @@ def check_environment() -> None:
 def argument_parser(description: str) -> OneLineParser:
     """A parser that shows defaults, reads @FILE, and takes no abbreviated flags: a typo fails.
 
-    From here on SIGTERM and Ctrl-C end the stage quietly, with status 143.
+    It is the first thing that a stage makes. From here on SIGTERM and Ctrl-C end the stage quietly,
+    with status 143.
     """
-    check_environment()
+    check_torchrun_variables()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(143))
     options = {"allow_abbrev": False, "fromfile_prefix_chars": "@"}
@@ -213,8 +221,8 @@ def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> No
         add("--eval-every", type=at_least(0), help="epochs between evaluations; None: 1, or 250 steps")
         add("--patience", type=COUNT, help="end after this many evaluations that are no better; None: never")
     add("--save-every", type=COUNT, default=1000, help="steps between saving last.pt: what a crash can cost")
-    seed = text_like(r"\d+(:.+)?")
-    add("--seed", type=seed, default="0", help="of weights, order, crops and noise: N, or N:NAME for others")
+    seed = text_like(r"\d+(:.+)?")  # 7, or 7:student1
+    add("--seed", type=seed, default="0", help="of all random numbers: N; each N:NAME has numbers of its own")
     add("--compile", action="store_true", help="torch.compile the model: a minute at the start, faster steps")
     add_device_flags(parser)
 
@@ -431,7 +439,7 @@ EFFICIENTNETS = {name: row[:4] for name, row in MODELS.items()}
 RECIPES = {name: Recipe(*row[4:]) for name, row in MODELS.items()}
 OTHER_RECIPE = Recipe(350, 2, 9, 3)  # RandAugment's own setting for ResNet-50 (1909.13719)
 EPOCHS_FROM_WEIGHTS = 30  # our choice
-MODEL_NOISE = {"dropout": 0.2, "drop_path": 0.2}  # B0's, for timm's models, which have none
+TIMM_NOISE = {"dropout": 0.2, "drop_path": 0.2}  # B0's: timm's models have both off by default
 
 
 def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
@@ -604,8 +612,8 @@ def fuse_batch_norms(model: nn.Module) -> None:
 
 # ------------------------------------------- weights --------------------------------------------
 
-# timm's layers of an EfficientNet by our (torchvision's) names; the blocks of the first stage do
-# not expand.
+# timm's name of an EfficientNet's layer: ours, which is torchvision's. The blocks of the first
+# stage do not expand.
 TIMM_TOP = {
     "conv_stem": "features.0.0",
     "bn1": "features.0.1",
@@ -695,7 +703,7 @@ def published_weights(arch: str, image_size: int | None) -> dict:
     """The published weights of a model, by torchvision's or timm's own download."""
     from torchvision import models
 
-    cache = os.environ.get("HF_HOME", "~/.cache/huggingface")  # timm's
+    download = os.environ.get("HF_HOME", "~/.cache/huggingface")  # timm's folder
     try:
         if arch.startswith(("timm/", "tf_")):
             name = arch.removeprefix("timm/")
@@ -705,12 +713,12 @@ def published_weights(arch: str, image_size: int | None) -> dict:
             model = optional("timm").create_model(name, pretrained=True, **options)
         else:
             weights = models.get_model_weights(arch).DEFAULT
-            cache = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+            download = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
             view = torchvision_view(weights)
             model = models.get_model(arch, weights=weights)
     except Exception as error:  # no such model, no network, a damaged file
         reason = f"{type(error).__name__}: {str(error)[:150]}"
-        fail(f"--init published: no weights of {arch} ({reason}); a damaged download is in {cache}: delete it")
+        fail(f"--init published: no weights of {arch} ({reason}); a damaged download is in {download}: delete it")
     return {"arch": arch, "model": model.state_dict(), **view._asdict()}
 
 
@@ -865,7 +873,7 @@ def geometric(matrix: Callable) -> Callable:
             rows = (sign == s).nonzero().squeeze(1)
             index = source_pixels(*images.shape[2:], matrix(images, s * magnitude), images.device)
             values = flat.index_select(0, rows.to(images.device, non_blocking=True))
-            if images.device.type == "cpu":  # faster than torch's
+            if images.device.type == "cpu":  # numpy's take is faster than torch's index_select
                 values = torch.from_numpy(values.numpy().take(index.numpy(), axis=2, mode="clip"))
             else:
                 values = values.index_select(2, index)
@@ -1248,7 +1256,7 @@ def shard_members(root: str, path: str) -> Iterator[tuple[bytes, int, int]]:
                 base = os.path.basename(member.name).lower()
                 is_junk = base.startswith(".") or not JUNK.isdisjoint(member.name.split("/"))
                 if member.isreg() and base.endswith(EXTENSIONS) and not is_junk:
-                    name = os.fsencode(f"{path}/{member.name}")
+                    name = os.fsencode(f"{path}/{member.name}")  # ImageList.open takes it apart
                     yield name, member.offset_data, member.size
             shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
             if shard.fileobj.read(512).strip(b"\0"):
@@ -1301,7 +1309,7 @@ def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def digests_of(images: ImageList) -> frozenset[bytes]:
-    """The digests of the readable files, so that a renamed copy is recognised."""
+    """The digests of val's readable files: renamed copies of them, which nothing may train on, are found."""
     digests = set()
     for row in range(len(images)):
         with contextlib.suppress(OSError), images.open(row) as file:
@@ -1432,7 +1440,7 @@ def unlabeled_images(path: str | Path, data: str | Path | None = None) -> ImageL
     no_val = (path.parent / "train").is_dir() and not (path.parent / "val").is_dir()
     if no_val and path.name in ("train", "val"):
         return labeled_images(path.parent, path.name)[0]
-    for split in ("train", "val") if data else ():
+    for split in ("train", "val") if data else ():  # train/ or val/ itself may be labelled
         labeled = (Path(data) / split).resolve()
         if labeled.is_dir() and path.resolve() in labeled.parents:
             fail(f"--unlabeled {path} holds the labelled images of {labeled}: name another folder")
@@ -1518,7 +1526,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def train_keys(num: int, batch_size: int, seed, stream: str, steps: range, processes: Processes):
-    """This process's keys (epoch, row) of each step: endless permutations in constant batches."""
+    """Yield this process's keys (epoch, row) of each step: endless permutations of `num` images.
+
+    `stream` names the order. A key has its epoch because the random crop depends on it.
+    """
     epoch, order = -1, None
     for step in steps:
         keys = []
@@ -1880,7 +1891,8 @@ def update_ema(ema_model: nn.Module, model: nn.Module, step: int, decay: float) 
     Of parameters and batch-norm running statistics (official main.py:472-476, utils.py:292-306).
     """
     rate = 1 - min(decay, (1 + step) / (10 + step))  # a ramp: at first it follows closely
-    averages = [t for t in ema_model.state_dict().values() if t.is_floating_point()]  # not counters
+    # These share the models' memory. What is no float counts batches.
+    averages = [t for t in ema_model.state_dict().values() if t.is_floating_point()]
     latest = [t for t in model.state_dict().values() if t.is_floating_point()]
     torch._foreach_lerp_(averages, latest, rate)
 
@@ -1971,8 +1983,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool 
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-def identity(thing: Path | ImageList) -> str:
-    """The sha256 of a file, of the names in a list, or of a label file without its logits."""
+def fingerprint(thing: Path | ImageList) -> str:
+    """Equal where two runs read the same: the sha256 of a file, of the names in a list of images, or
+    of a label file without its logits.
+    """
     if isinstance(thing, ImageList):
         names = hashlib.sha256(np.ascontiguousarray(thing.path))
         return f"{len(thing)} images, names {names.hexdigest()}"
@@ -1987,7 +2001,7 @@ def identity(thing: Path | ImageList) -> str:
     return sha256.hexdigest()
 
 
-LOCKS = []  # open files: a lock ends with its process
+LOCKS = []  # keeps the files open: closing one would end its lock
 
 
 def lock(out: Path) -> None:
@@ -2030,14 +2044,14 @@ def previous_run(args: argparse.Namespace) -> dict | None:
 
 
 def compare_inputs(args: argparse.Namespace, resumed: dict | None, **images: ImageList) -> dict[str, str]:
-    """{role: identity} of the files and images that a run is made from, for its checkpoints.
+    """{role: fingerprint} of the files and images that a run is made from, for its checkpoints.
 
     Ends the program where they are not what the run began with, and (status 0) where it is
     finished.
     """
     things = {role: getattr(args, role, None) for role in ROLES} | images
     things = {role: thing for role, thing in things.items() if isinstance(thing, (Path, ImageList))}
-    inputs = {role: identity(thing) for role, thing in things.items()}
+    inputs = {role: fingerprint(thing) for role, thing in things.items()}
     before = resumed.get("inputs", inputs) if resumed else inputs
     changed = [role for role in before.keys() | inputs.keys() if before.get(role) != inputs.get(role)]
     if changed:
@@ -2133,12 +2147,13 @@ def model_of(stage: str, setup: Setup, train: tuple, classes: list[str], args, p
     `train`: the labelled images and their labels, on which a new classifier is fitted.
     """
     arch, num_classes = setup.arch, len(classes)
+    # None: the model's own.
     options = {"small_images": setup.small_images, "dropout": args.dropout, "drop_path": args.drop_path}
     options["zero_init_residual"] = args.zero_init_residual or None
     for name in ("dropout", "drop_path", "zero_init_residual"):
         is_asked = options[name] is not None
         if arch.startswith("timm/") and not is_asked:
-            options[name] = MODEL_NOISE.get(name)
+            options[name] = TIMM_NOISE.get(name)
         if options[name] is not None and arch.removeprefix("tf_") not in EFFICIENTNETS:
             try:
                 build_model(arch, num_classes, **{name: options[name]})
@@ -2342,10 +2357,10 @@ def evaluate(model: nn.Module, images: ImageList, labels, view: View, processes:
         sums += torch.stack([loss, right[:, 0].sum(), right.sum()])
     if bad:
         print(f"{len(bad)} val images are unreadable and left out; the first: {bad[0]}", flush=True)
-    (num_read,) = sum_of(processes, num_read)
-    if not num_read:
+    (num_of_all,) = sum_of(processes, num_read)
+    if not num_of_all:
         fail("no val image is readable")
-    loss, top1, top5 = (reduce_sum(sums, processes) / num_read).tolist()
+    loss, top1, top5 = (reduce_sum(sums, processes) / num_of_all).tolist()
     return {"val_loss": loss, "val_top1": 100 * top1, "val_top5": 100 * top5}
 
 
@@ -2376,8 +2391,8 @@ class Run:
     averaged   the running average of its weights, which is evaluated and kept; or the model itself
     generator  for the current step's noise, on the CPU
     amp        the autocast context of --precision
-    counts     readable images of a part, in the mean over parts and processes, of each stream: a sum of
-               losses divided by it has the gradient of the mean over all readable images of the step
+    counts     of each stream the readable images of the step / (processes x parts): sums of losses
+               divided by it have, averaged over both, the gradient of the mean over the step
     """
 
     def __init__(self, args, processes: Processes, model: nn.Module, header: dict, plan: Plan, train, val, resumed):

@@ -135,10 +135,10 @@ def test_a_mean_of_teachers_is_that_of_their_probabilities(data, num_classes, nu
     rows = np.concatenate(chunks) if chunks else np.zeros(0, int)
     assert rows.tolist() == np.flatnonzero(~np.isnan(probs[:, 0])).tolist(), "a row is done only if it is in all"
     for chunk in chunks:
-        label, confidence = table.answers(chunk)
+        label, confidence = table.predictions(chunk)
         np.testing.assert_allclose(confidence, probs[chunk].max(1), rtol=1e-6)
         np.testing.assert_allclose(probs[chunk][np.arange(len(chunk)), label], confidence, rtol=1e-6)
-        logits = table.merge(table.columns("logits", chunk))
+        logits = table.logits_to_store(table.columns("logits", chunk))
         assert logits.dtype == np.float16 and (logits[np.arange(len(chunk)), label] == 0).all() and (logits <= 0).all()
         with np.errstate(divide="ignore"):
             expected = np.log(probs[chunk] / probs[chunk].max(1, keepdims=True)).clip(-65_000)
