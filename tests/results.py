@@ -70,7 +70,8 @@ def section(name: str, file: str | Path) -> str:
     kept = json.loads(Path(file).read_text())
     facts = [f"{what} {value}" for what, value in kept["made"].items()]
     facts += [f"{num:,} {what} images" for what, num in kept["images"].items()]
-    facts.append("seeds " + " ".join(dict.fromkeys(re.findall(r"seed(\d+)/", " ".join(kept["models"])))))
+    seeds = set(re.findall(r"seed(\d+)/", " ".join(kept["models"])))
+    facts.append("seeds " + " ".join(sorted(seeds, key=int)))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as report:
         stage.report(kept["models"], Path(folder))
     text = f"## {name}\n\nMade with {', '.join(facts)}.\n\n{report.getvalue()}"
