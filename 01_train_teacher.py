@@ -34,9 +34,10 @@ from common import build_model  # models
 from common import head_names, initial_weights, own_names  # weights
 from common import normalize, view_of  # views
 from common import ImageList, check_copies, labeled_images  # listing
+from common import check_parts  # batches
 from common import plan_of  # optimization
 from common import compare_inputs, previous_run  # checkpoints
-from common import check_parts, model_of, setup_of  # training
+from common import model_of, setup_of  # training
 from common import Run  # the training run
 
 

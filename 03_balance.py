@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import RATE, argument_parser, at_least, fail, is_rank0, nfc, print0  # program
-from common import write_atomically
+from common import RATE, argument_parser, at_least, fail, is_rank0, print0, write_atomically  # program
+from common import nfc  # listing
 from common import DONE, TODO, LabelFile, check_label_rows, new_label_file, open_label_file  # label files
 from common import wilson  # training
 from common import pyplot, save_figure  # pictures

@@ -38,11 +38,11 @@ from common import Processes, init_processes  # processes
 from common import initial_weights  # weights
 from common import View, normalize  # views
 from common import ImageList, check_copies, data_of, digests_of, labeled_images, unlabeled_images  # listing
-from common import Batch  # batches
+from common import Batch, check_parts  # batches
 from common import DONE, TODO, check_label_rows, open_label_file  # label files
 from common import plan_of  # optimization
 from common import compare_inputs, load_model, previous_run, read_checkpoint  # checkpoints
-from common import autocast, check_parts, model_of, precision_of, setup_of  # training
+from common import autocast, model_of, precision_of, setup_of  # training
 from common import Run  # the training run
 
 

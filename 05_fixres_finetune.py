@@ -28,12 +28,13 @@ from torch import nn
 from common import COUNT, RATE, add_optimization_flags, add_run_flags, argument_parser  # program
 from common import at_least, fail, print0
 from common import init_processes  # processes
-from common import EfficientNet, MBConv  # models
+from common import EfficientNet, MBConv, set_bn_momentum  # models
 from common import View, normalize  # views
 from common import check_copies, data_of, labeled_images  # listing
+from common import check_parts  # batches
 from common import plan_of  # optimization
 from common import compare_inputs, load_model, previous_run  # checkpoints
-from common import check_parts, evaluate, precision_of, set_bn_momentum  # training
+from common import evaluate, precision_of  # training
 from common import Run  # the training run
 from common import pyplot, save_figure  # pictures
 

@@ -2,20 +2,21 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       all flags that stages share, @FILE; printing and failing (status 2) from rank 0;
+the program       all flags that stages share, @FILE; printing and failing (status 2, 3) on rank 0;
                   atomic writes, the digest of a file
 processes         this process's device and rank, sums over processes; stop signals, seeds, progress
-models            EfficientNet, its sizes and recipes; other models by name; fusing batch norms
-weights           --init: names of tensors, the last layer, published weights; how their images look;
+models            EfficientNet, its sizes, recipes; other models by name; batch norms, model noise
+weights           --init: tensors' names, the last layer, published weights; how their images look;
                   everything about timm
 noise             RandAugment and its ops on uint8 batches; the official noise of small images
 views             decoding an image; the clean (evaluation) view, the training crop; normalizing
-listing           the data directory: images in folders and shards, their labels, the held-out tenth,
-                  the halves of val, copies of val's images
-batches           a dataset of views; the keys of a step's or an evaluation's images; loaders
+listing           the data directory: images in folders and shards, classes, the held-out tenth, the
+                  halves of val, copies of val's images
+batches           a dataset of views; keys of a step's or an evaluation's images; sizes; loaders
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
 optimization      a run's length and learning rate; RMSprop, weight decay; EMA and SWA of weights
-checkpoints       model.pt and last.pt: reading, loading, saving; may --out be resumed? metrics.jsonl
+checkpoints       model.pt and last.pt: reading, loading, saving; may --out be resumed? (its lock,
+                  flags, inputs); metrics.jsonl
 training          a model as the flags want it, its new classifier; precision, DDP, GPU memory;
                   evaluation and intervals
 the training run  Run: what happens around a step: rate, noise, log, evaluation, saving, stopping
@@ -79,6 +80,12 @@ def fail(message: str, from_any: bool = False) -> NoReturn:
     if from_any or is_rank0():
         print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def diverged(out: Path) -> NoReturn:
+    if is_rank0():
+        print(f"error: the training diverged; {out} keeps the last good state: lower --lr", file=sys.stderr)
+    raise SystemExit(3)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -265,11 +272,6 @@ def optional(module: str, package: str = "", what: str = "this"):
         fail(f"{what} needs a package that is not installed: pip install {package or module}")
 
 
-def nfc(name: str) -> str:
-    """A class's name with composed letters: macOS writes an accent as a character of its own."""
-    return unicodedata.normalize("NFC", name)
-
-
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -365,6 +367,12 @@ class StopSignal:
             os._exit(143)
         if not self.received:
             self.received, self.since = True, time.monotonic()
+
+
+def ignore_signals(worker: int) -> None:
+    """A worker outlives the signal: its process decides when to stop, after saving."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def progress(iterable: Iterable, name: str, total: int, processes: Processes, start: int = 0):
@@ -608,6 +616,22 @@ def fuse_batch_norms(model: nn.Module) -> None:
             if is_pair and conv.out_channels == norm.num_features:
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, next_name, nn.Identity())
+
+
+def has_noise(model: nn.Module) -> bool:
+    """Whether dropout or stochastic depth is on, by the names of all libraries' rates."""
+    names = ("p", "drop_rate", "drop_prob", "drop_path")
+    rates = [getattr(module, name, 0) for module in model.modules() for name in names]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """0: inference mode. A few small noised batches would only disturb published statistics."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+            if momentum == 0:
+                module.eval()
 
 
 # ------------------------------------------- weights --------------------------------------------
@@ -1359,6 +1383,11 @@ def judged_half(images: ImageList) -> np.ndarray:
     return np.array([digest_of_bytes(path)[0] % 2 == 1 for path in images.path.tolist()], dtype=bool)
 
 
+def nfc(name: str) -> str:
+    """A class's name with composed letters: macOS writes an accent as a character of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
 def images_by_class(folder: str | Path, classes: list[str] | None = None):
     """(ImageList, labels int64 (N,), classes) of `folder`/<class>/**, nothing beside these.
 
@@ -1559,12 +1588,6 @@ def rows_per_batch(image_size: int, device: torch.device) -> int:
     return int(min(max(2 ** int(np.log2(max(fits, 1))), 1), 1024))
 
 
-def ignore_signals(worker: int) -> None:
-    """A worker outlives the signal: its process decides when to stop, after saving."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) -> Iterator[Batch]:
     """Load a Batch for each list (or range) of keys, which are rows or (epoch, row)."""
     # A fork shares millions of paths, where spawn copies them; libraries of macOS do not survive
@@ -1595,6 +1618,13 @@ def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) ->
         if batch is None:
             return
         yield batch
+
+
+def check_parts(num: int, what: str, args, processes: Processes) -> None:
+    """A step's images are split evenly over processes and parts, or the program ends."""
+    num_parts = processes.world_size * args.accumulate
+    if num % num_parts:
+        fail(f"{what} cannot be split in {num_parts} parts (processes x --accumulate)")
 
 
 # ----------------------------------------- label files ------------------------------------------
@@ -2080,12 +2110,6 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def diverged(out: Path) -> NoReturn:
-    if is_rank0():
-        print(f"error: the training diverged; {out} keeps the last good state: lower --lr", file=sys.stderr)
-    raise SystemExit(3)
-
-
 def append_metrics(out: Path, **values) -> None:
     try:
         with open(out / "metrics.jsonl", "a") as file:
@@ -2185,22 +2209,6 @@ def model_of(stage: str, setup: Setup, train: tuple, classes: list[str], args, p
     header = {"stage": stage, "arch": arch, "arch_options": options, "classes": classes}
     header |= {"class_counts": np.bincount(train[1], minlength=num_classes).tolist(), "hflip": args.hflip}
     return model, header | setup.view._asdict(), origin
-
-
-def has_noise(model: nn.Module) -> bool:
-    """Whether dropout or stochastic depth is on, by the names of all libraries' rates."""
-    names = ("p", "drop_rate", "drop_prob", "drop_path")
-    rates = [getattr(module, name, 0) for module in model.modules() for name in names]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def set_bn_momentum(model: nn.Module, momentum: float) -> None:
-    """0: inference mode. A few small noised batches would only disturb published statistics."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = momentum
-            if momentum == 0:
-                module.eval()
 
 
 def logistic_regression(features: Tensor, target: Tensor, num_classes: int, decay: float) -> Tensor:
@@ -2307,13 +2315,6 @@ def parallel(model: nn.Module, processes: Processes, compile_it: bool) -> nn.Mod
     if is_of_timm(model):  # torch's would lose the activation of a BatchNormAct2d
         convert = optional("timm").layers.convert_sync_batchnorm
     return nn.parallel.DistributedDataParallel(convert(model), device_ids=[processes.device])
-
-
-def check_parts(num: int, what: str, args, processes: Processes) -> None:
-    """A step's images are split evenly over processes and parts, or the program ends."""
-    num_parts = processes.world_size * args.accumulate
-    if num % num_parts:
-        fail(f"{what} cannot be split in {num_parts} parts (processes x --accumulate)")
 
 
 def in_halves(function: Callable, *batches: Tensor) -> Tensor:
