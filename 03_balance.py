@@ -132,7 +132,7 @@ def open_table(paths: list[Path]) -> Table:
             fail(f"{file.path} is a top-p selection: select from what it was made from")
         if (file.column("status") == TODO).any():
             fail(f"{file.path} is unfinished: run 02 again on it")
-        check_label_rows(file)  # hand-made files may hold probabilities
+        check_label_rows(file)  # in a hand-made file the logits may be probabilities
         is_mean = is_mean and file.attrs["root"] == first.attrs["root"]
         for name in ("path", "offset"):
             is_mean = is_mean and np.array_equal(file.column(name), first.column(name))

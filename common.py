@@ -235,6 +235,7 @@ def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> No
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Of every stage that runs a model; 02 and 06, which do not train, have these alone."""
     add = parser.add_argument
     add("--workers", type=at_least(0, int), help="loaders a process; None: CPUs 0, GPUs their share of the cores")
     precisions = ["auto", "fp32", "bf16", "fp16"]
@@ -357,7 +358,7 @@ class StopSignal:
     """SIGTERM and SIGINT set `received`: the process stops where it can save. A second one kills."""
 
     def __init__(self):
-        self.received, self.since = False, math.inf
+        self.received, self.since = False, math.inf  # since: when the first one came
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -1333,7 +1334,7 @@ def is_held_out(paths: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def digests_of(images: ImageList) -> frozenset[bytes]:
-    """The digests of val's readable files: renamed copies of them, which nothing may train on, are found."""
+    """The digests of val's readable files, so that nothing trains on a renamed copy of one."""
     digests = set()
     for row in range(len(images)):
         with contextlib.suppress(OSError), images.open(row) as file:
@@ -2085,8 +2086,8 @@ def compare_inputs(args: argparse.Namespace, resumed: dict | None, **images: Ima
     before = resumed.get("inputs", inputs) if resumed else inputs
     changed = [role for role in before.keys() | inputs.keys() if before.get(role) != inputs.get(role)]
     if changed:
-        flags = ", ".join(f"--{role.replace('_', '-')}" if role in ROLES else role for role in sorted(changed))
-        fail(f"{args.out} was begun with other files as {flags}: put them back, or choose another --out")
+        names = ", ".join(f"--{name.replace('_', '-')}" if name in ROLES else name for name in sorted(changed))
+        fail(f"{args.out} was begun with other files as {names}: put them back, or choose another --out")
     if resumed and (args.out / "model.pt").exists():
         exit_finished(args.out, resumed)
     return inputs
@@ -2106,8 +2107,10 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     with write_atomically(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch's writer hides what stopped it: a full disk
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        except RuntimeError as error:  # torch's writer hides the OSError of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # write_atomically reports it
+            raise
 
 
 def append_metrics(out: Path, **values) -> None:

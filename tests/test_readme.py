@@ -98,6 +98,10 @@ def test_what_the_texts_name_is_there():
             assert (ROOT / file).exists(), (path.name, file)
         if path.name != "README.md":
             assert f"docs/{path.name}" in readme, path.name
+    code = RUN_SH + "".join(path.read_text() for path in ROOT.glob("*.py"))
+    lines = (ROOT / "docs" / "reading.md").read_text().splitlines()
+    quotes = [quote for line in lines if line[:1] == "|" for quote in re.findall("`(.+?)`", line.split("|")[-2])]
+    assert len(quotes) > 15 and all(part.strip(" ,()") in code for quote in quotes for part in quote.split("..."))
     rows = re.findall(r"^\| `(\S+)` \| ([\d,]+) \|", readme, re.M)
     sizes = {name: int(number.replace(",", "")) for name, number in rows}
     assert sizes.keys() == {path.name for path in (*ROOT.glob("*.py"), ROOT / "run.sh")}
