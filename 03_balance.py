@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     add("--per-class", type=per_class, default="auto", help="K; auto: median, <= 130,000; all: any")
     add("--top-p", type=at_least(1, int), default=10, help="classes that an image counts for")
     add("--truth", type=Path, help="CSV `name,class`, only to measure the labels with")
-    add("--seed", type=at_least(0, int), default=0, help="which images get the extra copies")
+    add("--seed", type=at_least(0, int), default=0, help="of the draw of images that get one copy more")
     return parser.parse_args()
 
 
@@ -64,6 +64,7 @@ class Table:
         self.groups = [files] if is_mean else [[file] for file in files]
         self.starts = np.cumsum([0, *(len(group[0]) for group in self.groups)])  # their first rows
         self.chunk_rows = max(1, (1 << 21) // len(self.classes))  # 8 MB of float32 logits: a cache
+        # Paths are stored below a file's root; here all are below a common one.
         self.root = os.path.commonpath([os.path.abspath(file.attrs["root"]) for file in files])
         below = [os.path.relpath(file.attrs["root"], self.root) for file in files]
         self.prefixes = [b"" if path == "." else os.fsencode(path) + b"/" for path in below]
@@ -124,6 +125,7 @@ class Table:
 
 def open_table(paths: list[Path]) -> Table:
     """Finished label files, sorted by path: of the same images, or of one teacher."""
+    # Sorted, so that ties do not depend on the order of the arguments.
     files = [open_label_file(path) for path in sorted(map(os.path.abspath, paths))]
     first = files[0]
     is_mean = len(files) > 1  # several teachers, if all files are of the same images
@@ -155,7 +157,7 @@ def open_table(paths: list[Path]) -> Table:
 
 
 def check_disjoint(table: Table) -> None:
-    """No image is in two files. Paths are compared by hashes of 64 bits: 8 bytes an image."""
+    """No image is in two files. Paths below the common root are compared by hashes of 64 bits."""
     hashes = []  # of each file
     for file, prefix in zip(table.files, table.prefixes, strict=True):
         paths = np.strings.add(prefix, file.column("path"))

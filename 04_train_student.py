@@ -91,10 +91,10 @@ def noisy_student_loss(
     """(labelled mean + weight * unlabelled mean, the two means) of a part of the batch.
 
     logits (n, C), targets int64 (n,); pseudo_logits (m, C), pseudo_targets: probabilities (m, C).
-    n or m may be 0. num_labeled, num_pseudo: n and m in the mean over parts and processes, so that
-    the parts' losses average to the step's. Only human labels are smoothed (official
-    main.py:502-541). temperature: the student's. If only the teacher's were above 1, the student
-    would learn to be underconfident.
+    n or m may be 0. num_labeled, num_pseudo: the step's n and m / (processes x parts): divided by
+    these, the sums over the parts average to the step's means. Hard pseudo-labels are smoothed
+    already, soft ones never (official main.py:502-541). temperature: the student's. If only the
+    teacher's were above 1, the student would learn to be underconfident.
     """
     labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
     unlabeled = soft_cross_entropy(pseudo_logits / temperature, pseudo_targets).sum() / (num_pseudo or 1)
@@ -287,12 +287,12 @@ def main() -> None:
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
                 logits = run.ddp_model(normalize(part_images, view)).float()
             labeled_logits, pseudo_logits = logits.tensor_split([len(part_target)])
-            # The readable images of the step, labelled and unlabelled, / (processes x parts). The
+            # An even share of the step's readable images: their number / (processes x parts). The
             # parts' gradients then average to that of the mean over the step.
-            part_n, part_m = run.counts
+            share_n, share_m = run.counts
             if same_images:  # the Keras example: the labelled logits carry both losses
-                pseudo_logits, part_m = logits, part_n
-            losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, part_n, part_m)
+                pseudo_logits, share_m = logits, share_n
+            losses = loss_of(labeled_logits, part_target, pseudo_logits, part_probs, share_n, share_m)
             loss, loss_labeled, loss_unlabeled = losses
             run.backward(loss, loss_labeled=loss_labeled, loss_unlabeled=loss_unlabeled)
         run.end_step()  # updates the weights and their average; logs, evaluates, saves

@@ -2,23 +2,26 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       all flags that stages share, @FILE; printing and failing (status 2, 3) on rank 0;
-                  atomic writes, the digest of a file
-processes         this process's device and rank, sums over processes; stop signals, seeds, progress
-models            EfficientNet, its sizes, recipes; other models by name; batch norms, model noise
-weights           --init: tensors' names, the last layer, published weights; how their images look;
-                  everything about timm
-noise             RandAugment and its ops on uint8 batches; the official noise of small images
-views             decoding an image; the clean (evaluation) view, the training crop; normalizing
-listing           the data directory: images in folders and shards, classes, the held-out tenth, the
-                  halves of val, copies of val's images
-batches           a dataset of views; keys of a step's or an evaluation's images; sizes; loaders
+the program       argument_parser, add_..._flags, types of flags, @FILE; print0 and fail (status 2) on
+                  rank 0; torchrun's variables; write_atomically, digests of files
+processes         init_processes: device and rank; sums over processes, StopSignal, seeds, progress
+models            EfficientNet with its table of sizes and recipes; build_model: these, torchvision's
+                  and timm's by name; batch norms, model noise
+weights           --init: load_weights, names of tensors and of the last layer (head), published
+                  weights and how their images look; everything else about timm
+noise             rand_augment and its ops on uint8 batches; the official noise of small images
+views             load_image; View and eval_view: the clean (evaluation) view; Crop and random_view:
+                  the training crop; normalize
+listing           ImageList; labeled_images and unlabeled_images of the data directory, its shards;
+                  held-out images, the half of val that judges, digests against copies of val
+batches           ImageDataset: views of images; the keys of a step's or an evaluation's images;
+                  loaders, batch sizes
 label files       logits.h5 and balanced.h5: creating, checking and mapping them
-optimization      a run's length and learning rate; RMSprop, weight decay; EMA and SWA of weights
-checkpoints       model.pt and last.pt: reading, loading, saving; may --out be resumed? (its lock,
-                  flags, inputs); metrics.jsonl
-training          a model as the flags want it, its new classifier; precision, DDP, GPU memory;
-                  evaluation and intervals
+optimization      plan_of: a run's length and rate; learning_rate; RMSprop, weight decay; EMA and SWA
+checkpoints       model.pt and last.pt: load_model, saving; may --out be resumed? its lock, flags and
+                  fingerprints of inputs; metrics.jsonl
+training          setup_of: what flags, --init and teacher say; model_of: a model and its classifier;
+                  precision, DDP, GPU memory; evaluate, intervals
 the training run  Run: what happens around a step: rate, noise, log, evaluation, saving, stopping
 pictures          matplotlib, saving figures, curves.png
 """
@@ -653,6 +656,7 @@ TIMM_FIRST |= {"se.conv_reduce": "1.fc1", "se.conv_expand": "1.fc2"}
 
 
 def timm_to_own(name: str) -> str:
+    """Our (torchvision's) name of a tensor of timm's EfficientNet."""
     layer, _, tensor = name.rpartition(".")
     match = re.fullmatch(r"blocks\.(\d)\.(\d+)\.(.+)", layer)
     if not match:
@@ -1036,7 +1040,7 @@ def rand_augment(images: Tensor, num_ops=2, magnitude=27, generator=None, resolu
     in_pixels = magnitude  # of the ops whose sizes are in pixels
     if resolution and 64 < side < resolution:
         in_pixels = magnitude * side / resolution
-    fits_cache = max(1, 2**18 // math.prod(images.shape[1:]))
+    fits_cache = max(1, 2**18 // math.prod(images.shape[1:]))  # images in 256 KB
     chunk = fits_cache if images.device.type == "cpu" else len(images)
     for drawn, sign in zip(ops, signs, strict=True):
         for number, (name, op) in enumerate(RAND_AUGMENT_OPS.items()):
@@ -1632,6 +1636,7 @@ def check_parts(num: int, what: str, args, processes: Processes) -> None:
 
 LABELS_FORMAT = "noisy-student-labels-2"
 TODO, DONE, UNREADABLE, HELD_OUT = 0, 1, 2, 3  # status of a row; HELD_OUT: an image of val
+# The columns that a label file may have, and their types; "S": bytes of a fixed length.
 LABEL_COLUMNS = {"logits": "f2", "label": "i4", "confidence": "f4", "status": "u1", "path": "S"}
 LABEL_COLUMNS |= {"offset": "i8", "size": "i8", "copies": "u4", "class_counts": "i8"}
 LABEL_COLUMNS |= {"val_logits": "f2", "val_label": "i4"}
@@ -1731,6 +1736,7 @@ def new_label_file(path: Path, num: int, path_width: int, classes: list, columns
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     creation.set_obj_track_times(False)  # the same bytes again
+    # Columns begin at pages, so no page is written for two of them.
     aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
     with write_atomically(path) as temporary, h5py.File(temporary, "w", locking=False, **aligned) as file:
         for name in (*columns, *arrays):
@@ -2094,7 +2100,7 @@ def compare_inputs(args: argparse.Namespace, resumed: dict | None, **images: Ima
 
 
 def exit_finished(out: Path, checkpoint: dict) -> NoReturn:
-    top1 = checkpoint["metrics"].get("val_top1", math.nan)
+    top1 = checkpoint["metrics"].get("val_top1", math.nan)  # there may have been no val
     print0(f"{out / 'model.pt'} is finished: val_top1 {top1:.2f}")
     raise SystemExit(0)
 
@@ -2525,11 +2531,11 @@ class Run:
     def parts(self, *tensors: Tensor) -> Iterator:
         """The batch in --accumulate parts. Gradients are exchanged in the last backward pass."""
         self.optimizer.zero_grad()
-        num_parts = self.args.accumulate
-        parts = zip(*(tensor.tensor_split(num_parts) for tensor in tensors), strict=True)
+        num = self.args.accumulate
+        parts = zip(*(tensor.tensor_split(num) for tensor in tensors), strict=True)
         for number, part in enumerate(parts, 1):
-            waits = number < num_parts and self.processes.world_size > 1
-            with self.ddp_model.no_sync() if waits else contextlib.nullcontext():
+            exchanges_later = number < num and self.processes.world_size > 1
+            with self.ddp_model.no_sync() if exchanges_later else contextlib.nullcontext():
                 yield part
 
     def backward(self, loss: Tensor, **others: Tensor) -> None:
