@@ -124,7 +124,7 @@ class Table:
 
 
 def open_table(paths: list[Path]) -> Table:
-    """Finished label files, sorted by path: of the same images, or of one teacher."""
+    """Check the files and put them together: of the same images, or of one teacher."""
     # Sorted, so that ties do not depend on the order of the arguments.
     files = [open_label_file(path) for path in sorted(map(os.path.abspath, paths))]
     first = files[0]
@@ -310,7 +310,7 @@ def write_selection(path: Path, table: Table, chosen: tuple, header: dict) -> No
     """Write a label file of the chosen (row, label, confidence, copies)."""
     row, label, confidence, copies = chosen
     copied = ["path", "offset", "size"]  # from the files that were selected from
-    if header["method"] != "top-p":  # whose labels are hard: they need not be the most probable
+    if header["method"] != "top-p":  # its labels are hard, and need not be the most probable
         copied.append("logits")
     columns = ["label", "confidence", "copies", "status", *copied]
     width = max(map(len, table.prefixes)) + max(file.places["path"][0].itemsize for file in table.files)
@@ -339,7 +339,7 @@ def read_truth(path: Path, classes: list[str]) -> dict[bytes, int]:
 
 
 def count(table: Table, threshold: float, truth: dict[bytes, int]) -> dict:
-    """How many images of each class there are, and a histogram and the accuracy of all."""
+    """Arrays (classes,): how many images there are; a histogram of all, and their accuracy."""
     names = ("images", "above_threshold", "with_truth", "right")
     counts = {name: np.zeros(len(table.classes), int) for name in names}
     histogram = np.zeros(50, int)  # of the confidences, for the picture
@@ -421,8 +421,8 @@ def main() -> None:
         fail(f"--threshold {threshold:g} leaves no image of {args.labels[0]}: lower it")
     per_class = args.per_class
     if per_class == "auto":  # the lower median of what is not empty, at most the paper's 130,000
-        above = before["above_threshold"][before["above_threshold"] > 0]
-        per_class = min(int(np.quantile(above, 0.5, method="lower")), 130_000)
+        sizes = before["above_threshold"]
+        per_class = min(int(np.quantile(sizes[sizes > 0], 0.5, method="lower")), 130_000)
     if is_top_p:
         chosen = select_top_p(table, args.top_p, per_class)
     else:

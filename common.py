@@ -2,8 +2,8 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       argument_parser, add_..._flags, types of flags, @FILE; print0 and fail (status 2) on
-                  rank 0; torchrun's variables; write_atomically, digests of files
+the program       argument_parser, add_..._flags, types and actions of flags, @FILE; print0 and fail on
+                  rank 0 (status 2); torchrun's variables; write_atomically, digests of files
 processes         init_processes: device and rank; sums over processes, StopSignal, seeds, progress
 models            EfficientNet with its table of sizes and recipes; build_model: these, torchvision's
                   and timm's by name; batch norms, model noise
@@ -102,7 +102,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Shows the defaults, and keeps the lines of a stage's docstring."""
 
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # its variables
@@ -231,8 +231,8 @@ def add_run_flags(parser: argparse.ArgumentParser, evaluates: bool = True) -> No
         add("--eval-every", type=at_least(0), help="epochs between evaluations; None: 1, or 250 steps")
         add("--patience", type=COUNT, help="end after this many evaluations that are no better; None: never")
     add("--save-every", type=COUNT, default=1000, help="steps between saving last.pt: what a crash can cost")
-    seed = text_like(r"\d+(:.+)?")  # 7, or 7:student1
-    add("--seed", type=seed, default="0", help="of all random numbers: N; each N:NAME has numbers of its own")
+    seed = text_like(r"\d+(:.+)?")  # 7, or 7:student1: a round's numbers are not another round's
+    add("--seed", type=seed, default="0", help="of all random numbers: N, or N:NAME for independent ones")
     add("--compile", action="store_true", help="torch.compile the model: a minute at the start, faster steps")
     add_device_flags(parser)
 
@@ -462,8 +462,8 @@ def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
         recipe = recipe._replace(epochs=EPOCHS_FROM_WEIGHTS)
     asks_for_ops = flags["num_ops"] is not None or flags["magnitude"] is not None
     if recipe.num_ops == 0 and asks_for_ops:
-        # B0 and B1 have none: the other flag gets a usual value (magnitude 0 would be violent; 5
-        # changes nothing).
+        # B0 and B1 have none: the flag that is not given gets a usual value. Magnitude 0 is not
+        # off: brightness would be a tenth.
         recipe = recipe._replace(num_ops=OTHER_RECIPE.num_ops, magnitude=OTHER_RECIPE.magnitude)
     return recipe._replace(**{name: value for name, value in flags.items() if value is not None})
 
@@ -769,7 +769,7 @@ def view_of_file(path: Path, arch: str) -> "View":
         is_advprop = re.search(r"[._]ap[-._]", name)
         return view._replace(mean=(0.5,) * 3, std=(0.5,) * 3) if is_advprop else view
     if arch.startswith("timm/"):
-        return view_of(arch)
+        return view_of(arch)  # timm's record of the model, whatever the file
     if arch not in models.list_models(module=models):  # resnext101_32x16d
         return View(224, 224 / 256, "bilinear")
     published = list(models.get_model_weights(arch))
@@ -1203,7 +1203,7 @@ def random_view(image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.
     log-aspects are uniform, as in torchvision; TensorFlow draws heights uniformly (deviation).
     """
     size, clean = crop.image_size, View.default(crop.image_size, crop.crop_mode)
-    if crop.min_area is None:
+    if crop.min_area is None:  # small_image_noise moves and mirrors it later
         return eval_view(image, clean)
     for _ in range(10):
         area = image.width * image.height * rng.uniform(crop.min_area, 1)  # pixels
@@ -1766,7 +1766,7 @@ class Plan(NamedTuple):
     steps_per_epoch: float  # a pass over the labelled images; with --unlabeled-only the selected ones
     peak: float  # learning rate
     schedule: str
-    warmup_steps: float = 0
+    warmup_steps: float
 
 
 # optimizer: peak rate from scratch for each 256 images of a batch; peak rate from weights, whatever
@@ -2152,7 +2152,7 @@ class Setup(NamedTuple):
     crop: Crop
     recipe: Recipe
     noise: Callable[[Tensor, torch.Generator], Tensor]  # of a batch, uint8 (n, 3, H, W), on the device
-    initial: dict  # --init, as `initial_weights` gives it
+    initial: dict  # --init, as `initial_weights` gives it; {}: from scratch
 
 
 def setup_of(args, teacher: Mapping, initial: dict, image_size: int) -> Setup:
