@@ -2,8 +2,8 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       argument_parser, add_..._flags, types and actions of flags, @FILE; print0 and fail on
-                  rank 0 (status 2); torchrun's variables; write_atomically, digests of files
+the program       argument_parser, add_..._flags, types and actions of flags, @FILE; print0, fail
+                  (status 2) and diverged (3); torchrun's variables; write_atomically, digests of files
 processes         init_processes: device and rank; sums over processes, StopSignal, seeds, progress
 models            EfficientNet with its table of sizes and recipes; build_model: these, torchvision's
                   and timm's by name; batch norms, model noise
@@ -609,6 +609,16 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         raise ValueError(f"cannot build {arch!r} with {arch_options}; timm's are timm/NAME: {error}") from error
 
 
+def build_timm_model(arch: str, num_classes: int, options: dict) -> nn.Module:
+    names = {"dropout": "drop_rate", "drop_path": "drop_path_rate", "zero_init_residual": "zero_init_last"}
+    options = {names.get(name, name): value for name, value in options.items()}
+    try:
+        name = arch.removeprefix("timm/")
+        return optional("timm").create_model(name, num_classes=num_classes, **options)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each has its own way
+        raise ValueError(f"cannot build {arch!r} with {options}: {error}") from error
+
+
 def fuse_batch_norms(model: nn.Module) -> None:
     """Fold batch norms into the convolutions before them, in place: the same function, faster."""
     model.eval()
@@ -801,16 +811,6 @@ def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str
     except ValueError as error:
         fail(f"--init {args.init} does not fit --arch {args.arch or source['arch']}: {error}")
     return same_classes
-
-
-def build_timm_model(arch: str, num_classes: int, options: dict) -> nn.Module:
-    names = {"dropout": "drop_rate", "drop_path": "drop_path_rate", "zero_init_residual": "zero_init_last"}
-    options = {names.get(name, name): value for name, value in options.items()}
-    try:
-        name = arch.removeprefix("timm/")
-        return optional("timm").create_model(name, num_classes=num_classes, **options)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each has its own way
-        raise ValueError(f"cannot build {arch!r} with {options}: {error}") from error
 
 
 def is_of_timm(model: nn.Module) -> bool:
