@@ -181,7 +181,7 @@ def path_or_published(text: str) -> Path | str:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--init", type=path_or_published, help="weights to start from: a file, or `published` ones of --arch")
-    add("--arch", help="efficientnet_b0..b7, _l0.._l2, also after tf_, torchvision's, timm/NAME; None: --init's, B0")
+    add("--arch", help="[tf_]efficientnet_b0..b7, _l0.._l2, torchvision's, timm/NAME; None: --init's, teacher's, B0")
     add("--image-size", type=COUNT, help="pixels; None: as --init, the teacher or the images have it")
     add("--crop-mode", choices=CROP_MODES, help="clean view: middle square, or all; None: as --init or the teacher")
     add("--small-images", action=SWITCH, help="model and noise for 32 pixels; None: as --init or the teacher")
@@ -1993,7 +1993,7 @@ def read_checkpoint(path: str | Path) -> dict:
     checkpoint = read_file(path)
     format = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if format not in (CHECKPOINT_FORMAT, OLD_FORMAT):
-        fail(f"{path}: not a checkpoint of this toolkit: format is {format!r}, not {CHECKPOINT_FORMAT!r}")
+        fail(f"{path}: no checkpoint of this toolkit (format {format!r}): 01 --init FILE --epochs 0 makes one")
     if format == OLD_FORMAT and checkpoint.get("crop_mode") == "squash":
         checkpoint["crop_fraction"] = 1.0  # it showed all of the image, whatever it said
     return checkpoint
