@@ -1993,7 +1993,8 @@ def read_checkpoint(path: str | Path) -> dict:
     checkpoint = read_file(path)
     format = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if format not in (CHECKPOINT_FORMAT, OLD_FORMAT):
-        fail(f"{path}: no checkpoint of this toolkit (format {format!r}): 01 --init FILE --epochs 0 makes one")
+        hint = "01 --init FILE --epochs 0 makes a checkpoint of other weights"
+        fail(f"{path}: format is {format!r}, not {CHECKPOINT_FORMAT!r}; {hint}")
     if format == OLD_FORMAT and checkpoint.get("crop_mode") == "squash":
         checkpoint["crop_fraction"] = 1.0  # it showed all of the image, whatever it said
     return checkpoint
