@@ -142,8 +142,6 @@ CORRUPTIONS = {
 }
 # fmt: on
 
-# fmt: on
-
 LARGEST = {32: 48, 64: 128, 224: math.inf}  # {such a size: the largest image that it is used for}
 DRAWN = tuple(name for name in CORRUPTIONS if name not in EXTRA)  # 14: frost needs photographs
 

@@ -284,6 +284,13 @@ def test_other_weights_settings_and_images_are_measured_again(work, finished, ca
     moved.rename(image)
     assert control["clean"]["settings"]["images"] != old_control["clean"]["settings"]["images"]
     shutil.copyfile(work / "kept" / "model.pt", work / "student1" / "model.pt")
+    # Another --seed draws other noise on the same images.
+    seeds, draw_five = set(), stage.draw_five
+    monkeypatch.setattr(stage, "CORRUPTIONS", {"contrast": stage.CORRUPTIONS["contrast"]})
+    monkeypatch.setattr(stage, "draw_five", lambda *args: seeds.add(args[3]) or draw_five(*args))
+    for seed in ("1", "2"):
+        run("--corrupt", "--num-images", "99", "--seed", seed)
+    assert seeds == {1, 2}
 
 
 def test_processes_batches_and_loaders_do_not_change_the_numbers(work, finished, run_stage):
