@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/teacher"), help="results; run again to resume")
     add("--classes", type=Path, help="with --init --epochs 0: names of the outputs, one a line")
     add("--ratio", type=at_least(0), default=0.0, help="for a control: extra images per image of the batch")
+    add("--own-size", action="store_true", help="the image size of the weights, however small the images")
     add_model_flags(parser)
     add_noise_flags(parser)
     add_optimization_flags(parser)
@@ -131,7 +132,8 @@ def main() -> None:
 
     # What the flags and the weights to start from say about the model and its images.
     usual = initial.get("image_size") or view_of(args.arch or "efficientnet_b0").image_size
-    setup = setup_of(args, {}, initial, args.image_size or default_size(train_images, initial, usual))
+    size = args.image_size or (usual if args.own_size else default_size(train_images, initial, usual))
+    setup = setup_of(args, {}, initial, size)
     view, recipe = setup.view, setup.recipe
 
     # A step takes n labelled images, and more in place of the unlabelled ones of a student.

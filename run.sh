@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
 # Noisy Student self-training as a shell loop over the stages: teacher -> labels -> balance -> student -> labels -> ...
-#   ./run.sh              the whole loop on the drawn demo data
+#   ./run.sh              the whole loop on the drawn demo data; ./run.sh test: the tests
 #   ./run.sh DATA         the same on your own folder: train/<class>/, val/<class>/, unlabeled/
-#   ./run.sh test         the tests
-#
-# Without torch a .venv is made first. The same command again continues: each stage goes on where it stopped, and a
-# finished one says so. Settings are variables:  STEPS=5000 ARCHS="efficientnet_b0 efficientnet_b1" ./run.sh DATA
+# The same command again continues. Settings are variables:  STEPS=5000 ARCHS="resnet18 resnet50" ./run.sh DATA
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 DATA=${1:-data/demo}
@@ -57,10 +54,14 @@ train+=(${STEPS:+--steps $STEPS} ${EPOCHS:+--epochs $EPOCHS} ${INIT:+--init "$IN
 for seed in $SEEDS; do
     run=$OUT/seed$seed teacher=$OUT/seed$seed/teacher/model.pt
     ratio=$([ "$CONTROL" = 0 ] && echo 0 || nth 0 $RATIO) # as many images a step as a student, all of them labelled
-    # Of weights the probe, the logistic regression on their frozen features: what one would do without any of this.
+    # What one would do without all this: logistic regression on the weights' frozen features, also at their own size.
     [ -z "$INIT" ] || stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --epochs 0 --out "$run/probe"
+    [ -z "$INIT" ] || stage 01_train_teacher.py "${train[@]}" --arch "$(nth "$ROUNDS" $ARCHS)" --epochs 0 --own-size \
+        --out "$run/probe_full"
+    models+=(${INIT:+"$run/probe/model.pt"})
+    cmp -s "$run"/probe{,_full}/metrics.jsonl || [ $? != 1 ] || models+=("$run/probe_full/model.pt") # if they differ
     stage 01_train_teacher.py "${train[@]}" $(model 0) --ratio "$ratio" --seed "$seed:teacher" --out "$run/teacher"
-    models+=(${INIT:+"$run/probe/model.pt"} "$teacher")
+    models+=("$teacher")
     if [ "$CONTROL" != 0 ]; then # the last student's training without unlabelled images: the fair comparison
         stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --ratio "$(nth $((ROUNDS - 1)) $RATIO)" \
             --seed "$seed:control" --out "$run/control"
@@ -84,7 +85,6 @@ for seed in $SEEDS; do
     stage 05_fixres_finetune.py --checkpoint "$teacher" --data "$DATA" --batch-size $((2 * BATCH)) --out "$run/fixres"
     models+=("$run/fixres/model.pt")
 done
-stage 06_eval_robustness.py "${models[@]}" --data "$DATA" --val-half judge $corrupt --fgsm 2 --num-images 200 \
-    --out "$OUT/robustness" # the table, and what the last student gained over the control
+stage 06_eval_robustness.py "${models[@]}" --data "$DATA" --val-half judge $corrupt --fgsm 2 --num-images 200 --out "$OUT/robustness"
 cp "$OUT/robustness/robustness.md" "$OUT/verdict.md"
 [ "$CONTROL" != 0 ] || echo "Without a control: what the unlabelled images gave is not known." | tee -a "$OUT/verdict.md"

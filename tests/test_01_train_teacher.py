@@ -86,6 +86,13 @@ def test_the_default_image_size_is_that_of_the_images(side, initial, gpu, expect
     assert stage.default_size(common.list_images(tmp_path), initial, 224) == expected
 
 
+@pytest.mark.parametrize(("flags", "size"), [([], 96), (["--own-size"], 224), (["--own-size", "--image-size", 40], 40)])
+def test_the_probe_at_the_size_of_the_weights(flags, size, tiny_data, planned, tmp_path):
+    torch.save(common.build_model(CHEAP, 5).state_dict(), tmp_path / "w.pth")
+    flags += ["--init", tmp_path / "w.pth", "--arch", CHEAP, "--data", tiny_data, "--out", tmp_path / "t"]
+    assert planned(STAGE, *flags, "--steps", 1, "--batch-size", 8).view.image_size == size
+
+
 @pytest.fixture
 def foreign(tmp_path):
     """Flags that start from weights which do not say what their outputs are called."""

@@ -397,6 +397,7 @@ def test_the_settings_of_run_sh_reach_the_stages(toolkit, recorded, tmp_path):
         assert "--threshold auto" in seed3[f"selected{number}.h5"]
     assert "/student3/model.pt --data" in seed3["fixres"] and "--batch-size 16" in seed3["fixres"]
     assert "--epochs 7" in seed3["probe"] and seed3["probe"].endswith(f"--epochs 0 --out {out}/seed3/probe")
+    assert "--own-size --out" in seed3["probe_full"] and "--image-size" not in seed3["probe_full"]
     assert "--temperature 0" in seed3["student1"] and "--temperature" not in seed3["control"]
     names = ("probe", "teacher", "control", "student1", "student2", "student3", "fixres")
     models = [f"{out}/seed{seed}/{name}/model.pt" for seed in (3, 5) for name in names]
