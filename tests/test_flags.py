@@ -107,7 +107,7 @@ def test_no_flag_is_forgotten_here(stage, flags, capsys, monkeypatch):
     """What --help lists is either in the tables above or tested where it belongs."""
     elsewhere = {"--help", "--data", "--out", "--init", "--classes", "--teacher", "--checkpoint", "--pseudo-labels"}
     elsewhere |= {"--unlabeled", "--unlabeled-only", "--eval-every", "--patience", "--crop-mode"}
-    elsewhere |= {"--hflip", "--no-small-images"}
+    elsewhere |= {"--own-size", "--hflip", "--no-small-images"}
     with pytest.raises(SystemExit):
         args_of(stage, monkeypatch, "--help")
     usage = capsys.readouterr().out.split("\n\n")[0]
