@@ -1231,8 +1231,7 @@ def normalize(images: Tensor, view: View) -> Tensor:
 
 # What file managers and network disks leave behind: thumbnails and deleted files.
 JUNK = {"@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "lost+found", "System Volume Information"}
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-EXTENSIONS += (".avif",)
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -1347,7 +1346,7 @@ def digests_of(images: ImageList) -> frozenset[bytes]:
 
 
 def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
-    """Tell of images of val that are in train too, and of images under two classes.
+    """Tell of images of val that are in train too (many end the program) or under two classes.
 
     Byte for byte. Only files of equal size are read. Not of more than 200,000 images, where it
     takes minutes.
