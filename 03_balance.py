@@ -14,7 +14,7 @@ writes  balanced.h5 (a label file of the kept images), balanced.json (counts), b
     python 03_balance.py logits.h5 --out balanced.h5 --threshold 0.3 --per-class 130000
     python 03_balance.py logits.h5 --out balanced.h5 --method top-p --top-p 10 --per-class 16000
 
-10 million images x 100 classes: 14 CPU seconds, 1.1 GB of memory, 1.5 GB written (2 busy cores).
+10 million images x 100 classes: 7 to 9 CPU seconds, top-p 16; below 1 GB of memory.
 """
 
 import argparse
@@ -91,7 +91,7 @@ class Table:
 
     def probs(self, logits: list[np.ndarray]) -> torch.Tensor:
         """float32 (n, C): the mean of the teachers' softmax. Classes are matched by name."""
-        probs = [torch.from_numpy(values).softmax(1, dtype=torch.float32) for values in logits]
+        probs = [torch.from_numpy(values).float().softmax(1) for values in logits]
         if not self.is_mean:
             return probs[0]
         for k, file in enumerate(self.files):  # teachers may number the classes differently
@@ -284,8 +284,9 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
         reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon only few
         rows, probs = rows[reaches.numpy()], probs[reaches].numpy()  # images that can enter
         keys = sort_keys(probs)  # unique, so exactly P are chosen; ties go to the first class
-        image, label = np.nonzero(keys >= np.partition(keys, place, axis=1)[:, place, None])
-        best.add(rows[image], label.astype(np.int32), probs[image, label])
+        is_top = keys >= np.partition(keys, place, axis=1)[:, place, None]
+        image, label = np.divmod(np.flatnonzero(is_top).astype(np.int32), len(table.classes))
+        best.add(rows[image], label, probs[image, label])
     row, label, score = best.best()
     return row, label, score, np.ones(len(row), np.uint32)
 

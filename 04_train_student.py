@@ -200,8 +200,7 @@ class StoredLabels:
         self.temperature = temperature_of(args, 0.0 if attrs.get("method") == "top-p" else 1.0)
         if self.temperature and "logits" not in labels.places:
             fail(f"--temperature {self.temperature:g}: {path} has no logits: relabel it with 02")
-        self.label = labels.column("label")
-        self.logits = labels.column("logits")  # not used for hard labels
+        self.labels = labels
         self.source = {**attrs, "arch_options": json.loads(attrs.get("arch_options", "{}"))}
         if args.teacher:
             self.source = read_checkpoint(args.teacher)
@@ -211,9 +210,10 @@ class StoredLabels:
 
     def __call__(self, batch: Batch) -> Tensor:
         rows = self.rows[batch.rows.numpy()]
-        labels = torch.from_numpy(self.label[rows].astype(np.int64))
-        logits = self.logits[rows] if self.temperature else np.zeros((len(rows), len(self.classes)))
-        logits = torch.from_numpy(logits).float()
+        labels = torch.from_numpy(self.labels.column("label")[rows].astype(np.int64))
+        logits = torch.zeros(len(rows), len(self.classes))  # hard labels need no logits
+        if self.temperature:  # mapped anew for each batch, or all of the file comes to count as memory
+            logits = torch.from_numpy(self.labels.column("logits")[rows]).float()
         return pseudo_targets(logits, labels, self.temperature, self.label_smoothing)
 
 
