@@ -4,8 +4,7 @@
 #   ./run.sh DATA         the same on your own folder: train/<class>/, val/<class>/, unlabeled/
 # The same command again continues. Settings are variables:  STEPS=5000 ARCHS="resnet18 resnet50" ./run.sh DATA
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-DATA=${1:-data/demo}
+here=$(cd "$(dirname "$0")" && pwd) DATA=${1:-data/demo}
 SEEDS=${SEEDS:-0}               # "0 1 2 3 4": the whole loop for each; the table is of all of them
 ROUNDS=${ROUNDS:-2}             # students, each the next one's teacher
 ARCHS=${ARCHS:-efficientnet_b0} # models. A list: the teacher's, then a student's a round; the last one repeats
@@ -52,14 +51,15 @@ corrupt=$(python3 -c "import cv2, scipy" 2>/dev/null && echo --corrupt || echo "
 models=() train=(--data "$DATA" "@$RECIPE" $NOISE --batch-size "$BATCH")
 train+=(${STEPS:+--steps $STEPS} ${EPOCHS:+--epochs $EPOCHS} ${INIT:+--init "$INIT"})
 for seed in $SEEDS; do
-    run=$OUT/seed$seed teacher=$OUT/seed$seed/teacher/model.pt
+    run=$OUT/seed$seed teacher=$OUT/seed$seed/teacher/model.pt probe=$OUT/seed$seed/probe_full
     ratio=$([ "$CONTROL" = 0 ] && echo 0 || nth 0 $RATIO) # as many images a step as a student, all of them labelled
-    # What one would do without all this: logistic regression on the weights' frozen features, also at their own size.
-    [ -z "$INIT" ] || stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --epochs 0 --out "$run/probe"
-    [ -z "$INIT" ] || stage 01_train_teacher.py "${train[@]}" --arch "$(nth "$ROUNDS" $ARCHS)" --epochs 0 --own-size \
-        --out "$run/probe_full"
-    models+=(${INIT:+"$run/probe/model.pt"})
-    cmp -s "$run"/probe{,_full}/metrics.jsonl || [ $? != 1 ] || models+=("$run/probe_full/model.pt") # if they differ
+    if [ -n "$INIT" ]; then # what one would do without all this: logistic regression on the weights' frozen features
+        stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --epochs 0 --out "$run/probe"
+        stage 01_train_teacher.py "${train[@]}" --arch "$(nth "$ROUNDS" $ARCHS)" --epochs 0 --own-size --out "$probe"
+        stage 02_pseudo_label.py --teacher "$probe/model.pt" --unlabeled "$DATA/unlabeled" --out "$probe/labels.h5"
+        models+=("$run/probe/model.pt")
+        cmp -s "$run"/probe{,_full}/metrics.jsonl || [ $? != 1 ] || models+=("$probe/model.pt") # if they differ
+    fi
     stage 01_train_teacher.py "${train[@]}" $(model 0) --ratio "$ratio" --seed "$seed:teacher" --out "$run/teacher"
     models+=("$teacher")
     if [ "$CONTROL" != 0 ]; then # the last student's training without unlabelled images: the fair comparison
@@ -71,11 +71,11 @@ for seed in $SEEDS; do
         labels=$run/labels$round.h5 selected=$run/selected$round.h5 student=$run/student$round
         if [ "$RELABEL" != 0 ] && [ "$round" != 1 ]; then
             stage 02_pseudo_label.py --teacher "$teacher" --unlabeled "$run/selected1.h5" --out "$selected"
-        else # a truth measures the labels, and chooses nothing
+        else # with INIT the mean of two teachers: each is sure of other images. A truth only measures the labels
             stage 02_pseudo_label.py --teacher "$teacher" --unlabeled "$DATA/unlabeled" --out "$labels"
             truth=$DATA/unlabeled_truth.csv; [ -e "$truth" ] || truth=
-            stage 03_balance.py "$labels" --threshold "$THRESHOLD" ${truth:+--truth "$truth"} \
-                ${INIT:+--per-class all} --out "$selected" # balancing cost a linear student 1 to 4 points of 60
+            stage 03_balance.py ${INIT:+"$probe/labels.h5"} "$labels" --threshold "$THRESHOLD" \
+                ${truth:+--truth "$truth"} ${INIT:+--per-class all} --out "$selected" # balancing cost a linear student 1 to 4 points of 60
         fi
         stage 04_train_student.py --pseudo-labels "$selected" "${train[@]}" $(model "$round") \
             --ratio "$(nth $((round - 1)) $RATIO)" --seed "$seed:student$round" ${INIT:+--temperature 0} --out "$student"
