@@ -241,22 +241,31 @@ def patch_name(patch: pytest.MonkeyPatch, name: str, value, *modules) -> None:
         patch.setattr(module, name, value)
 
 
+def watch(patch: pytest.MonkeyPatch, owner, name: str, note) -> None:
+    """Call note(*args) before each call of owner.name(*args)."""
+    function = getattr(owner, name)
+
+    def watched(*args, **how):
+        note(*args, **how)
+        return function(*args, **how)
+
+    patch.setattr(owner, name, watched)
+
+
 def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, flags, stop_after: int = 0, pictures: bool = False):
     """stage.main() with these flags on its command line, without pictures of curves and without signal handlers.
 
     stop_after: the step during which it believes that SIGTERM arrives.
     """
-    count_images = common.Run.count_images
 
-    def count_images_and_stop(run, *args):
+    def hear(run, *batches):
         run.stop.received = run.step == stop_after - 1
-        count_images(run, *args)
 
     with patch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
         patch.setattr(common, "LOCKS", [])
         if stop_after:
-            patch.setattr(common.Run, "count_images", count_images_and_stop)
+            watch(patch, common.Run, "count_images", hear)
         if not pictures:
             patch_name(patch, "draw_curves", lambda out: None, stage)
         patch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, flags)])

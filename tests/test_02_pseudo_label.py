@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHEAP, CLASSES, ROOT, assert_mistake, checkpoint_of, encoded, load_stage
-from conftest import make_tar, noise_image, save_model, write_files
+from conftest import make_tar, noise_image, save_model, watch, write_files
 from PIL import Image
 
 import common
@@ -172,9 +172,9 @@ def test_rows_that_are_done_are_not_written_again(random_teacher, label, tmp_pat
 
 
 def test_the_status_of_rows_is_written_after_a_sync_of_their_data(random_teacher, label, tmp_path, monkeypatch):
-    calls, put = [], stage.put
+    calls = []
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync"))
-    monkeypatch.setattr(stage, "put", lambda *args: calls.append(args[2]) or put(*args))
+    watch(monkeypatch, stage, "put", lambda *args: calls.append(args[2]))
     assert label(random_teacher, write_files(tmp_path / "u", pictures(3)), tmp_path / "l.h5").returncode == 0
     assert calls[-5:] == ["logits", "label", "confidence", "sync", "status"] and calls.count("status") == 1
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHEAP, CLASSES, ROOT, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, clean_batch
-from conftest import load_stage, metrics_of, save_model
+from conftest import load_stage, metrics_of, save_model, watch
 from label_files import change, write_labels
 
 import common
@@ -241,13 +241,7 @@ def test_on_the_fly_copies_of_val_are_left_out_and_unreadable_images_counted(
     data, seen = shutil.copytree(tiny_data, tmp_path / "data"), set()
     shutil.copy(data / "val" / "disc" / "0.png", data / "unlabeled" / "copy.png")  # row 1, before part0
     (data / "unlabeled" / "broken.png").write_bytes(b"<html>")  # row 0
-    label = student.TeachersLabels.__call__
-
-    def label_watched(self, batch):
-        seen.update(batch.rows.tolist())
-        return label(self, batch)
-
-    monkeypatch.setattr(student.TeachersLabels, "__call__", label_watched)
+    watch(monkeypatch, student.TeachersLabels, "__call__", lambda self, batch: seen.update(batch.rows.tolist()))
     flags = ["--teacher", save_model(tmp_path / "t.pt", data=str(data)), *SHORT_RUN, "--ratio", 3, "--epochs", 1]
     assert call_main(STAGE, *flags, "--out", tmp_path / "s").returncode == 0
     assert seen == set(range(2, 22)) and metrics_of(tmp_path / "s")[2]["unreadable"] == 1
@@ -256,13 +250,8 @@ def test_on_the_fly_copies_of_val_are_left_out_and_unreadable_images_counted(
 def test_both_losses_of_consistency_are_of_one_noised_image(tiny_data, call_main, tmp_path, monkeypatch):
     """--ratio 0: the labelled images are seen once by the student and once, clean, by the teacher."""
     teacher = save_model(tmp_path / "t.pt", data=str(tiny_data), classes=CLASSES[::-1])
-    calls, loss = [], student.consistency_loss
-
-    def watched(*args, **kwargs):
-        calls.append((args, kwargs))
-        return loss(*args, **kwargs)
-
-    monkeypatch.setattr(student, "consistency_loss", watched)
+    calls = []
+    watch(monkeypatch, student, "consistency_loss", lambda *args, **how: calls.append((args, how)))
     flags = ["--teacher", teacher, *SHORT_RUN, "--consistency", "kl", "--ratio", 0, "--epochs", 1]
     assert call_main(STAGE, *flags, "--out", tmp_path / "s").returncode == 0
     model, view = common.load_model(teacher)[0], common.View.default(32)

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, CLASSES, ROOT, assert_mistake, load_stage, save_model, tell_images_apart, write_files
+from conftest import CHEAP, CLASSES, ROOT, assert_mistake, load_stage, save_model, tell_images_apart, watch, write_files
 from PIL import Image
 
 import common
@@ -243,13 +243,12 @@ def test_a_stopped_run_measures_only_what_is_missing(work, finished, call_main, 
     kept = {key: entry[key] for key in list(entry)[:9]}
     (work / "stopped").mkdir()
     (work / "stopped" / "robustness.json").write_text(json.dumps({"other.pt": {"sha256": "0"}, BOTH[0]: kept}))
-    measured, measure = [], stage.Evaluation.measure
+    measured = []
 
-    def watched(self, models, shown, key, **how):
+    def note(self, models, shown, key, **how):
         measured.append((key, len(models)))
-        return measure(self, models, shown, key, **how)
 
-    monkeypatch.setattr(stage.Evaluation, "measure", watched)
+    watch(monkeypatch, stage.Evaluation, "measure", note)
     monkeypatch.chdir(work)
     assert call_main("06_eval_robustness", *ALL, "--out", "stopped").returncode == 0
     assert measured[0] == ("clean", 1) and ("corrupt/gaussian_noise", 1) in measured and ("corrupt/fog", 2) in measured
@@ -285,9 +284,9 @@ def test_other_weights_settings_and_images_are_measured_again(work, finished, ca
     assert control["clean"]["settings"]["images"] != old_control["clean"]["settings"]["images"]
     shutil.copyfile(work / "kept" / "model.pt", work / "student1" / "model.pt")
     # Another --seed draws other noise on the same images.
-    seeds, draw_five = set(), stage.draw_five
+    seeds = set()
     monkeypatch.setattr(stage, "CORRUPTIONS", {"contrast": stage.CORRUPTIONS["contrast"]})
-    monkeypatch.setattr(stage, "draw_five", lambda *args: seeds.add(args[3]) or draw_five(*args))
+    watch(monkeypatch, stage, "draw_five", lambda *args: seeds.add(args[3]))
     for seed in ("1", "2"):
         run("--corrupt", "--num-images", "99", "--seed", seed)
     assert seeds == {1, 2}
@@ -317,12 +316,7 @@ def test_in_bf16_attacks_stay_in_float32(work, finished, call_main, monkeypatch)
     monkeypatch.chdir(work)
     words = (*BOTH, "--fgsm", "8", "--num-images", "10", "--out", "bf16", "--precision", "bf16")
     used = []
-
-    def watched(precision, device):
-        used.append(precision)
-        return common.autocast(precision, device)
-
-    monkeypatch.setattr(stage, "autocast", watched)
+    watch(monkeypatch, stage, "autocast", lambda precision, device: used.append(precision))
     assert call_main("06_eval_robustness", *words).returncode == 0
     assert used == ["bf16", "fp32"]  # clean, and under attack
     for entry, in_fp32 in zip(read(work, "bf16").values(), read(work).values(), strict=True):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, call_main_of, checkpoint_of, load_stage, save_model
+from conftest import CHEAP, call_main_of, checkpoint_of, load_stage, save_model, watch
 
 import common
 
@@ -38,14 +38,12 @@ def weights_of(tiny_data, tmp_path_factory):
     root = tmp_path_factory.mktemp("flags")
     weights, patch, compile_model = {}, pytest.MonkeyPatch(), torch.nn.Module.compile
     patch.setitem(common.EFFICIENTNETS, "efficientnet_b0", (0.2, 0.5, 224, 0.2))  # 10 blocks
-    # torch's tracer alone: the compilers behind it take half a minute a model
-    cross_entropy = torch.nn.functional.cross_entropy
 
     def in_32_bits(logits, *args, **options):  # also with --precision bf16
         assert logits.dtype == torch.float32
-        return cross_entropy(logits, *args, **options)
 
-    patch.setattr(torch.nn.functional, "cross_entropy", in_32_bits)
+    watch(patch, torch.nn.functional, "cross_entropy", in_32_bits)
+    # torch's tracer alone: the compilers behind it take half a minute a model
     patch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend="eager"))
 
     def weights_of(stage, flag="", value=None):
@@ -184,12 +182,8 @@ def test_the_model_sees_the_noise_of_both_kinds_of_images(stage, tiny_data, call
         cropped.extend(image.numpy().tobytes() for image in images.permute(0, 2, 3, 1).contiguous())
         return torch.full_like(images, 7)
 
-    def normalize(images, view):
-        seen.append((len(images), bool((images == 7).all())))
-        return common.normalize(images, view)
-
     monkeypatch.setattr(common, "add_noise", noise)
-    monkeypatch.setattr(load_stage(stage), "normalize", normalize)
+    watch(monkeypatch, load_stage(stage), "normalize", lambda x, view: seen.append((len(x), (x == 7).all())))
     flags = ["--data", tiny_data, "--arch", CHEAP, "--image-size", 32, "--batch-size", 8, "--ratio", 1, "--steps", 1]
     if stage == "04_train_student":
         flags += ["--teacher", save_model(tmp_path / "teacher.pt")]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHEAP, CLASSES, ROOT, assert_mistake, assert_same_weights, checkpoint_of, clean_batch, encoded
-from conftest import load_stage, make_tar, noise_image, save_model
+from conftest import load_stage, make_tar, noise_image, save_model, watch
 from PIL import Image
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
@@ -101,13 +101,8 @@ def norms_of(run):
 
 def test_from_weights_batch_norms_keep_their_statistics(tiny_data, weights, call_main, monkeypatch, tmp_path):
     """In 01 and 04, which evaluate behind each step, and in 05 of what they gave."""
-    modes, end_step = set(), common.Run.end_step
-
-    def watched(run):
-        modes.update((run.stage, norm.training) for norm in norms_of(run))
-        end_step(run)
-
-    monkeypatch.setattr(common.Run, "end_step", watched)
+    modes = []
+    watch(monkeypatch, common.Run, "end_step", lambda run: modes.extend((run.stage, n.training) for n in norms_of(run)))
     teacher, student = tmp_path / "1" / "model.pt", tmp_path / "2" / "model.pt"
     before = checkpoint_of(weights)["model"]
     start = ["--init", weights, "--average", 0.5, "--eval-every", 0.34]
@@ -118,7 +113,7 @@ def test_from_weights_batch_norms_keep_their_statistics(tiny_data, weights, call
         after = checkpoint_of(tmp_path / str(number) / "model.pt")["model"]
         assert all(torch.equal(after[name], before[name]) for name in before if "running" in name)
         assert not torch.equal(after["fc.weight"][:2], before["fc.weight"])
-    assert modes == {("teacher", False), ("student", False), ("fixres", False)}
+    assert set(modes) == {("teacher", False), ("student", False), ("fixres", False)}
 
 
 def test_other_batch_norms_train(tiny_data, weights, planned, tmp_path):

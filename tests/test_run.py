@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHEAP, ROOT, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, clean_batch
-from conftest import metrics_of, results_of, save_model
+from conftest import metrics_of, results_of, save_model, watch
 from label_files import change
 from torch import nn
 
@@ -88,15 +88,9 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(stage, nproc, more, tiny_data
 
 
 def test_a_signal_during_the_last_evaluation_ends_a_finished_run(tiny_data, call_main, tmp_path, monkeypatch):
-    evaluate_average = common.Run.evaluate_average
-
-    def evaluate_and_hear(run):
-        run.stop.receive(signal.SIGTERM, None)  # what the handler does
-        return evaluate_average(run)
-
     flags = short_run("01_train_teacher", tiny_data, tmp_path / "t")
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "evaluate_average", evaluate_and_hear)
+    with monkeypatch.context() as patch:  # receive: what the handler does
+        watch(patch, common.Run, "evaluate_average", lambda run: run.stop.receive(signal.SIGTERM, None))
         assert call_main(*flags).returncode == 143
     assert "is finished" in call_main(*flags).stdout
 
@@ -218,11 +212,10 @@ def test_every_stage_and_every_stream_has_its_own_random_numbers(tiny_data, call
     """And all of them are others for another seed, and another name of a seed."""
     drawn, seed_words = {}, common.seed_words
 
-    def seed_words_watched(seed, stream, *numbers):
+    def note(seed, stream, *numbers):
         drawn.setdefault((seed, stream), set()).add(tuple(seed_words(seed, stream, *numbers)))
-        return seed_words(seed, stream, *numbers)
 
-    monkeypatch.setattr(common, "seed_words", seed_words_watched)
+    watch(monkeypatch, common, "seed_words", note)
     both = {"weights", "noise", "labeled order", "labeled crop"}
     streams = {f"teacher {name}" for name in both}
     streams |= {f"student {name}" for name in both | {"unlabeled order", "unlabeled crop"}}
