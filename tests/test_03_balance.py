@@ -273,19 +273,14 @@ def test_many_files_with_few_descriptors(tmp_path, run):
     assert read_labels(tmp_path / "o.h5")["path"].tolist() == [b"%03d/000.png" % i for i in range(60)]
 
 
-def two_teachers(folder):
-    """Two teachers of the same images, with other orders of the classes; of 3.png one has no label."""
+def test_the_mean_of_two_teachers(tmp_path, run):
+    """Of the same images, with other orders of the classes; of 3.png one has no label."""
     more = {"names": [f"{i}.png" for i in range(5)]}
     val = logits_of(*VAL), VAL_LABEL
-    one = write_labels(folder / "b.h5", logits_of(*ROWS), val=val, unreadable=[3], arch="one", **more)
+    one = write_labels(tmp_path / "b.h5", logits_of(*ROWS), val=val, unreadable=[3], arch="one", **more)
     more |= {"classes": ["cat", "ant", "bee"], "teacher": "/u.pt", "teacher_sha256": "b" * 64}
     val = np.roll(val[0], 1, axis=1), (np.array(VAL_LABEL) + 1) % 3
-    two = write_labels(folder / "a.h5", np.roll(logits_of(*ROWS), 1, axis=1), val=val, **more)
-    return one, two
-
-
-def test_the_mean_of_two_teachers(tmp_path, run):
-    one, two = two_teachers(tmp_path)
+    two = write_labels(tmp_path / "a.h5", np.roll(logits_of(*ROWS), 1, axis=1), val=val, **more)
     assert run(two, one, "--out", tmp_path / "o.h5", "--per-class", "all").returncode == 0
     file, columns = open_label_file(tmp_path / "o.h5"), read_labels(tmp_path / "o.h5")
     assert columns["path"].tolist() == [b"0.png", b"1.png", b"2.png"], "above 0.55 in both"
@@ -398,10 +393,7 @@ def test_the_picture_shows_images_of_a_few_classes(num_classes, tmp_path, call_m
     assert 7 <= (middles == [255, 0, 0]).all(-1).sum() <= 19 and len(sheet.get_yticks()) <= 8
 
 
-def test_as_a_user_runs_it(tmp_path, tiny_data, run_stage):
-    root = tiny_data / "unlabeled"
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
-    labels = write_labels(tmp_path / "l.h5", logits_of(*[(i % 3, 0.9) for i in range(20)]), root, names)
+def test_as_a_user_runs_it(tmp_path, labels, run_stage):
     out = tmp_path / "out" / "balanced.h5"
     run_stage(ROOT / "03_balance.py", labels, "--out", out, launcher="python")
     written = sorted(path.name for path in out.parent.iterdir())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CHEAP, CLASSES, ROOT, SHORT_RUN, assert_mistake, assert_same_weights, checkpoint_of, clean_batch
 from conftest import load_stage, metrics_of, save_model, watch
-from label_files import change, write_labels
+from label_files import change, made_elsewhere, write_labels
 
 import common
 
@@ -28,19 +28,6 @@ def stored(path, unlabeled=None, temperature=None):
 
 def batch_of(*rows):
     return common.Batch(torch.tensor(rows), [], [], [])
-
-
-def made_elsewhere(path, images, labels, **attrs):
-    """A label file with nothing that it does not need. All labels have a probability of 0.6."""
-    labels = np.asarray(labels, np.int32)
-    logits = np.log(np.where(np.eye(3)[labels] == 1, 1, 1 / 3))
-    with h5py.File(path, "w") as file:
-        file["path"], file["label"], file["logits"] = images.path, labels, logits.astype(np.float16)
-        file["status"] = np.ones(len(labels), np.uint8)
-        file["confidence"] = np.full(len(labels), 0.6, np.float32)
-        file.create_dataset("classes", data=CLASSES, dtype=h5py.string_dtype())
-        file.attrs.update(format=common.LABELS_FORMAT, root=images.root, **attrs)
-    return path
 
 
 def test_a_row_stands_in_an_epoch_as_often_as_its_copies(tmp_path, capsys):
@@ -61,7 +48,8 @@ def test_a_row_stands_in_an_epoch_as_often_as_its_copies(tmp_path, capsys):
 
 def test_a_top_p_selection_has_hard_labels_and_an_image_in_several_rows(tiny_data, call_main, tmp_path):
     images = common.list_images(tiny_data / "unlabeled")[[0, 0, 1, 2]]
-    path = made_elsewhere(tmp_path / "p.h5", images, [0, 2, 1, 1], method="top-p", arch=CHEAP, image_size=32)
+    attrs = {"method": "top-p", "arch": CHEAP, "image_size": 32}
+    path = made_elsewhere(tmp_path / "p.h5", images, [0, 2, 1, 1], CLASSES, **attrs)
     with h5py.File(path, "r+") as file:
         del file["logits"]
     labels = stored(path)
@@ -78,7 +66,7 @@ def test_a_top_p_selection_has_hard_labels_and_an_image_in_several_rows(tiny_dat
 def test_of_a_file_made_elsewhere_the_missing_flags_are_named(tiny_data, call_main, tmp_path):
     """Without copies, offset, size and all attributes but two; a teacher has what they would say."""
     images = common.list_images(tiny_data / "unlabeled")
-    labels = made_elsewhere(tmp_path / "l.h5", images, [1] * 20)
+    labels = made_elsewhere(tmp_path / "l.h5", images, [1] * 20, CLASSES)
     teacher = save_model(tmp_path / "t.pt", data=str(tiny_data))
     flags = [STAGE, "--pseudo-labels", labels, "--batch-size", 8, "--steps", 1, "--ratio", 1]
     needed = {"--data": tiny_data, "--arch": CHEAP, "--image-size": 32}

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from conftest import CLASSES as DRAWN
 from conftest import assert_mistake, load_stage
-from label_files import CLASSES, COLUMNS, change, logits_of, read_labels, write_labels
+from label_files import CLASSES, COLUMNS, change, logits_of, made_elsewhere, read_labels, write_labels
 
-from common import LABELS_FORMAT, TODO, check_label_rows, new_label_file, open_label_file
+from common import LABELS_FORMAT, TODO, ImageList, check_label_rows, new_label_file, open_label_file
 
 LOGITS = logits_of((0, 0.9), (1, 0.8), (2, 0.7))
 
@@ -36,54 +36,35 @@ def test_a_new_file_is_contiguous_aligned_and_complete_from_the_start(tmp_path):
 
 
 def test_a_file_made_elsewhere_needs_few_columns(tmp_path, call_main, monkeypatch):
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file.attrs.update(format=LABELS_FORMAT, root="/data")
-        file["classes"] = CLASSES
-        file["path"] = np.array([b"0.png", b"1.png", b"2.png"])
-        file["status"] = np.array([1, 2, 1], "u1")
-        file["label"] = np.array([0, -1, 2], "i4")
-        file["confidence"] = np.array([0.9, np.nan, 0.7], "f4")
-        file["logits"] = (LOGITS - LOGITS.max(1, keepdims=True)).astype("f2")
-        file["logits"][1] = np.nan
-    labels = open_label_file(tmp_path / "x.h5")
+    images = ImageList.of("/data", [(b"%d.png" % i, 0, 0) for i in range(3)])
+    path = made_elsewhere(tmp_path / "x.h5", images, [0, 1, 2])
+    change(path, status={1: 2}, label={1: -1}, confidence={1: np.nan}, logits={1: np.nan})
+    labels = open_label_file(path)
     check_label_rows(labels)
     assert labels.column("offset").tolist() == labels.column("size").tolist() == [0] * 3
     assert labels.column("copies").tolist() == [1, 0, 1] and "copies" not in labels.places
     assert labels.images.name(2) == "/data/2.png"
     monkeypatch.setattr(load_stage("03_balance"), "draw", lambda *args: None)
-    flags = [tmp_path / "x.h5", "--out", tmp_path / "o.h5", "--per-class", "all"]
-    assert call_main("03_balance", *flags).returncode == 0
+    assert call_main("03_balance", path, "--out", tmp_path / "o.h5", "--per-class", "all").returncode == 0
     assert read_labels(tmp_path / "o.h5")["path"].tolist() == [b"0.png", b"2.png"]
 
 
 def replace(name, make=lambda values: values, **how):
-    """Another dataset in the place of one: make(its values), stored as `how` says."""
+    """Another dataset in the place of one: make(its values), stored as `how` says; None: no dataset."""
 
     def damage(path):
         with h5py.File(path, "r+") as file:
             values = make(file[name][:])
             del file[name]
-            file.create_dataset(name, data=values, **how)
+            if values is not None:
+                file.create_dataset(name, data=values, **how)
 
     return damage
-
-
-def remove(name):
-    def damage(path):
-        with h5py.File(path, "r+") as file:
-            del file[name]
-
-    return damage
-
-
-def set_format(path):
-    with h5py.File(path, "r+") as file:
-        file.attrs["format"] = "noisy-student-logits-1"
 
 
 DAMAGES = {
-    "another format": set_format,
-    "a missing column": remove("confidence"),
+    "another format": lambda path: path.write_bytes(path.read_bytes().replace(b"labels-2", b"labels-1")),
+    "a missing column": replace("confidence", lambda values: None),
     "another type": replace("label", dtype="i8"),
     "another shape": replace("label", lambda labels: labels[:2]),
     "fewer classes": replace("classes", lambda classes: classes[:2]),
@@ -91,7 +72,6 @@ DAMAGES = {
     "strings of any length": replace("path", lambda paths: ["x"] * 3),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:5000]),
     "no HDF5": lambda path: path.write_text("name,label\n"),
-    "empty": lambda path: path.write_bytes(b""),
     "missing": lambda path: path.unlink(),
     "a row of status 0": lambda path: change(path, status={1: TODO}),
     "probabilities": lambda path: change(path, logits={1: [0.1, 0.8, 0.1]}),
