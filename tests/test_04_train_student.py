@@ -82,7 +82,6 @@ def test_of_a_file_made_elsewhere_the_missing_flags_are_named(tiny_data, call_ma
 @pytest.mark.parametrize(
     ("columns", "flags", "named"),
     [
-        ({"status": {3: common.TODO}}, [], ["labels.h5", "02"]),
         ({"copies": {3: 0}}, [], ["labels.h5", "copies"]),
         ({"status": dict.fromkeys(range(20), common.UNREADABLE)}, [], ["labels.h5"]),
         ({"classes": {2: b"circle"}}, [], ["circle", "triangle"]),
@@ -131,30 +130,6 @@ def test_the_loss_divides_by_the_readable_images_of_all_processes():
     alone = student.noisy_student_loss(logits[:0], targets[:0], torch.zeros(3, 4), probs, 0.0, 4.5, 2.0, 0.1)
     mean = 3 * math.log(4) / 4.5  # --unlabeled-only
     assert [loss.item() for loss in alone] == pytest.approx([2 * mean, 0, mean])
-
-
-def test_targets_are_tempered_or_hard_and_smoothed():
-    logits = torch.tensor([[0.0, -1.0, -5.0, -2.0], [-2.0, 0.0, -1.0, -3.0]])
-    for temperature in (1.0, 0.5, 4.0):
-        expected = np.exp(log_softmax(logits.double().numpy() / temperature))
-        np.testing.assert_allclose(student.pseudo_targets(logits, None, temperature, 0.1), expected, rtol=1e-5)
-    expected = np.full((2, 4), 0.025)
-    expected[0, 3] = expected[1, 0] = 0.925
-    np.testing.assert_allclose(student.pseudo_targets(logits, torch.tensor([3, 0]), 0, 0.1), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 10.0])
-def test_the_student_is_tempered_as_its_teacher(temperature):
-    """So a student that says what its teacher says is right at any temperature: the loss has no gradient there."""
-    logits = (3 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    targets = student.pseudo_targets(logits.detach(), None, temperature, 0.1)
-    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    losses = student.noisy_student_loss(*nothing, logits, targets, 0, 5, 1.0, 0.1, temperature)
-    losses[0].backward()
-    assert logits.grad.abs().max() < 1e-6
-    untempered = student.noisy_student_loss(*nothing, logits, targets, 0, 5, 1.0, 0.1)
-    untempered[0].backward()
-    assert logits.grad.abs().max() > 1e-3
 
 
 def test_the_consistency_loss_is_the_keras_examples():
@@ -256,18 +231,6 @@ def test_both_losses_of_consistency_are_of_one_noised_image(tiny_data, call_main
         assert distance.values.max() < 1e-5 and torch.equal(torch.from_numpy(labels)[distance.indices], target)
     line = metrics_of(tmp_path / "s")[0]
     assert line["loss"] == pytest.approx((line["loss_labeled"] + line["loss_unlabeled"]) / 2, rel=1e-5)
-
-
-def test_a_student_that_starts_from_its_teacher_is_its_teacher(tiny_data, call_main, tmp_path):
-    """With the teacher's own view, which is not the usual one."""
-    view = {"crop_fraction": 0.8, "interpolation": "bilinear", "mean": (0.5,) * 3, "image_size": 40}
-    teacher = save_model(tmp_path / "t.pt", data=str(tiny_data), **view)
-    flags = ["--teacher", teacher, "--init", teacher, "--epochs", 0]
-    assert call_main(STAGE, *flags, "--out", tmp_path / "s").returncode == 0
-    started = checkpoint_of(tmp_path / "s" / "model.pt")
-    assert {name: started[name] for name in view} == view and started["arch"] == CHEAP
-    assert_same_weights(teacher, tmp_path / "s" / "model.pt")
-    assert started["inputs"]["init"] == started["inputs"]["teacher"] == common.file_sha256(teacher)
 
 
 def test_a_flag_comes_before_the_weights_and_these_before_the_teacher(tiny_data, call_main, tmp_path):
