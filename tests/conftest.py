@@ -446,6 +446,13 @@ def clean_batch(images: common.ImageList, view: common.View) -> torch.Tensor:
     return common.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), view)
 
 
+@torch.no_grad()
+def logits_on(views: list, model: torch.nn.Module, checkpoint: dict) -> np.ndarray:
+    """What the model of a checkpoint says of views: uint8 (H, W, 3) each."""
+    pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+    return model(common.normalize(pixels, common.View.of(checkpoint))).numpy()
+
+
 def checkpoint_of(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 

@@ -8,7 +8,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, CLASSES, ROOT, assert_mistake, load_stage, save_model, tell_images_apart, watch, write_files
+from conftest import CHEAP, CLASSES, ROOT, assert_mistake, load_stage, logits_on, save_model
+from conftest import tell_images_apart, watch, write_files
 from PIL import Image
 
 import common
@@ -201,9 +202,7 @@ def test_all_models_see_the_same_corrupted_pixels(work, finished):
         order = np.array([checkpoint["classes"].index(name) for name in CLASSES])
         for severity in range(5):
             views = [np.asarray(five[severity].resize((size, size), Image.Resampling.BICUBIC)) for five in drawn]
-            pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
-            with torch.no_grad():
-                said = model(common.normalize(pixels, common.View.of(checkpoint))).argmax(1).numpy()
+            said = logits_on(views, model, checkpoint).argmax(1)
             top1 = read(work)[path]["corrupt/snow"]["top1"][severity]
             assert top1 == pytest.approx(100 * (said == order[labels]).mean())
 

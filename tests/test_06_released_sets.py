@@ -7,8 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from conftest import assert_mistake, encoded, load_stage, noise_image, save_model, write_files
+from conftest import assert_mistake, encoded, load_stage, logits_on, noise_image, save_model, write_files
 from PIL import Image
 
 import common
@@ -24,18 +23,11 @@ ALL_19 = (*stage.BENCHMARK, *stage.EXTRA)
 loaded = functools.cache(common.load_model)
 
 
-@torch.no_grad()
-def logits_of(path, views: list[np.ndarray]) -> np.ndarray:
-    model, checkpoint = loaded(path)
-    pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
-    return model(common.normalize(pixels, common.View.of(checkpoint))).numpy()
-
-
 def answers(model, folder) -> tuple[np.ndarray, list[int]]:
     """(logits, labels) of the images of a set."""
     paths = sorted(folder.glob("*/*"))
     views = [common.eval_view(Image.open(path), common.View(32, 1.0)) for path in paths]
-    return logits_of(model, views), [NAMES.index(path.parent.name) for path in paths]
+    return logits_on(views, *loaded(model)), [NAMES.index(path.parent.name) for path in paths]
 
 
 def top1_of(logits: np.ndarray, labels) -> float:
@@ -156,7 +148,7 @@ def flips_of(work, perturbation: str) -> tuple[float, float]:
     for path in sorted((work / "imagenet-p" / perturbation).glob("*/*.mp4")):
         with av.open(str(path)) as file:
             frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-        said = logits_of(work / "first" / "model.pt", frames).argmax(1)
+        said = logits_on(frames, *loaded(work / "first" / "model.pt")).argmax(1)
         result_for_video, previous = [], said[0]
         for prediction in said[1:]:
             result_for_video.append(int(previous != prediction))
@@ -186,7 +178,8 @@ def test_cifar10_c_and_processes(work, run_stage):
     labels = [CIFAR[::-1].index(CIFAR[label]) for label in np.load(work / "cifar10-c" / "labels.npy")]
     expected = {}
     for name in ALL_19:  # 0 to 9 are the names in alphabetical order
-        logits = logits_of(work / "cifar" / "model.pt", list(np.load(work / "cifar10-c" / f"{name}.npy")))
+        images = np.load(work / "cifar10-c" / f"{name}.npy")
+        logits = logits_on(images, *loaded(work / "cifar" / "model.pt"))
         expected[name] = (100 * (logits.argmax(1) == labels).reshape(5, 12).mean(axis=1)).tolist()
         assert entry[f"cifar10_c/{name}"]["top1"] == pytest.approx(expected[name])
     summary, all_19 = entry["summary"], np.array(list(expected.values()))

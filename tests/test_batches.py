@@ -6,7 +6,6 @@ import torch
 from conftest import encoded, make_tar, noise_image, write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import common
 from common import Crop, ImageDataset, Processes, View, grid_keys, list_images, load_batches, train_keys
@@ -25,35 +24,6 @@ def clean_images(images, size):
 
 def noised_images(images, min_area=0.08, **more):
     return ImageDataset(images, noised=Crop(24, min_area, True), **more)
-
-
-def test_unreadable_images_are_named_errors_and_nothing_takes_their_place(tmp_path):
-    whole = encoded(noise_image(40, 40))
-    bad = {
-        "empty.jpg": b"",
-        "page.jpg": b"<html><body>404 Not Found</body></html>",
-        "half.jpg": whole[: len(whole) // 2],
-        "header.png": b"\x89PNG\r\n\x1a\n",
-        "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    }
-    write_files(tmp_path, bad | {"whole.jpg": whole})
-    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
-    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "good.ppm")
-    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-
-    images = list_images(tmp_path)
-    names = [path.decode() for path in images.path.tolist()]
-    good = [names.index("good.ppm"), names.index("whole.jpg")]
-    dataset = clean_images(images, 16)
-    batch = next(iter(load_batches(dataset, [range(len(images))], ALONE)))
-    assert batch.rows.tolist() == good
-    for view, row in zip(batch.views[0], good, strict=True):
-        number, views, error = dataset[row]
-        assert number == row and error is None
-        np.testing.assert_array_equal(view.permute(1, 2, 0), views[0])
-    errors = dict(batch.errors)
-    assert sorted([*errors, *good]) == list(range(len(images))) and len(images) == 9
-    assert all(str(tmp_path / names[row]) in error for row, error in errors.items())
 
 
 def test_a_batch_without_any_readable_image_is_empty(tmp_path):

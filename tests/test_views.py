@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHEAP, checkpoint_of, encoded, load_stage, noise_image, save_model, write_files
+from conftest import CHEAP, checkpoint_of, encoded, load_stage, logits_on, noise_image, save_model, write_files
 from PIL import Image, ImageDraw
 
 import common
@@ -277,11 +277,8 @@ def squashing(tmp_path):
 def logits_by_hand(checkpoint, paths, mode):
     """Of the images as Pillow alone makes their views."""
     model, saved = common.load_model(checkpoint)
-    views = np.stack([by_pillow(Image.open(path).convert("RGB"), saved["image_size"], mode) for path in paths])
-    images = torch.from_numpy(views).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(saved[name]).view(3, 1, 1) for name in ("mean", "std"))
-    with torch.no_grad():
-        return model((images - mean) / std)
+    views = [by_pillow(Image.open(path).convert("RGB"), saved["image_size"], mode) for path in paths]
+    return torch.from_numpy(logits_on(views, model, saved))
 
 
 def test_squash_goes_through_every_stage(squashing, call_main, tmp_path, monkeypatch):
