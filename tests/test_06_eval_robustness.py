@@ -178,18 +178,6 @@ def test_what_robustness_json_has_of_each_model(work, finished):
         assert settings["images"].startswith("10 images") and entry["pgd/8"]["settings"]["steps"] == 3
 
 
-def test_clean_numbers_equal_those_of_training(work, finished):
-    for path, entry in read(work).items():
-        model, checkpoint = common.load_model(work / path)
-        images, labels, _ = common.labeled_images(work / "data", "val", checkpoint["classes"])
-        processes = common.Processes(torch.device("cpu"), 0, 1, 0)
-        view = common.View.of(checkpoint)
-        expected = common.evaluate(model, images, labels, view, processes, "fp32")
-        assert entry["clean"]["num"] == 12
-        assert entry["clean"]["top1"] == pytest.approx(expected["val_top1"])
-        assert entry["clean"]["loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
-
-
 def test_all_models_see_the_same_corrupted_pixels(work, finished):
     """By hand: drawn on the view of the smaller model, resized for the larger one."""
     images, labels, _ = common.labeled_images(work / "data", "val", CLASSES)
@@ -375,10 +363,10 @@ def test_wrong_input_gives_one_line_and_status_2(work, finished, call_main, flag
     assert (work / "foreign" / "robustness.json").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("package", ["scipy", "cv2"])
-def test_without_a_package_only_corrupt_fails_and_before_anything_is_measured(work, run_stage, package, tmp_path):
-    how = {"cwd": work, "check": False, "WITHOUT": f"{package} matplotlib"}
-    done = run_stage("06_eval_robustness.py", BOTH[0], "--out", tmp_path, "--corrupt", **how)
-    assert_mistake(done, "pip install")
+@pytest.mark.parametrize(("package", "named"), [("scipy", "scipy"), ("cv2", "scipy opencv")])
+def test_without_a_package_corrupt_fails_before_anything_is_measured(work, run_stage, package, named, tmp_path):
+    """Nothing else does: test_program.py runs all stages without both."""
+    words = (BOTH[0], "--out", tmp_path, "--corrupt")
+    done = run_stage("06_eval_robustness.py", *words, cwd=work, check=False, WITHOUT=f"{package} matplotlib")
+    assert_mistake(done, f"pip install {named}")
     assert not (tmp_path / "robustness.json").exists()
-    assert run_stage("06_eval_robustness.py", BOTH[0], "--out", tmp_path, **how).returncode == 0
