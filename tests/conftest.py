@@ -386,6 +386,17 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
+def folders(root: Path, **splits: dict[str, int]) -> Path:
+    """folders(root, train={"cat": 3}) draws three images in root/train/cat, no two alike."""
+    seeds = itertools.count()
+    for split, classes in splits.items():
+        for name, num in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(num):
+                noise_image(4, 4, next(seeds)).save(root / split / name / f"{i:03}.png")
+    return root
+
+
 def make_tar(path: Path, files: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:

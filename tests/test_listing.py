@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import encoded, make_tar, noise_image, write_files
+from conftest import encoded, folders, make_tar, noise_image, write_files
 
 import common
 from common import ImageDataset, ImageList, View, labeled_images, list_images, unlabeled_images
@@ -90,16 +90,6 @@ def test_a_shard_that_is_no_plain_tar_is_named(kind, tmp_path, mistake):
 # labels
 
 
-def folders(root, **splits):
-    """folders(root, train={"cat": 3}) draws three images in root/train/cat."""
-    for split, classes in splits.items():
-        for name, num in classes.items():
-            (root / split / name).mkdir(parents=True)
-            for i in range(num):
-                noise_image(4, 4, i).save(root / split / name / f"{i:03}.png")
-    return root
-
-
 def test_classes_are_matched_by_name(tmp_path):
     data = folders(tmp_path, train={"cat": 2, "ant": 3, "bee": 1}, val={"cat": 2, "bee": 1})
     images, labels, classes = labeled_images(data, "train")
@@ -168,12 +158,6 @@ def test_never_a_classs_last_image_is_held_out(tmp_path):
     assert len({name.split("/")[0] for name in train}) == 60
 
 
-def test_with_val_nothing_is_held_out(tmp_path):
-    data = folders(tmp_path, train={"cat": 40, "dog": 1}, val={"cat": 1})
-    assert len(labeled_images(data, "train")[0]) == 41
-    assert len(unlabeled_images(data / "train")) == 41
-
-
 def test_half_of_val_is_kept_for_judging_by_the_paths_below_it_alone(tmp_path):
     def judged(root, names):
         return common.judged_half(ImageList.of(root, [(name.encode(), 0, 0) for name in names]))
@@ -191,15 +175,6 @@ def test_half_of_val_is_kept_for_judging_by_the_paths_below_it_alone(tmp_path):
 
 
 # what can be labelled
-
-
-def test_a_shard_or_an_image_can_be_the_unlabeled_images(tmp_path):
-    data = {name: encoded(noise_image(8, 8), "PNG") for name in ("b.png", "a.png")}
-    make_tar(tmp_path / "s.tar", data)
-    write_files(tmp_path, data)
-    shard, image = unlabeled_images(tmp_path / "s.tar"), unlabeled_images(tmp_path / "a.png")
-    assert names_of(shard) == ["s.tar/a.png", "s.tar/b.png"] and shard.load(1).size == (8, 8)
-    assert names_of(image) == ["a.png"] and image.load(0).size == (8, 8)
 
 
 def test_unlabeled_images_that_cannot_be_are_named(tmp_path, mistake):

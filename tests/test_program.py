@@ -52,7 +52,7 @@ def test_every_stage_runs_with_five_packages_alone(tiny_data, run_stage, tmp_pat
     drawn, selected, report = tmp_path / "drawn", tmp_path / "selected.h5", tmp_path / "report"
     teacher, student, fixres = (tmp_path / name / "model.pt" for name in ("teacher", "student", "fixres"))
     short = ["--batch-size", 8, "--steps", 2]
-    run_stage("-c", SMALL_DEMO, ROOT / "00_prepare_data.py", "demo", "--out", drawn, **hidden)
+    run_stage("-c", SMALL_DEMO, "demo", "--out", drawn, **hidden)
     data = ["--data", tiny_data]
     run_stage("01_train_teacher.py", *data, *short, "--image-size", 32, "--out", teacher.parent, **hidden)
     run_stage("02_pseudo_label.py", "--teacher", teacher, "--out", tmp_path / "logits.h5", **hidden)
@@ -63,12 +63,9 @@ def test_every_stage_runs_with_five_packages_alone(tiny_data, run_stage, tmp_pat
     assert (drawn / "unlabeled_truth.csv").exists() and (report / "robustness.json").exists()
 
 
-SMALL_DEMO = """import importlib.util, sys
-spec = importlib.util.spec_from_file_location("stage", sys.argv[1])
-stage = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stage)
+SMALL_DEMO = """import importlib
+stage = importlib.import_module("00_prepare_data")
 stage.DEMO |= {"labels_per_class": 2, "val_per_class": 2, "unlabeled": 40}
-sys.argv = sys.argv[1:]
 stage.main()
 """
 

@@ -9,36 +9,31 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CHEAP, assert_mistake, encoded, make_tar, noise_image, save_model, write_files
+from conftest import CHEAP, assert_mistake, encoded, folders, make_tar, noise_image, save_model, write_files
 
 import common
 
 TRAIN = ["--arch", CHEAP, "--image-size", 32, "--batch-size", 8, "--steps", 2]
 
 
-def folders_of(root, names, num=2):
-    paths = [f"{name}/{i}.png" for name in names for i in range(num)]
-    return write_files(root, {path: encoded(noise_image(8, 8, seed), "PNG") for seed, path in enumerate(paths)})
-
-
 # names of classes and files
 
 
 def test_one_class_is_one_folder_too_many(tmp_path, mistake):
-    data = folders_of(tmp_path, ["train/images/cat", "train/images/dog"])
+    data = folders(tmp_path, train={"images/cat": 2, "images/dog": 2})
     line = mistake(lambda: common.labeled_images(data, "train"), data / "train", "images")
     assert "cat, dog" in line
 
 
 @pytest.mark.parametrize("names", [("Cat", "cat"), ("é", unicodedata.normalize("NFD", "é"))])
 def test_two_spellings_of_a_class_are_a_mistake(tmp_path, mistake, names):
-    data = folders_of(tmp_path, [f"train/{name}" for name in (*names, "dog")])
+    data = folders(tmp_path, train=dict.fromkeys((*names, "dog"), 2))
     mistake(lambda: common.labeled_images(data, "train"), data / "train", names[0])
 
 
 def test_a_name_is_the_same_in_both_spellings_of_unicode(tmp_path):
     composed, decomposed = "café", unicodedata.normalize("NFD", "café")
-    data = folders_of(tmp_path, [f"train/{decomposed}", "train/dog", f"val/{composed}", "val/dog"])
+    data = folders(tmp_path, train={decomposed: 2, "dog": 2}, val={composed: 2, "dog": 2})
     _, labels, classes = common.labeled_images(data, "train")
     assert classes == [composed, "dog"] and sorted(labels.tolist()) == [0, 0, 1, 1]
     assert common.labeled_images(data, "val", classes)[1].tolist() == [0, 0, 1, 1]
@@ -51,7 +46,7 @@ def test_what_file_managers_leave_behind_is_left_out(tmp_path, capsys):
     make_tar(folder / "s.tar", dict.fromkeys(["f.png", "__MACOSX/g.png", "x/@eaDir/h.png"], picture))
     assert common.list_images(folder).path.tolist() == [b"a.png", b"s.tar/f.png"]
     assert "5 are left out" in (line := capsys.readouterr().out) and "@eaDir" in line and "HEIC" in line
-    folders_of(tmp_path, ["train/cat", "train/dog", "train/@eaDir"])
+    folders(tmp_path, train={"cat": 1, "dog": 1, "@eaDir": 1})
     assert common.labeled_images(tmp_path, "train")[2] == ["cat", "dog"]
 
 
@@ -59,16 +54,16 @@ def test_what_file_managers_leave_behind_is_left_out(tmp_path, capsys):
 
 
 def test_copies_of_val_in_train(tmp_path, capsys, mistake):
-    data = folders_of(tmp_path, ["train/cat", "train/dog", "val/cat", "val/dog"], num=30)  # 2 percent of 60: 1.2
+    data = folders(tmp_path, train={"cat": 30, "dog": 30}, val={"cat": 30, "dog": 30})  # 2 percent of 60: 1.2
 
     def check(number):
-        shutil.copy(data / f"val/cat/{number}.png", data / f"train/cat/copy{number}.png")
+        shutil.copy(data / f"val/cat/00{number}.png", data / f"train/cat/copy{number}.png")
         train, labels, classes = common.labeled_images(data, "train")
         common.check_copies(train, labels, common.labeled_images(data, "val", classes)[0])
 
     check(0)
     assert "copy0.png" in capsys.readouterr().out
-    mistake(lambda: check(1), "val/cat/0.png = ", "copy1.png")
+    mistake(lambda: check(1), "val/cat/000.png = ", "copy1.png")
 
 
 def test_one_image_under_two_classes_is_told(tiny_data, tmp_path, call_main):
