@@ -5,6 +5,7 @@ call_main    runs a stage's main() in this process        mistake       "one lin
 save_model   a checkpoint of a small model                draw_data     a small data directory
 """
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -233,14 +234,6 @@ def load_stage(name: str):
     return sys.modules[name]
 
 
-def patch_name(patch: pytest.MonkeyPatch, name: str, value, *modules) -> None:
-    """Replace a name of common wherever it is used: in common itself and in the stages that import it."""
-    users = [module for module in (common, *modules) if hasattr(module, name)]
-    assert users, f"nobody has {name} any more"
-    for module in users:
-        patch.setattr(module, name, value)
-
-
 def watch(patch: pytest.MonkeyPatch, owner, name: str, note) -> None:
     """Call note(*args) before each call of owner.name(*args)."""
     function = getattr(owner, name)
@@ -267,7 +260,7 @@ def call_main_of(stage, patch: pytest.MonkeyPatch, capsys, flags, stop_after: in
         if stop_after:
             watch(patch, common.Run, "count_images", hear)
         if not pictures:
-            patch_name(patch, "draw_curves", lambda out: None, stage)
+            patch.setattr(common, "draw_curves", lambda out: None)
         patch.setattr(sys, "argv", [f"{stage.__name__}.py", *map(str, flags)])
         printed = capsys.readouterr if capsys else lambda: ("", "")
         printed()
@@ -308,6 +301,18 @@ def planned(call_main, monkeypatch):
         return runs.pop()
 
     return run_of
+
+
+@pytest.fixture
+def args_of(monkeypatch):
+    """args_of("01_train_teacher", flag, value, ...) -> the args of a command line of these, and of what it needs"""
+    needed = {"04_train_student": ["--teacher", "x"], "05_fixres_finetune": ["--checkpoint", "x", "--out", "x"]}
+
+    def parse(stage: str, *given) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", *needed.get(stage, []), *map(str, given)])
+        return load_stage(stage).parse_args()
+
+    return parse
 
 
 def assert_mistake(done, *named) -> str:

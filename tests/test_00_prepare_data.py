@@ -92,15 +92,6 @@ def test_a_killed_run_leaves_nothing_and_the_next_one_starts_anew(start_stage, r
     assert len(list((out / "unlabeled").iterdir())) == 40
 
 
-def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
-    def save(*args, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", save)
-    assert_mistake(run("demo", "--out", tmp_path / "demo"), "--out")
-    assert not any(tmp_path.iterdir())
-
-
 def cifar(root, train, download):
     num = 20 if train else 6
     images = np.random.default_rng(train).integers(0, 256, (num, 32, 32, 3), dtype=np.uint8)
@@ -146,10 +137,13 @@ def test_the_truth_is_that_of_the_known_classes(run, tmp_path, datasets, name, f
         assert any((pixels.transpose(1, 2, 0) == image).all() for image in written)
 
 
-def test_a_failed_download_is_one_line(run, tmp_path, datasets):
-    def no_network(*args, **kwargs):
-        raise OSError("<urlopen error\n name resolution>")
+@pytest.mark.parametrize(
+    ("owner", "function", "name"), [(Image.Image, "save", "demo"), (torchvision.datasets, "CIFAR10", "cifar10")]
+)
+def test_a_full_disk_and_a_failed_download_are_one_line(owner, function, name, run, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("<urlopen error\n no network, no space left>")
 
-    datasets.CIFAR10 = no_network
-    assert_mistake(run("cifar10", "--out", tmp_path / "c"), "cifar10")
-    assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(owner, function, fail)
+    assert_mistake(run(name, "--out", tmp_path / "o"), name, "--out")
+    assert not any(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_mistake, load_stage
+from conftest import ROOT, assert_mistake, load_stage, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_files import CLASSES, logits_of, read_labels, write_labels
@@ -43,14 +43,8 @@ def table_of(files, chunk_rows, is_mean=False):
 @pytest.fixture(scope="module", autouse=True)
 def ranked_after_each_chunk():
     """The best of the classes are found anew after each chunk, as they are every 262,144 entries."""
-    add = balance.BestOfClasses.add
-
-    def add_and_rank(self, *entries):
-        add(self, *entries)
-        self.best()
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(balance.BestOfClasses, "add", add_and_rank)
+        watch(patch, balance.BestOfClasses, "add", lambda self, *entries: self.best())
         yield
 
 

@@ -1,9 +1,9 @@
-"""The data set and its loaders: the order of images, what a batch holds, any number of workers."""
+"""The data set and its loaders: the order of images, what a batch holds, unreadable images, any number of workers."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, make_tar, noise_image
+from conftest import encoded, make_tar, noise_image, write_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,13 @@ def clean_images(images, size):
 
 def noised_images(images, min_area=0.08, **more):
     return ImageDataset(images, noised=Crop(24, min_area, True), **more)
+
+
+def test_a_batch_without_any_readable_image_is_empty(tmp_path):
+    dataset = clean_images(list_images(write_files(tmp_path, {"a.png": b""})), 16)
+    batch = next(iter(load_batches(dataset, [[0, 0]], ALONE)))
+    assert len(batch.rows) == 0 and batch.views[0].shape == (0, 3, 16, 16)
+    assert [row for row, _ in batch.errors] == [0, 0]
 
 
 def test_random_view_depends_on_seed_epoch_and_row_alone(tiny_data):

@@ -2,7 +2,6 @@
 for what must not matter, at the same bits. And what the flags leave open: recipes, crops, the noise of small images."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -94,20 +93,14 @@ def test_a_flag_changes_no_bit_of_the_result(flag, case, weights_of):
     assert equal(weights_of(stage), weights_of(stage, flag, value))
 
 
-def args_of(stage, monkeypatch, *given):
-    needed = {"04_train_student": ["--teacher", "x"], "05_fixres_finetune": ["--checkpoint", "x", "--out", "x"]}
-    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *needed.get(stage, []), *map(str, given)])
-    return load_stage(stage).parse_args()
-
-
 @pytest.mark.parametrize(("stage", "flags"), CASES)
-def test_no_flag_is_forgotten_here(stage, flags, capsys, monkeypatch):
+def test_no_flag_is_forgotten_here(stage, flags, capsys, args_of):
     """What --help lists is either in the tables above or tested where it belongs."""
     elsewhere = {"--help", "--data", "--out", "--init", "--classes", "--teacher", "--checkpoint", "--pseudo-labels"}
     elsewhere |= {"--unlabeled", "--unlabeled-only", "--eval-every", "--patience", "--crop-mode"}
     elsewhere |= {"--own-size", "--hflip", "--no-small-images"}
     with pytest.raises(SystemExit):
-        args_of(stage, monkeypatch, "--help")
+        args_of(stage, "--help")
     usage = capsys.readouterr().out.split("\n\n")[0]
     listed = {word.strip("[],|") for word in usage.split() if word.strip("[|").startswith("--")}
     assert listed - elsewhere == flags.keys() | SAME.keys()
@@ -115,7 +108,7 @@ def test_no_flag_is_forgotten_here(stage, flags, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", TRAININGS)
-def test_the_last_of_epochs_and_steps_counts(stage, monkeypatch, tmp_path):
+def test_the_last_of_epochs_and_steps_counts(stage, args_of, tmp_path):
     """Also behind a recipe that says one of them."""
     (tmp_path / "recipe.txt").write_text("--steps auto # a comment\n--batch-size 8")
     recipe = f"@{tmp_path / 'recipe.txt'}"
@@ -127,7 +120,7 @@ def test_the_last_of_epochs_and_steps_counts(stage, monkeypatch, tmp_path):
         (recipe, "--steps", 5, "--epochs", 2): 6,
     }
     for given, steps in cases.items():
-        assert common.plan_of(args_of(stage, monkeypatch, *given), 1, 24).total_steps == steps, given
+        assert common.plan_of(args_of(stage, *given), 1, 24).total_steps == steps, given
 
 
 def test_recipes_are_official():
@@ -144,8 +137,8 @@ def test_recipes_are_official():
 
 
 @pytest.mark.parametrize(("size", "given", "expected"), [(64, [], 0.7), (65, [], 0.08), (64, [0.3], 0.3), (65, [0], 0)])
-def test_up_to_64_pixels_the_smallest_crop_is_larger(size, given, expected, monkeypatch):
-    args = args_of(TRAININGS[0], monkeypatch, *[word for value in given for word in ("--min-crop-area", value)])
+def test_up_to_64_pixels_the_smallest_crop_is_larger(size, given, expected, args_of):
+    args = args_of(TRAININGS[0], *[word for value in given for word in ("--min-crop-area", value)])
     assert common.setup_of(args, {}, {}, size).crop.min_area == expected
 
 
@@ -153,18 +146,17 @@ def test_up_to_64_pixels_the_smallest_crop_is_larger(size, given, expected, monk
     ("given", "of_teacher", "of_init", "expected"),
     [
         ([], None, None, None),
-        (["--small-images"], None, None, True),
         (["--no-small-images"], True, True, False),
         ([], True, None, True),
         ([], True, False, False),
         ([], False, True, True),
     ],
 )
-def test_small_images_get_their_noise_in_place_of_crops(given, of_teacher, of_init, expected, monkeypatch):
+def test_small_images_get_their_noise_in_place_of_crops(given, of_teacher, of_init, expected, args_of, monkeypatch):
     """A flag comes before --init, and that before the teacher. Where the images are mirrored, they are so once."""
     view = common.View.default(32)._asdict()
     teacher, init = ({"arch_options": {"small_images": small}, **view} for small in (of_teacher, of_init))
-    args = args_of(TRAININGS[1], monkeypatch, "--no-hflip", "--arch", CHEAP, "--num-ops", 0, *given)
+    args = args_of(TRAININGS[1], "--no-hflip", "--arch", CHEAP, "--num-ops", 0, *given)
     setup = common.setup_of(args, teacher, {} if of_init is None else init, 32)
     calls = []
     monkeypatch.setattr(common, "small_image_noise", lambda images, hflip, generator: calls.append(hflip))

@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import CHEAP, assert_mistake, checkpoint_of, clean_batch, noise_image, save_model
+from conftest import CHEAP, SHORT_RUN, assert_mistake, checkpoint_of, clean_batch, noise_image, save_model
 from safetensors.torch import save_file
 from torchvision import models
 
 import common
-
-SHORT = ["--image-size", 32, "--batch-size", 8, "--epochs", 0.67, "--optimizer", "adamw", "--lr", 1e-3]
-SHORT += ["--warmup-epochs", 0, "--average", 0.5, "--num-ops", 1, "--magnitude", 5]
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "efficientnet_b0"])
@@ -24,7 +21,7 @@ def test_a_model_of_timm_goes_through_every_stage(name, tiny_data, call_main, tm
     """And the logits that 02 writes are those of timm's own model."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     teacher, arch = tmp_path / "teacher" / "model.pt", f"timm/{name}"
-    flags = ["--arch", arch, "--data", tiny_data, *SHORT, "--drop-path", 0.3, "--dropout", 0.25]
+    flags = ["--arch", arch, "--data", tiny_data, *SHORT_RUN, "--epochs", 0.67, "--drop-path", 0.3, "--dropout", 0.25]
     assert call_main("01_train_teacher", *flags, "--out", teacher.parent).returncode == 0
     saved = checkpoint_of(teacher)
     config = timm.get_pretrained_cfg(name)
@@ -45,7 +42,7 @@ def test_a_model_of_timm_goes_through_every_stage(name, tiny_data, call_main, tm
     assert call_main("03_balance", *flags).returncode == 0
 
     student = tmp_path / "student"
-    flags = ["--pseudo-labels", selection, *SHORT, "--ratio", 1, "--out", student]
+    flags = ["--pseudo-labels", selection, *SHORT_RUN, "--epochs", 0.67, "--ratio", 1, "--out", student]
     assert call_main("04_train_student", "--teacher", teacher, "--init", teacher, *flags).returncode == 0
     trained = checkpoint_of(student / "model.pt")
     assert trained["arch"] == arch and common.View.of(trained) == view

@@ -154,11 +154,16 @@ def test_a_temperature_below_1_sharpens_the_targets_alone(temperature, of_studen
     assert loss == pytest.approx(kl_mean if consistency else first + 3 * second, rel=1e-5)
 
 
-def test_models_of_timm_get_the_noise_that_they_can_have(tiny_data, call_main, tmp_path):
-    models = [("timm/test_efficientnet", 0.2, 0.2), ("timm/ghostnet_050", 0.2, None), (CHEAP, None, None)]
-    for arch, dropout, drop_path in models:
-        flags = ["--arch", arch, "--image-size", 32, "--data", tiny_data, "--epochs", 0, "--out", tmp_path / arch]
-        assert ("no model noise" in call_main(TEACHER, *flags).stdout) == (dropout is None)
+def test_models_get_the_noise_that_they_can_have(tiny_data, call_main, tmp_path):
+    """Those of timm without a flag; what a model lacks is left out, and said where a flag asks for it."""
+    asked = ["--dropout", 0.3, "--drop-path", 0.1]
+    models = [("timm/test_efficientnet", [], 0.2, 0.2), ("timm/ghostnet_050", [], 0.2, None), (CHEAP, [], None, None)]
+    models += [("resnet18", asked, None, None), ("tf_efficientnet_b0", asked, 0.3, 0.1)]
+    for arch, more, dropout, drop_path in models:
+        flags = ["--arch", arch, *more, "--image-size", 32, "--data", tiny_data, "--epochs", 0]
+        printed = call_main(TEACHER, *flags, "--out", tmp_path / arch).stdout
+        assert ("no model noise" in printed) == (dropout is None)
+        assert all((f"no --{name}" in printed) == (arch == "resnet18") for name in ("dropout", "drop-path"))
         options = checkpoint_of(tmp_path / arch / "model.pt")["arch_options"]
         assert (options["dropout"], options["drop_path"]) == (dropout, drop_path)
 

@@ -4,7 +4,7 @@ test_readme.py reads those."""
 import re
 
 import pytest
-from conftest import ROOT, load_stage
+from conftest import ROOT
 
 import common
 
@@ -22,26 +22,17 @@ PLANS = {
     "svhn": ("4", "", 69_257, 109_296, 0.008, 0.008 * 0.97**144),
 }
 STAGES = {"1": "01_train_teacher", "4": "04_train_student", "5": "05_fixres_finetune"}
-NEEDED = {"1": "--data x", "4": "--teacher x", "5": "--checkpoint x --out x"}
-PAIRS = [(name, number) for name, plan in PLANS.items() for number in plan[0]]
+PAIRS = [(name, STAGES[number]) for name, plan in PLANS.items() for number in plan[0]]
 
 
-@pytest.fixture
-def args_of(monkeypatch):
-    """args_of(number of the stage, recipe or None, flags) -> its args"""
-
-    def parse(number: str, recipe: str | None, flags: str):
-        at_file = [f"@{ROOT / 'recipes' / recipe}.txt"] if recipe else []
-        monkeypatch.setattr("sys.argv", ["stage.py", *at_file, *NEEDED[number].split(), *flags.split()])
-        return load_stage(STAGES[number]).parse_args()
-
-    return parse
+def file_of(recipe: str) -> str:
+    return f"@{ROOT}/recipes/{recipe}.txt"
 
 
-@pytest.mark.parametrize(("name", "number"), PAIRS)
-def test_a_recipe_gives_the_plan_that_it_says(name, number, args_of):
+@pytest.mark.parametrize(("name", "stage"), PAIRS)
+def test_a_recipe_gives_the_plan_that_it_says(name, stage, args_of):
     _, flags, num_images, steps, peak, last = PLANS[name]
-    args = args_of(number, name, flags)
+    args = args_of(stage, file_of(name), *flags.split())
     plan = common.plan_of(args, 1, num_images)
     assert plan.total_steps == steps and plan.peak == pytest.approx(peak, rel=1e-3)
     assert common.learning_rate(steps - 1, plan) == pytest.approx(last, rel=1e-2, abs=1e-7)
@@ -51,7 +42,7 @@ def test_a_recipe_gives_the_plan_that_it_says(name, number, args_of):
 
 @pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan[0] == "14"])
 def test_a_recipe_of_both_says_the_same_to_both(name, args_of):
-    teacher, student = (vars(args_of(number, name, PLANS[name][1])) for number in "14")
+    teacher, student = (vars(args_of(STAGES[n], file_of(name), *PLANS[name][1].split())) for n in "14")
     text = (ROOT / "recipes" / f"{name}.txt").read_text()
     flags = re.findall(r"(?:^| )--([\w-]+)", text, re.M)
     names = {flag.replace("-", "_") for flag in flags} & teacher.keys()
@@ -60,8 +51,9 @@ def test_a_recipe_of_both_says_the_same_to_both(name, args_of):
 
 def test_the_papers_recipe_is_what_the_defaults_are(args_of):
     """Of B7; so that a file nobody runs cannot say another thing than the code."""
-    flags = "--arch tf_efficientnet_b7 --batch-size 2048 --image-size 600"
-    told, default = args_of("4", "noisy-student-b7", flags), args_of("4", None, flags)
+    flags = ["--arch", "tf_efficientnet_b7", "--batch-size", 2048, "--image-size", 600]
+    recipes = [file_of("noisy-student-b7")], []
+    told, default = (args_of(STAGES["4"], *recipe, *flags) for recipe in recipes)
     assert told.bn_momentum == 0.01 and default.bn_momentum is None  # which is 0.01 from scratch
     for flag in ("warmup_epochs", "average", "optimizer", "classifier_lr"):
         assert getattr(told, flag) == getattr(default, flag), flag
@@ -86,10 +78,10 @@ def test_every_recipe_has_a_plan_here_and_says_what_it_is_for():
         assert set(re.findall(r"\b([A-Z_\d]+)=", text)) <= settings, f"{name} names settings that run.sh has not"
 
 
-@pytest.mark.parametrize(("number", "name"), [("1", "consistency-teacher"), ("4", "consistency")])
-def test_the_keras_example_is_tested_on_all_of_an_image(number, name, args_of):
+@pytest.mark.parametrize(("name", "stage"), [pair for pair in PAIRS if pair[0].startswith("consistency")])
+def test_the_keras_example_is_tested_on_all_of_an_image(name, stage, args_of):
     """As 06 --cifar10-c shows it; the middle square would be 48 percent of it."""
-    assert args_of(number, name, "").crop_mode == "squash"
+    assert args_of(stage, file_of(name)).crop_mode == "squash"
 
 
 def test_a_checkout_on_windows_keeps_the_line_ends_of_shell_scripts():

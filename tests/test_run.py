@@ -367,7 +367,6 @@ def test_all_processes_take_swas_norms_from_the_same_images(tiny_data, monkeypat
 
 
 def test_batch_norms_still_move_after_an_evaluation(tiny_data, call_main, tmp_path):
-    """The model must be in training mode again."""
     flags = short_run("01_train_teacher", tiny_data, tmp_path / "often", "--average", 0)
     for name, every in (("often", 1 / 3), ("never", 0)):
         assert call_main(*flags, "--out", tmp_path / name, "--eval-every", every).returncode == 0
