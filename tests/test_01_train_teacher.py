@@ -1,6 +1,5 @@
 """Stage 01: a teacher that learns, what its checkpoint says, the control, `--init`, the default image size."""
 
-import argparse
 import shutil
 
 import numpy as np
@@ -47,7 +46,6 @@ def test_the_teacher_learns_and_its_checkpoint_says_how_it_was_made(tiny_data, c
         ["--steps", "auto", "--arch", CHEAP],
         ["--epochs", 4, "--optimizer", "adamw", "--init"],
         ["@recipes/small.txt", "--arch", "efficientnet_b0"],
-        ["@recipes/finetune.txt", "--init"],
     ],
     ids=str,
 )
@@ -127,11 +125,10 @@ def test_without_classes_the_folders_say_it_unless_they_are_numbers(foreign, tin
     assert not list(tmp_path.glob("o/*.pt"))
 
 
-def test_val_is_numbered_as_train_where_it_lacks_a_class(tiny_data, tmp_path):
+def test_val_is_numbered_as_train_where_it_lacks_a_class(tiny_data, args_of, tmp_path):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     shutil.rmtree(data / "val" / "disc")
-    args = argparse.Namespace(data=data, init=None, epochs=1, steps=None, classes=None)
-    _, (_, labels), classes = stage.labeled_data(args, {})
+    _, (_, labels), classes = stage.labeled_data(args_of(STAGE, "--data", data), {})
     assert classes == CLASSES and set(labels.tolist()) == {1, 2}
 
 

@@ -18,16 +18,8 @@ def rank(number=0, world_size=1, workers=0):
 ALONE = rank()
 
 
-def clean_images(images, size):
-    return ImageDataset(images, clean=View(size, 1.0))
-
-
-def noised_images(images, min_area=0.08, **more):
-    return ImageDataset(images, noised=Crop(24, min_area, True), **more)
-
-
 def test_a_batch_without_any_readable_image_is_empty(tmp_path):
-    dataset = clean_images(list_images(write_files(tmp_path, {"a.png": b""})), 16)
+    dataset = ImageDataset(list_images(write_files(tmp_path, {"a.png": b""})), clean=View(16, 1.0))
     batch = next(iter(load_batches(dataset, [[0, 0]], ALONE)))
     assert len(batch.rows) == 0 and batch.views[0].shape == (0, 3, 16, 16)
     assert [row for row, _ in batch.errors] == [0, 0]
@@ -38,7 +30,7 @@ def test_random_view_depends_on_seed_epoch_and_row_alone(tiny_data):
     keys = [(epoch, row) for epoch in range(3) for row in range(len(images))]
 
     def views(seed, order, **more):
-        dataset = noised_images(images, seed=seed, **more)
+        dataset = ImageDataset(images, noised=Crop(24, 0.08, True), seed=seed, **more)
         torch.manual_seed(len(order))  # what ran before must not matter
         return {key: dataset[key][1][-1].tobytes() for key in order}
 
@@ -52,7 +44,7 @@ def test_random_view_depends_on_seed_epoch_and_row_alone(tiny_data):
 
 def test_copies_of_an_image_are_rows_with_crops_of_their_own(tiny_data):
     images = list_images(tiny_data / "unlabeled")
-    dataset = noised_images(images, repeated=np.array([3, 3, 7]))
+    dataset = ImageDataset(images, noised=Crop(24, 0.08, True), repeated=np.array([3, 3, 7]))
     assert len(dataset) == 3 and (dataset[0, 0][1][0] != dataset[0, 1][1][0]).any()
     for row, image in enumerate((3, 3, 7)):
         rng = np.random.default_rng(common.seed_words(0, " crop", 0, row))
@@ -62,7 +54,7 @@ def test_copies_of_an_image_are_rows_with_crops_of_their_own(tiny_data):
 
 def test_shards_are_read_without_a_shared_position(tmp_path):
     make_tar(tmp_path / "0.tar", {f"{i}.png": encoded(noise_image(40, 48, i), "PNG") for i in range(8)})
-    dataset = clean_images(list_images(tmp_path), 16)
+    dataset = ImageDataset(list_images(tmp_path), clean=View(16, 1.0))
     dataset[0]  # opens the shard before the loaders are forked
     keys = [[i] * 4 for i in range(8)] * 4
     for key, batch in zip(keys, load_batches(dataset, keys, rank(workers=2)), strict=True):
