@@ -75,7 +75,7 @@ for seed in $SEEDS; do
             stage 02_pseudo_label.py --teacher "$teacher" --unlabeled "$DATA/unlabeled" --out "$labels"
             truth=$DATA/unlabeled_truth.csv; [ -e "$truth" ] || truth=
             stage 03_balance.py ${INIT:+"$probe/labels.h5"} "$labels" --threshold "$THRESHOLD" \
-                ${truth:+--truth "$truth"} ${INIT:+--per-class all} --out "$selected" # balancing cost a linear student 1 to 4 points of 60
+                ${truth:+--truth "$truth"} ${INIT:+--per-class all} --out "$selected" # balancing cost 1 to 4 points of 60
         fi
         stage 04_train_student.py --pseudo-labels "$selected" "${train[@]}" $(model "$round") \
             --ratio "$(nth $((round - 1)) $RATIO)" --seed "$seed:student$round" ${INIT:+--temperature 0} --out "$student"
