@@ -287,6 +287,7 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
         tied = is_top.sum(1) > top_p  # several are the P-th: exactly P are chosen, the first classes
         keys = sort_keys(probs[tied])  # unique
         is_top[tied] = keys >= np.partition(keys, place, axis=1)[:, place, None]
+        is_top &= probs > best.cutoff  # of the others `add` would drop each
         image, label = np.divmod(np.flatnonzero(is_top).astype(np.int32), len(table.classes))
         best.add(rows[image], label, probs[image, label])
     row, label, score = best.best()
