@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 
 import pytest
+import speed
 import torch
 from conftest import CHEAP, ROOT, checkpoint_of, load_stage, metrics_of, noise_image, save_model
 from safetensors import safe_open
@@ -80,6 +81,22 @@ def test_every_command_of_the_texts_parses(name, parse_stage):
             setting, is_assigned, file = word.rpartition("=")
             assert not is_assigned or re.search(rf"^{setting}=\$\{{{setting}:-", RUN_SH, re.M), command
             assert not re.fullmatch(r"[\w./-]+\.(py|sh|txt)", file) or (ROOT / file).exists(), command
+
+
+def test_speed_measures_what_its_tables_say(tmp_path, monkeypatch, parse_stage):
+    """Medians of a round's ratios by hand; the commands that are timed parse."""
+    seconds = iter([2, 1, 4, 4, 8, 2])  # of the peer and ours in turns
+    variants = dict.fromkeys(("peer", "ours"), lambda _: (next(seconds), 1.5))
+    rows = speed.take_turns("x", "images", 100, variants, 3)[2:4]
+    assert rows == ["| peer | 25 images | 1.50 GB |", "| ours | 2.00 (1.00 to 4.00) | 1.50 GB |"]
+    commands = []
+    monkeypatch.setattr(speed, "measure", lambda command: commands.append([*map(str, command)]) or (1, 1))
+    monkeypatch.setattr(speed, "IMAGES", {32: 20})
+    assert len(speed.train_and_label(tmp_path, 32, ["train", "label"], 1)) == 12
+    stages = [words for words in commands if "speed.py" not in words[0]]
+    assert [words[0][:2] for words in stages] == ["01", "02", "01", "04", "02", "06"]
+    for words in stages:
+        parse_stage(words)
 
 
 def test_what_the_texts_name_is_there():
