@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import add_model_flags, add_noise_flags, add_optimization_flags, add_run_flags  # program
-from common import argument_parser, at_least, fail, print0
+from common import add_model_flags, add_optimization_flags, add_run_flags, argument_parser  # program
+from common import at_least, fail, print0
 from common import init_processes  # processes
 from common import build_model  # models
 from common import head_names, initial_weights, own_names  # weights
 from common import normalize, view_of  # views
-from common import ImageList, check_copies, labeled_images  # listing
+from common import ImageList, check_copies, labeled_images, nfc  # listing
 from common import check_parts  # batches
 from common import plan_of  # optimization
 from common import compare_inputs, previous_run  # checkpoints
@@ -50,7 +50,6 @@ def parse_args() -> argparse.Namespace:
     add("--ratio", type=at_least(0), default=0.0, help="for a control: extra images per image of the batch")
     add("--own-size", action="store_true", help="the image size of the weights, however small the images")
     add_model_flags(parser)
-    add_noise_flags(parser)
     add_optimization_flags(parser)
     add_run_flags(parser)
     return parser.parse_args()
@@ -60,7 +59,7 @@ def output_names(args: argparse.Namespace) -> list[str]:
     """The names of foreign weights' outputs: the lines of --classes, or the folders of DATA."""
     if args.classes:
         try:
-            return args.classes.read_text("utf-8-sig").splitlines()
+            return nfc(args.classes.read_text("utf-8-sig")).splitlines()
         except (OSError, ValueError) as error:
             fail(f"--classes {args.classes}: expected a text file, one class a line ({error})")
     names = labeled_images(args.data, "train" if (args.data / "train").is_dir() else "val")[2]
@@ -100,10 +99,7 @@ def labeled_data(args: argparse.Namespace, initial: dict) -> tuple:
 
 
 def default_size(images: ImageList, initial: dict, usual: int) -> int:
-    """The model's size or, if smaller, the images' median short side in steps of 32, in pixels.
-
-    From weights it is at least 96: below, little is left of a published network's last maps.
-    """
+    """The model's size or, if smaller, the images' median short side in steps of 32, in pixels."""
     on_gpu = torch.cuda.is_available()
     if not len(images) or "format" in initial or (initial and on_gpu):
         return usual
@@ -112,7 +108,7 @@ def default_size(images: ImageList, initial: dict, usual: int) -> int:
         with contextlib.suppress(Exception), images.open(row) as file:  # the training reports it
             sides.append(min(Image.open(file).size))
     side = np.median(sides or [usual])
-    least = 96 if initial else 32
+    least = 96 if initial else 32  # below 96 little is left of a published network's last maps
     most = usual if initial or on_gpu else min(usual, 64)  # a CPU has not the time for more
     size = min(most, max(least, int(side) // 32 * 32))
     print0(f"--image-size {size}: the median short side is {side:g} pixels, at most {most}")
@@ -164,7 +160,7 @@ def main() -> None:
         target = torch.from_numpy(labels)[labeled.rows].to(processes.device, non_blocking=True)
         for part_target, part_images in run.parts(target, images):
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
-                logits = run.ddp_model(normalize(part_images, view)).float()
+                logits = run.forward(normalize(part_images, view)).float()
             loss = F.cross_entropy(logits, part_target, label_smoothing=args.label_smoothing, reduction="sum")
             run.backward(loss / run.counts[0])  # the mean over the readable images of all processes
         run.end_step()  # updates the weights and their average; logs, evaluates, saves

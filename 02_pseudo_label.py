@@ -48,7 +48,10 @@ def parse_args() -> argparse.Namespace:
     add("--csv", type=Path, help="the labels as text too: path,class,confidence")
     add("--max-bad", type=at_least(0), default=1.0, help="percent of unreadable images that pass")
     add_device_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.csv and args.csv.resolve() in (args.out.resolve(), args.teacher.resolve()):
+        fail(f"--csv {args.csv}: expected the name of another file")
+    return args
 
 
 def label_batches(model, view: View, precision, processes, images: ImageList, batches, held_out=()):
@@ -95,7 +98,6 @@ def create_output(path: Path, images: ImageList, source: LabelFile | None, check
     columns = {"path": images.path, "offset": images.offset, "size": images.size}
     if source:
         attrs = source.attrs | attrs  # with how it was selected
-        del attrs["format"]
         if "copies" in source.places:
             columns["copies"] = source.column("copies")
     if "class_counts" in checkpoint:
@@ -227,7 +229,7 @@ def label_all(args, processes, checkpoint: dict, settings: dict, unlabeled: str,
             fail(f"--teacher {args.teacher} has other classes than {unlabeled}, whose labels stay")
     is_image = os.path.isfile(unlabeled) and not unlabeled.lower().endswith((".h5", ".tar"))
     images = None
-    if processes.is_main and not args.out.exists():
+    if processes.rank == 0 and not args.out.exists():
         images = unlabeled_images(unlabeled, data)
         if is_image and ImageDataset(images, clean=view)[0][2]:
             fail(f"--unlabeled {unlabeled} is no readable image")
@@ -260,7 +262,7 @@ def label_all(args, processes, checkpoint: dict, settings: dict, unlabeled: str,
     batches = grid_keys(len(todo), size, processes)
     batches = [rows for rows in batches if todo[rows[0] : rows[-1] + 1].any()]
     fill(labels, kept_labels, label(labels.images, batches, held_out), stop)
-    while processes.is_main and not stop.received and is_todo(args.out, settings).any():
+    while processes.rank == 0 and not stop.received and is_todo(args.out, settings).any():
         time.sleep(0.2)  # until the other processes are done
     if stop.received:
         raise SystemExit(143)
@@ -280,7 +282,7 @@ def main() -> None:
     settings = {"teacher_sha256": fingerprint(args.teacher)}
     settings["unlabeled"] = fingerprint(Path(unlabeled)) if unlabeled.endswith(".h5") else unlabeled
     settings["precision"] = precision_of(args.precision, processes.device)
-    if not processes.is_main:
+    if processes.rank > 0:
         del settings["unlabeled"]  # rank 0 compares it, and may store another
     elif args.out.exists() and os.path.isdir(unlabeled):
         follow_images(args.out, unlabeled, data)
@@ -288,7 +290,7 @@ def main() -> None:
         print0(f"{args.out} is finished")
     else:
         label_all(args, processes, checkpoint, settings, unlabeled, data)
-    if processes.is_main:
+    if processes.rank == 0:
         labels = open_label_file(args.out)
         if args.csv:
             write_csv(args.csv, labels)

@@ -200,10 +200,9 @@ def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]
     share = percent(at["share"], *at["share_interval"])
     precision = percent(at["precision"], *at["precision_interval"])
     reason = "the lowest that reaches" if report["reached"] else "the most precise, none reaches"
-    print0(
-        f"threshold {at['threshold']}, {reason} --min-precision {args.min_precision}: "
-        f"{share} of {len(true)} images of val are above it, {precision} of them right"
-    )
+    reason += f" --min-precision {args.min_precision}"
+    kept = f"{share} of {len(true)} images of val are above it, {precision} of them right"
+    print0(f"threshold {at['threshold']}, {reason}: {kept}")
     return at["threshold"], report
 
 
@@ -298,7 +297,6 @@ def header_of(table: Table, last: Path) -> dict:
     """What the selection keeps of its input, a student's defaults; of a mean the last file's."""
     attrs = open_label_file(last).attrs if table.is_mean else table.files[-1].attrs
     header = attrs | {"root": table.root, "files": json.dumps([str(file.path) for file in table.files])}
-    del header["format"]
     if table.is_mean:
         for name in ("teacher", "teacher_sha256"):
             header[name] = json.dumps([file.attrs.get(name) for file in table.files])
@@ -449,10 +447,9 @@ def main() -> None:
     with write_atomically(args.out.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
     draw(args.out.with_suffix(".png"), selection, sizes, before["histogram"], after["histogram"])
-    print0(
-        f"{args.out}: {report['candidates']} images, {report['above_threshold']} above "
-        f"{threshold:g}, {report['kept']} kept as {report['examples']} examples (K = {per_class})"
-    )
+    above = f"{report['candidates']} images, {report['above_threshold']} above {threshold:g}"
+    kept = f"{report['kept']} kept as {report['examples']} examples (K = {per_class})"
+    print0(f"{args.out}: {above}, {kept}")
     empty = [name for name, num in zip(table.classes, examples, strict=True) if not num]
     if empty:
         print0(f"no image is left of {', '.join(empty)}: lower --threshold, or label more images")

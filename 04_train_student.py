@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import add_model_flags, add_noise_flags, add_optimization_flags, add_run_flags  # program
-from common import argument_parser, at_least, fail, print0
+from common import add_model_flags, add_optimization_flags, add_run_flags, argument_parser  # program
+from common import at_least, fail, print0
 from common import Processes, init_processes  # processes
 from common import initial_weights  # weights
 from common import View, normalize  # views
@@ -60,7 +60,6 @@ def parse_args() -> argparse.Namespace:
     add("--unlabeled-only", action="store_true", help="pre-train on the selection (billion-scale)")
     add("--consistency", choices=["kl"], help="(CE + KL(teacher || student)) / 2; --ratio 0: of labelled images")
     add_model_flags(parser)
-    add_noise_flags(parser)
     add_optimization_flags(parser)
     add_run_flags(parser)
     parser.set_defaults(label_smoothing=None)
@@ -285,7 +284,7 @@ def main() -> None:
         for part_target, part_labeled, part_unlabeled, part_probs in run.parts(*tensors):
             part_images = torch.cat([part_labeled, part_unlabeled])  # so batch norm sees both kinds
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
-                logits = run.ddp_model(normalize(part_images, view)).float()
+                logits = run.forward(normalize(part_images, view)).float()
             labeled_logits, pseudo_logits = logits.tensor_split([len(part_target)])
             # An even share of the step's readable images: their number / (processes x parts). The
             # parts' gradients then average to that of the mean over the step.

@@ -166,13 +166,13 @@ def main() -> None:
         target = torch.from_numpy(labels)[labeled.rows].to(processes.device, non_blocking=True)
         for part_target, part_images in run.parts(target, images):
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
-                logits = run.ddp_model(normalize(part_images, view)).float()
+                logits = run.forward(normalize(part_images, view)).float()
             loss = F.cross_entropy(logits, part_target, label_smoothing=args.label_smoothing, reduction="sum")
             run.backward(loss / run.counts[0])  # the mean over the readable images of all processes
         run.end_step()  # updates the weights; logs, saves
 
     after = resolution_curve(run.averaged, old_view, val, sizes, processes, precision)
-    if processes.is_main:
+    if processes.rank == 0:
         draw_resolutions(args.out / "resolution.png", before, after, old_size, new_size)
     run.finish()  # evaluates, draws curves.png, writes model.pt
     print0(f"before: {before[new_size]:.2f} there, {before.get(old_size, 0):.2f} at {old_size} px")

@@ -17,8 +17,7 @@ also much more robust, although no stage trains it for that (Noisy Student, sect
 
 reads   checkpoints of any stage; DATA/val and released sets, whose classes are matched by name
 writes  OUT/robustness.json (every number, saved when it is measured), robustness.md and .png (the
-        table, a picture), verdict.md, if there are a `control` and a student. The same command
-        again measures what is missing or had other settings or weights.
+        table, a picture). The same command again measures what is missing or has changed.
 
     python 06_eval_robustness.py runs/demo/teacher/model.pt runs/demo/student1/model.pt \\
         --data data/demo --out runs/demo/robustness --corrupt --fgsm 2 4 --num-images 500
@@ -32,7 +31,6 @@ import json
 import math
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable
 from functools import cache, partial
@@ -45,8 +43,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import SWITCH, add_device_flags, argument_parser, at_least, fail, file_sha256  # program
-from common import optional, print0, write_atomically
+from common import SWITCH, add_device_flags, argument_parser, at_least, fail, optional  # program
+from common import print0, write_atomically
 from common import Processes, init_processes, progress, reduce_sum, seed_words  # processes
 from common import View, eval_view, normalize  # views
 from common import ImageList, images_by_class, judged_half, labeled_images  # listing
@@ -151,7 +149,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="model.pt of any stage, each a table's row")
     add("--data", type=Path, help="data directory with val/; None: the first checkpoint's own")
-    add("--out", type=Path, required=True, help="folder of robustness.json, .md, .png, verdict.md")
+    add("--out", type=Path, required=True, help="folder of robustness.json, .md and .png")
     add("--val-half", choices=["all", "choose", "judge"], default="all", help="by the hash of the path")
     add("--folder", nargs="+", type=name_and_folder, default=[], metavar="NAME=DIR", help="<class>/*")
     add("--imagenet-a", type=existing, metavar="DIR", help="<class>/*: only its classes compete")
@@ -456,7 +454,7 @@ def list_array(file: Path) -> Shown:
     if (labels != labels[0]).any() or not set(labels[0].tolist()) <= set(range(10)):
         raise ValueError(f"{file.with_name('labels.npy')}: not the same 0 to 9 at each severity")
     unnamed = ImageList.of(str(file.absolute()), [])
-    settings = {"sha256": file_sha256(file)}
+    settings = {"sha256": fingerprint(file)}
     read = partial(read_five, np.split(array, 5))
     return Shown(unnamed, labels[0].astype(np.int64), CIFAR10, settings, read)
 
@@ -494,7 +492,7 @@ class Tested:
         self.view = View.of(checkpoint)
         self.classes = checkpoint["classes"]
         self.data = checkpoint.get("data")
-        self.entry = {"sha256": file_sha256(path)}
+        self.entry = {"sha256": fingerprint(Path(path))}
         if earlier.get("sha256") == self.entry["sha256"]:
             self.entry = earlier
 
@@ -593,8 +591,7 @@ class Evaluation:
             tested = Tested(path, processes.device, earlier.get(path, {}))
             self.models.append(tested)
             self.entries[path] = tested.entry
-        views = [tested.view for tested in self.models]
-        self.smallest = min(views, key=lambda view: view.image_size)
+        self.smallest = min((tested.view for tested in self.models), key=lambda view: view.image_size)
 
     def read(self) -> dict[str, dict]:
         try:
@@ -606,20 +603,17 @@ class Evaluation:
 
     def save(self) -> None:
         """Other checkpoints, which another run may save there meanwhile, stay."""
-        if self.processes.is_main:
+        if self.processes.rank == 0:
             others = {k: entry for k, entry in self.read().items() if k not in self.entries}
             with write_atomically(self.file) as temporary:
                 temporary.write_text(json.dumps(self.entries | others, indent=1))
 
     def once(self, key: str, list_images: Callable[..., Shown], *place: Path, **how) -> None:
-        """Measure and save `key` of each model that lacks it with these settings. `how`: of `answers`.
-
-        What cannot be measured is a gap with its reason, and tried again the next time.
-        """
+        """Measure and save `key` of the models that lack it with these settings; `how`: of `answers`."""
         self.asked.append(key)
         try:
             shown = list_images(*place)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # a gap, with its reason; the next time tried again
             for tested in self.models:
                 tested.entry[key] = {"gap": str(error)}
             return
@@ -653,7 +647,7 @@ class Evaluation:
         amp, _ = autocast("fp32" if steps else self.precision, device)
         views = [tested.view for tested in models]
         if shown.read:  # all models see the same pictures, resized
-            views = [self.smallest.of_stored._replace(image_size=view.image_size) for view in views]
+            views = [View.default(view.image_size, "squash") for view in views]
         distinct = [view for number, view in enumerate(views) if view not in views[:number]]
         labels = [torch.from_numpy(tested.labels(shown)) for tested in models]
         num = len(shown.labels)
@@ -918,7 +912,9 @@ def difference(row: Row, base: Row, heading: str) -> tuple[float, float | None, 
     points = np.array([cell.value - of_base.value for cell, of_base in pairs])
     half = None
     if heading == "clean":
-        half = half_interval(np.array([cell.right - of_base.right for cell, of_base in pairs]))
+        num = pairs[0][0].num  # without the zeros that fill the last byte
+        bits = [cell.right[:num] - of_base.right[:num] for cell, of_base in pairs]
+        half = half_interval(np.array(bits))
     elif len(pairs) > 1:
         half = t_95(len(pairs) - 1) * float(points.std(ddof=1)) / len(pairs) ** 0.5
     return float(points.mean()), half, len(pairs)
@@ -1011,14 +1007,10 @@ def report(shown: dict[str, dict], out: Path) -> None:
     if not any("top1" in result for entry in shown.values() for result in entry.values()):
         fail(f"nothing could be measured: {gaps}")
     note = "In percent; ± is half of the 95 percent interval, of several seeds the standard deviation."
-    gained = verdict(rows)
-    parts = [markdown_table(rows, headings), note, gained, gaps]
+    parts = [markdown_table(rows, headings), note, verdict(rows), gaps]
     text = "\n\n".join(part for part in parts if part) + "\n"
     with write_atomically(out / "robustness.md") as temporary:
         temporary.write_text(text)
-    (out / "verdict.md").unlink(missing_ok=True)  # of an earlier command
-    if gained:
-        shutil.copyfile(out / "robustness.md", out / "verdict.md")
     draw(rows, headings, out / "robustness.png")
     print(text, end="")
 
@@ -1048,7 +1040,7 @@ def main() -> None:
         shown[path] = {key: entry[key] for key in evaluation.asked}
         shown[path]["summary"] = entry["summary"] = summarize(shown[path])
     evaluation.save()
-    if processes.is_main:
+    if processes.rank == 0:
         report(shown, args.out)
 
 

@@ -105,31 +105,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the defaults, and keeps the lines of a stage's docstring."""
 
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # its variables
-
-
 def check_torchrun_variables() -> None:
-    """End the program where a cluster's launcher has set only some of torchrun's variables.
-
-    A process that takes itself for rank 1 of 1 would print and write nothing, or wait for ever.
-    """
-    given = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    if not given:
-        return
-    complete = len(given) == len(TORCHRUN) and "MASTER_ADDR" in os.environ
-    if not complete or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-        names = " ".join(given)
-        fail(f"the environment has {given}, but not as torchrun sets them: unset {names}", from_any=True)
+    """End the program if not all of torchrun's variables are set: it would write nothing or hang."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    complete = len(given) == len(names) and "MASTER_ADDR" in os.environ
+    if given and (not complete or int(given["RANK"]) >= int(given["WORLD_SIZE"])):
+        message = f"the environment has {given}, but not as torchrun sets them: unset"
+        fail(f"{message} {' '.join(given)}", from_any=True)
 
 
 def argument_parser(description: str) -> OneLineParser:
-    """A parser that shows defaults, reads @FILE, and takes no abbreviated flags: a typo fails.
-
-    It is the first thing that a stage makes. From here on SIGTERM and Ctrl-C end the stage quietly,
-    with status 143.
-    """
+    """A parser that shows defaults, reads @FILE, and takes no abbreviated flags: a typo fails."""
     check_torchrun_variables()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT):  # from here on they end the stage quietly
         signal.signal(number, lambda *_: sys.exit(143))
     options = {"allow_abbrev": False, "fromfile_prefix_chars": "@"}
     return OneLineParser(description=description, formatter_class=HelpFormatter, **options)
@@ -179,6 +168,7 @@ def path_or_published(text: str) -> Path | str:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Of the model and of the noise of its input."""
     add = parser.add_argument_group("model").add_argument
     add("--init", type=path_or_published, help="weights to start from: a file, or `published` ones of --arch")
     add("--arch", help="[tf_]efficientnet_b0..b7, _l0.._l2, torchvision's, timm/NAME; None: --init's, teacher's, B0")
@@ -187,12 +177,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--small-images", action=SWITCH, help="model and noise for 32 pixels; None: as --init or the teacher")
     add("--dropout", type=RATE, help="rate before the classifier; None: the model's own (B0 0.2 ... B7 0.5)")
     add("--drop-path", type=RATE, help="stochastic depth of the last block; None: the model's own (paper: 0.2)")
-    momentum_help = "weight of a batch in running statistics; 0: frozen; None: 0.01, or 0 with --init"
-    add("--bn-momentum", type=RATE, help=momentum_help)
+    add("--bn-momentum", type=RATE, help="a batch's weight in running statistics; 0: frozen; None: 0.01, --init: 0")
     add("--zero-init-residual", action="store_true", help="blocks start as the identity: short runs learn sooner")
-
-
-def add_noise_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("noise of the input").add_argument
     add("--num-ops", type=at_least(0, int), help="RandAugment ops an image; None: 2; B0, B1: 0 without --magnitude")
     add("--magnitude", type=at_least(0), help="of RandAugment, on a scale of 10; None: B2 6 ... B7, L* 27, else 9")
@@ -209,10 +195,9 @@ def add_optimization_flags(parser: argparse.ArgumentParser, from_scratch: bool =
     add("--epochs", type=at_least(0), action=Length, help=f"passes over the labelled images; {length}")
     steps = at_least(0, int, words=("auto",))
     add("--steps", type=steps, action=Length, help="in place of --epochs; auto: as many as the images need")
-    optimizers = ["rmsprop", "sgd", "adamw"]
-    add("--optimizer", choices=optimizers, default="rmsprop", help="rmsprop: TensorFlow's (paper)")
+    add("--optimizer", choices=list(RATES), default="rmsprop", help="rmsprop: TensorFlow's (paper)")
     add("--lr", type=at_least(0), help="peak rate; None: the optimizer's, per 256 images; --init: for any batch")
-    schedules = r"staircase|cosine|constant|[1-9]\d*:[\d.]+" + ("|plateau" if from_scratch else "")
+    schedules = r"staircase|cosine|constant|[1-9]\d*:\d*\.?\d+" + ("|plateau" if from_scratch else "")
     schedule_help = "None: staircase (paper), --init cosine; constant, plateau (not 05), N:FACTOR"
     add("--schedule", type=text_like(schedules), help=schedule_help)
     if from_scratch:
@@ -276,11 +261,6 @@ def optional(module: str, package: str = "", what: str = "this"):
         fail(f"{what} needs a package that is not installed: pip install {package or module}")
 
 
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest_of_bytes(data: bytes) -> bytes:
     """What tells the bytes of an image file from those of another: blake2b, 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()
@@ -312,10 +292,6 @@ class Processes(NamedTuple):
     rank: int
     world_size: int
     workers: int  # loaders of each process
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def init_processes(workers: int | None = None, connect: bool = True) -> Processes:
@@ -381,7 +357,7 @@ def ignore_signals(worker: int) -> None:
 
 def progress(iterable: Iterable, name: str, total: int, processes: Processes, start: int = 0):
     """The same items, with a tqdm bar of rank 0 on a terminal."""
-    if processes.is_main and sys.stderr.isatty():
+    if processes.rank == 0 and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
 
@@ -450,7 +426,6 @@ MODELS = {  # width, depth, training resolution in pixels, final dropout, and th
 EFFICIENTNETS = {name: row[:4] for name, row in MODELS.items()}
 RECIPES = {name: Recipe(*row[4:]) for name, row in MODELS.items()}
 OTHER_RECIPE = Recipe(350, 2, 9, 3)  # RandAugment's own setting for ResNet-50 (1909.13719)
-EPOCHS_FROM_WEIGHTS = 30  # our choice
 TIMM_NOISE = {"dropout": 0.2, "drop_path": 0.2}  # B0's: timm's models have both off by default
 
 
@@ -459,21 +434,12 @@ def recipe_of(arch: str, args: argparse.Namespace) -> Recipe:
     flags = {name: getattr(args, name, None) for name in Recipe._fields}
     recipe = RECIPES.get(arch.removeprefix("tf_"), OTHER_RECIPE)
     if args.init:
-        recipe = recipe._replace(epochs=EPOCHS_FROM_WEIGHTS)
+        recipe = recipe._replace(epochs=30)  # our choice
     asks_for_ops = flags["num_ops"] is not None or flags["magnitude"] is not None
     if recipe.num_ops == 0 and asks_for_ops:
-        # B0 and B1 have none: the flag that is not given gets a usual value. Magnitude 0 is not
-        # off: brightness would be a tenth.
+        # B0 and B1 have none: the flag that is not given gets a usual value (0 is not off).
         recipe = recipe._replace(num_ops=OTHER_RECIPE.num_ops, magnitude=OTHER_RECIPE.magnitude)
     return recipe._replace(**{name: value for name, value in flags.items() if value is not None})
-
-
-def resolution_of(arch: str) -> int:
-    """The training resolution in pixels that a model is meant for."""
-    if arch.startswith("timm/"):
-        return view_of(arch).image_size
-    name = arch.removeprefix("tf_")
-    return EFFICIENTNETS[name][2] if name in EFFICIENTNETS else 224
 
 
 # B0: repeats, kernel, stride, expansion, channels out (official efficientnet_builder.py:123-131).
@@ -525,8 +491,7 @@ class EfficientNet(nn.Module):
 
     `small_images`: the official variant for 32 pixels, whose stages 2 and 3 keep their resolution.
     `drop_path`: block i of n is dropped with probability drop_path * i / n (0.2 is the paper's
-    survival 0.8). `zero_init_residual`: blocks with a skip start as the identity (1706.02677), for
-    short runs; not the paper's.
+    survival 0.8). `zero_init_residual`: blocks with a skip start as the identity (1706.02677).
     """
 
     def __init__(
@@ -557,8 +522,7 @@ class EfficientNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # TensorFlow counts the fan-out of one group (official efficientnet_model.py:74-98),
-                # torchvision that of all groups: smaller depthwise weights, which AdamW moves
-                # sooner.
+                # torchvision that of all: smaller depthwise weights, which AdamW moves sooner.
                 fan_out = module.kernel_size[0] ** 2 * module.out_channels
                 fan_out = fan_out // module.groups if tf else fan_out
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
@@ -567,8 +531,7 @@ class EfficientNet(nn.Module):
             if zero_init_residual and isinstance(module, MBConv) and module.has_skip:
                 nn.init.zeros_(module.block[-1][1].weight)  # the last batch norm's
         # Official: U(+-1/sqrt(classes)), 0.03 for ImageNet. For 10 classes it would be 0.3 and
-        # nearly every image confident from the first step on, so never more than ImageNet's.
-        # (Deviation.)
+        # nearly every image confident at once, so never more than ImageNet's (deviation).
         linear = self.classifier[1]
         bound = 1 / math.sqrt(max(linear.out_features, 1000))
         nn.init.uniform_(linear.weight, -bound, bound)
@@ -588,35 +551,30 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
     """
     options = {name: value for name, value in arch_options.items() if value is not None}
     name = arch.removeprefix("tf_")
-    if arch.startswith("timm/"):
-        return build_timm_model(arch, num_classes, options)
     if name in EFFICIENTNETS:
         width, depth, _, dropout = EFFICIENTNETS[name]
         # torchvision's B0 to B4 have torch's eps; its B5 to B7, and all of TensorFlow's, 1e-3.
         eps = 1e-5 if arch in list(EFFICIENTNETS)[:5] else 1e-3
         dropout = options.pop("dropout", dropout)
         return EfficientNet(width, depth, dropout, num_classes, eps, tf=arch != name, **options)
-    from torchvision import models
+    if arch.startswith("timm/"):
+        create = optional("timm").create_model
+        names = {"dropout": "drop_rate", "drop_path": "drop_path_rate", "zero_init_residual": "zero_init_last"}
+    else:
+        from torchvision import models
 
-    if "drop_path" in options:
-        options["stochastic_depth_prob"] = options.pop("drop_path")
+        create, names = models.get_model, {"drop_path": "stochastic_depth_prob"}
+    options = {names.get(option, option): value for option, value in options.items()}
     resnext = re.fullmatch(r"resnext101_32x([1-9]\d*)d", arch)  # 1905.00546: a teacher of 32x48d
     if resnext:
         options.update(groups=32, width_per_group=int(resnext[1]))
+    name = "resnet101" if resnext else arch.removeprefix("timm/")
     try:
-        return models.get_model("resnet101" if resnext else arch, num_classes=num_classes, **options)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"cannot build {arch!r} with {arch_options}; timm's are timm/NAME: {error}") from error
-
-
-def build_timm_model(arch: str, num_classes: int, options: dict) -> nn.Module:
-    names = {"dropout": "drop_rate", "drop_path": "drop_path_rate", "zero_init_residual": "zero_init_last"}
-    options = {names.get(name, name): value for name, value in options.items()}
-    try:
-        name = arch.removeprefix("timm/")
-        return optional("timm").create_model(name, num_classes=num_classes, **options)
+        if name == arch and arch not in models.list_models(module=models):  # the others fetch weights
+            raise ValueError("torchvision has no such classifier")
+        return create(name, num_classes=num_classes, **options)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each has its own way
-        raise ValueError(f"cannot build {arch!r} with {options}: {error}") from error
+        raise ValueError(f"cannot build {arch!r} with {arch_options}; timm's are timm/NAME: {error}") from error
 
 
 def fuse_batch_norms(model: nn.Module) -> None:
@@ -624,19 +582,11 @@ def fuse_batch_norms(model: nn.Module) -> None:
     model.eval()
     for module in list(model.modules()):
         for (name, conv), (next_name, norm) in pairwise(list(module.named_children())):
-            # type: timm's BatchNormAct2d has an activation inside. Features: qkv and norm_q of a
-            # LambdaLayer.
+            # Not timm's BatchNormAct2d, with an activation inside; not a LambdaLayer's norm_q.
             is_pair = isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d
             if is_pair and conv.out_channels == norm.num_features:
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, next_name, nn.Identity())
-
-
-def has_noise(model: nn.Module) -> bool:
-    """Whether dropout or stochastic depth is on, by the names of all libraries' rates."""
-    names = ("p", "drop_rate", "drop_prob", "drop_path")
-    rates = [getattr(module, name, 0) for module in model.modules() for name in names]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:
@@ -650,15 +600,9 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
 
 # ------------------------------------------- weights --------------------------------------------
 
-# timm's name of an EfficientNet's layer: ours, which is torchvision's. The blocks of the first
-# stage do not expand.
-TIMM_TOP = {
-    "conv_stem": "features.0.0",
-    "bn1": "features.0.1",
-    "conv_head": "features.8.0",
-    "bn2": "features.8.1",
-    "classifier": "classifier.1",
-}
+# timm's names of an EfficientNet's layers: ours, which are torchvision's. First blocks do not expand.
+TIMM_TOP = {"conv_stem": "features.0.0", "bn1": "features.0.1", "classifier": "classifier.1"}
+TIMM_TOP |= {"conv_head": "features.8.0", "bn2": "features.8.1"}
 TIMM_BLOCK = {"conv_pw": "0.0", "bn1": "0.1", "conv_dw": "1.0", "bn2": "1.1"}
 TIMM_BLOCK |= {"conv_pwl": "3.0", "bn3": "3.1", "se.conv_reduce": "2.fc1", "se.conv_expand": "2.fc2"}
 TIMM_FIRST = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "2.0", "bn2": "2.1"}
@@ -706,7 +650,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def load_weights(model: nn.Module, weights: dict, new_head: bool = False) -> None:
-    """Load a state_dict of this toolkit, torchvision or timm, also into a model on the meta device.
+    """Load a state_dict of this toolkit, torchvision or timm.
 
     ValueError names what is missing, extra or of another shape. `new_head`: the last layer starts
     at zero. Random weights would stay as noise wherever few training images touch them.
@@ -718,14 +662,10 @@ def load_weights(model: nn.Module, weights: dict, new_head: bool = False) -> Non
             for tensor in (f"{name}.weight", f"{name}.bias"):
                 if tensor in own:
                     weights[tensor] = torch.zeros(own[tensor].shape)
-    on_meta = any(tensor.is_meta for tensor in own.values())
-    if on_meta:  # a copy, for a mapped file may change
-        for name, tensor in weights.items():
-            weights[name] = tensor.to(own.get(name, tensor).dtype, copy=True)
     weights = OrderedDict(weights)
     weights._metadata = {"": {"version": model._version}}  # MNASNet asks for it
     try:
-        model.load_state_dict(weights, assign=on_meta)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())[:1000]) from error
 
@@ -772,7 +712,7 @@ def view_of_file(path: Path, arch: str) -> "View":
     # TensorFlow's weights: size / (size + 32), bicubic (official preprocessing.py:104-134).
     if arch.startswith(("tf_", "efficientnet_l")):
         name = "/".join(path.absolute().parts[-4:])  # Hugging Face's cache names a folder
-        size = resolution_of(arch)
+        size = view_of(arch).image_size
         if arch == "tf_efficientnet_l2" and not re.search(r"ns(_jft_in1k)?_475", name):
             size = 800  # trained at 475, tuned for 800
         view = View.default(size)
@@ -790,7 +730,7 @@ def view_of_file(path: Path, arch: str) -> "View":
 def initial_weights(init: str | Path, arch: str | None, image_size: int | None) -> dict:
     """--init, as a checkpoint or a dict like one: arch, model (the weights) and the view."""
     source = {} if init == "published" else read_file(init)
-    if "classes" in source:  # a checkpoint of this toolkit
+    if isinstance(source, dict) and "format" in source:  # a checkpoint of this toolkit
         return source
     if not arch:
         fail(f"--init {init}: --arch must say of which model these weights are")
@@ -813,10 +753,6 @@ def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str
     return same_classes
 
 
-def is_of_timm(model: nn.Module) -> bool:
-    return any(type(module).__module__.startswith("timm.") for module in model.modules())
-
-
 def timm_config(arch: str):
     """timm's record of a model's published weights, None where it has none or no such model."""
     return optional("timm").get_pretrained_cfg(arch.removeprefix("timm/"))
@@ -828,21 +764,12 @@ def img_size_option(arch: str, image_size: int) -> dict[str, int]:
     return {"img_size": image_size} if config and config.fixed_input_size else {}
 
 
-def timm_view(config) -> "View":
-    """How images must look for a model of timm."""
-    # border is the whole image in a grey square: here the whole image, its crop_pct is 1 too.
-    crop_mode = "squash" if config.crop_mode == "border" else config.crop_mode
-    mean, std = tuple(config.mean), tuple(config.std)
-    return View(config.input_size[-1], config.crop_pct, config.interpolation, mean, std, crop_mode)
-
-
 # -------------------------------------------- noise ---------------------------------------------
 # RandAugment (Cubuk et al., 1909.13719) as the official Noisy Student code runs it, on whole
 # batches. Magnitudes are on a scale of 10 without a cap: the paper's 27 is 2.7 times each op's
 # range (rotate by 81 degrees). torchvision's 27 is on a scale of 30 (27 degrees), timm clamps it to
 # 10. An op maps uint8 (N, 3, H, W) to the same; `sign` (N,) is +1 or -1. Draws come from
-# `generator` on the CPU, so all devices get the same noise. Sources: official randaugment.py;
-# Pillow for rounding.
+# `generator` on the CPU, so all devices get the same noise. Source: official randaugment.py.
 
 
 def put(images: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -855,14 +782,8 @@ def put(images: Tensor, rows: Tensor, values: Tensor) -> None:
 def table_lookup(images: Tensor, tables: Tensor) -> Tensor:
     """Replace each pixel by its entry in tables (N, 3, 256), (N, 1, 256) or (256,), clipped."""
     tables = tables.clamp(0, 255).to(images.device, torch.uint8)  # truncates, as Pillow does
-    if images.device.type != "cpu":
-        tables = tables.expand(len(images), 3, 256)
-        return tables.gather(2, images.flatten(2).long()).view_as(images)
-    # bytes.translate is twice as fast as any indexing of numpy or torch.
-    tables = tables.reshape(-1, 256).numpy()
-    planes = images.numpy().reshape(len(tables), -1)
-    out = [bytearray(plane).translate(table) for plane, table in zip(planes, tables, strict=True)]
-    return torch.frombuffer(bytearray().join(out), dtype=torch.uint8).view_as(images)
+    tables = tables.expand(len(images), 3, 256)
+    return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
 def blend(degenerate: Tensor, images: Tensor, magnitude: float) -> Tensor:
@@ -936,16 +857,11 @@ def auto_contrast(images, magnitude, sign, generator):
 
 def equalize(images, magnitude, sign, generator):
     levels = torch.arange(256, device=images.device)
-    planes = images.flatten(0, 1).flatten(1)
-    first_bins = 256 * torch.arange(len(planes), dtype=torch.int32, device=images.device)
-    index = (planes + first_bins[:, None]).flatten()  # 256 bins for each plane, one after the other
-    if images.device.type == "cpu":
-        histogram = index.bincount(minlength=256 * len(planes))
-    else:  # bincount would wait for the device
-        histogram = index.new_zeros(256 * len(planes)).scatter_add_(0, index.long(), torch.ones_like(index))
-    histogram = histogram.view(-1, 3, 256)
-    last = histogram.gather(2, images.flatten(2).amax(2, keepdim=True).long())  # of the brightest level
-    step = (planes.shape[1] - last) // 255  # pixels a level should have
+    planes = images.flatten(2).long()  # (N, 3, H * W)
+    histogram = planes.new_zeros(len(images), 3, 256)
+    histogram.scatter_add_(2, planes, torch.ones_like(planes))  # bincount would wait for a GPU
+    last = histogram.gather(2, planes.amax(2, keepdim=True))  # of the brightest level
+    step = (planes.shape[2] - last) // 255  # pixels a level should have
     below = (histogram.cumsum(2) - histogram).double()  # pixels darker than the level
     return table_lookup(images, torch.where(step > 0, (below + step // 2) / step, levels))
 
@@ -1145,11 +1061,6 @@ class View(NamedTuple):
         return cls(image_size, fraction, crop_mode=crop_mode)
 
     @property
-    def of_stored(self) -> "View":
-        """The view of an image that was cropped before it was stored: all of it."""
-        return self._replace(crop_mode="squash", crop_fraction=1.0, interpolation="bicubic")
-
-    @property
     def enough(self) -> int:
         """Pixels of an image's short side that leave the resize twice what it needs."""
         return math.ceil(2 * self.image_size / self.crop_fraction)
@@ -1164,11 +1075,15 @@ class View(NamedTuple):
 
 
 def view_of(arch: str) -> View:
-    """The clean view of a model that starts from scratch; timm keeps a record of its own models."""
-    if arch.startswith("timm/"):
-        config = timm_config(arch)
-        return timm_view(config) if config else View.default(224)
-    return View.default(resolution_of(arch))
+    """The clean view that a model is meant for; of its own models timm keeps a record."""
+    config = timm_config(arch) if arch.startswith("timm/") else None
+    if config is None:
+        _, _, resolution, _ = EFFICIENTNETS.get(arch.removeprefix("tf_"), (1, 1, 224, 0))
+        return View.default(resolution)
+    # border is the whole image in a grey square: here the whole image, its crop_pct is 1 too.
+    crop_mode = "squash" if config.crop_mode == "border" else config.crop_mode
+    mean, std = tuple(config.mean), tuple(config.std)
+    return View(config.input_size[-1], config.crop_pct, config.interpolation, mean, std, crop_mode)
 
 
 class Crop(NamedTuple):
@@ -1263,10 +1178,8 @@ class ImageList:
         name, size = self.name(row), int(self.size[row])
         if not size:
             return open(name, "rb")
-        end = name.lower().index(".tar/", len(self.root)) + 4
-        while os.path.isdir(name[:end]):  # a folder may have the name of a shard
-            end = name.lower().index(".tar/", end) + 4
-        with open(name[:end], "rb") as shard:
+        path = next((folder for folder in Path(name).parents if folder.is_file()), name)
+        with open(path, "rb") as shard:
             shard.seek(int(self.offset[row]))
             return io.BytesIO(shard.read(size))
 
@@ -1294,10 +1207,7 @@ def shard_members(root: str, path: str) -> Iterator[tuple[bytes, int, int]]:
 
 
 def list_images(root: str | Path) -> ImageList:
-    """All images below `root`, sorted by path; .tar shards are indexed and read in place.
-
-    Links are followed. Takes some 80 bytes an image, all of it in memory.
-    """
+    """All images below `root`, sorted by path, links followed; .tar shards are read in place."""
     root, members = os.path.abspath(root), []
 
     def not_listed(error: OSError) -> None:
@@ -1348,8 +1258,7 @@ def digests_of(images: ImageList) -> frozenset[bytes]:
 def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
     """Tell of images of val that are in train too (many end the program) or under two classes.
 
-    Byte for byte. Only files of equal size are read. Not of more than 200,000 images, where it
-    takes minutes.
+    Byte for byte. Only files of equal size are read, and none of more than 200,000: it takes minutes.
     """
     if not is_rank0() or len(train) + len(val) > 200_000:
         return
@@ -1365,10 +1274,10 @@ def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
             for images, row, kind in same_size:
                 with contextlib.suppress(OSError), images.open(row) as file:
                     digest = digest_of_bytes(file.read())
-                kind_of_first, name = first.setdefault(digest, (kind, images.name(row)))
-                if kind != kind_of_first:
-                    pairs = copies if kind_of_first < 0 else twice
-                    pairs.append(f"{name} = {images.name(row)}")
+                    kind_of_first, name = first.setdefault(digest, (kind, images.name(row)))
+                    if kind != kind_of_first:
+                        pairs = copies if kind_of_first < 0 else twice
+                        pairs.append(f"{name} = {images.name(row)}")
     if twice:
         print0(f"{len(twice)} images are under two classes, byte for byte: {'; '.join(twice[:3])}")
     if copies:
@@ -1396,8 +1305,7 @@ def images_by_class(folder: str | Path, classes: list[str] | None = None):
     """(ImageList, labels int64 (N,), classes) of `folder`/<class>/**, nothing beside these.
 
     `classes`: the known names in the order of their labels; None: the sorted names of the folders.
-    ValueError where there are no class folders, two that differ in case alone, or one of an unknown
-    name.
+    ValueError where there are no class folders, two that differ in case alone, or an unknown one.
     """
     entries = list(os.scandir(folder)) if os.path.isdir(folder) else []
     folders = [e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in JUNK]
@@ -1427,10 +1335,7 @@ def data_of(args: argparse.Namespace, source: Mapping) -> Path:
 
 
 def labeled_images(data: str | Path, split: str, classes: list[str] | None = None):
-    """`images_by_class` of DATA/train or DATA/val; without val/ a tenth of train/ is held out.
-
-    `classes`: the known names, for val or in a checkpoint's order. Mistakes end the program.
-    """
+    """`images_by_class` of DATA/train or DATA/val; without val/ a tenth of train/ is held out."""
     held_out = not (Path(data) / "val").is_dir()
     folder = Path(data) / ("train" if held_out else split)
     if not folder.is_dir():
@@ -1493,6 +1398,7 @@ class Batch(NamedTuple):
     held_out: list[int]  # rows of images of val, which no stage trains on
 
 
+@dataclass(eq=False)
 class ImageDataset(torch.utils.data.Dataset):
     """Views of images as uint8. An item is (row, views, error): a list of (H, W, 3), or why not.
 
@@ -1503,18 +1409,13 @@ class ImageDataset(torch.utils.data.Dataset):
     error. A bad image never stops a run, and no other takes its place.
     """
 
-    def __init__(
-        self,
-        images: ImageList,
-        clean: View | None = None,
-        noised: Crop | None = None,
-        seed: int | str = 0,
-        stream: str = "",
-        repeated: np.ndarray | None = None,
-        held_out: frozenset[bytes] = frozenset(),
-    ):
-        self.images, self.clean, self.noised = images, clean, noised
-        self.seed, self.stream, self.repeated, self.held_out = seed, stream, repeated, held_out
+    images: ImageList
+    clean: View | None = None
+    noised: Crop | None = None
+    seed: int | str = 0
+    stream: str = ""
+    repeated: np.ndarray | None = None
+    held_out: frozenset[bytes] = frozenset()
 
     def __len__(self) -> int:
         return len(self.images if self.repeated is None else self.repeated)
@@ -1550,12 +1451,9 @@ class ImageDataset(torch.utils.data.Dataset):
         if torch.utils.data.get_worker_info():
             for tensor in (rows, *views):  # a full /dev/shm: an error here, a hang in torch's thread
                 tensor.share_memory_()
-        return Batch(
-            rows=rows,
-            views=views,
-            errors=[(row, error) for row, _, error in items if error is not None],
-            held_out=[row for row, views, error in items if views is None and error is None],
-        )
+        errors = [(row, error) for row, _, error in items if error is not None]
+        held_out = [row for row, of_row, error in items if of_row is None and error is None]
+        return Batch(rows, views, errors, held_out)
 
 
 def train_keys(num: int, batch_size: int, seed, stream: str, steps: range, processes: Processes):
@@ -1583,19 +1481,15 @@ def grid_keys(num: int, batch_size: int, processes: Processes) -> Iterator[range
 
 
 def rows_per_batch(image_size: int, device: torch.device) -> int:
-    """How many images a model takes at a time without gradients, by size and device alone.
-
-    CPUs are fastest while a batch's activations fit the cache (512 images of 32 px, 8 of 224). GPUs
-    take 64 times that.
-    """
+    """How many images a model takes at a time without gradients, by size and device alone."""
+    # CPUs are fastest while a batch's activations fit the cache; GPUs take 64 times that.
     fits = 512 * 32**2 / image_size**2 * (64 if device.type == "cuda" else 1)
-    return int(min(max(2 ** int(np.log2(max(fits, 1))), 1), 1024))
+    return min(2 ** int(math.log2(max(fits, 1))), 1024)
 
 
 def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) -> Iterator[Batch]:
     """Load a Batch for each list (or range) of keys, which are rows or (epoch, row)."""
-    # A fork shares millions of paths, where spawn copies them; libraries of macOS do not survive
-    # it.
+    # A fork shares millions of paths, spawn copies them; libraries of macOS do not survive it.
     context = "fork" if processes.workers and sys.platform == "linux" else None
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -1606,22 +1500,17 @@ def load_batches(dataset: ImageDataset, keys: Iterable, processes: Processes) ->
         multiprocessing_context=context,
         worker_init_fn=ignore_signals,
     )
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            if not processes.workers:
-                raise
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-            for worker in active_children():  # they ignore SIGTERM
-                worker.kill()
-            # Docker gives /dev/shm 64 MB unless it is told otherwise.
-            reason = str(error).strip().split("\n")[-1]
-            fail(f"the loaders have died ({reason}): try docker run --shm-size 8g, or --workers 0", from_any=True)
-        if batch is None:
-            return
-        yield batch
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not processes.workers:
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for worker in active_children():  # they ignore SIGTERM
+            worker.kill()
+        # Docker gives /dev/shm 64 MB unless it is told otherwise.
+        reason = str(error).strip().split("\n")[-1]
+        fail(f"the loaders have died ({reason}): try docker run --shm-size 8g, or --workers 0", from_any=True)
 
 
 def check_parts(num: int, what: str, args, processes: Processes) -> None:
@@ -1714,6 +1603,7 @@ def check_label_rows(labels: LabelFile) -> None:
     of_label = logits[np.arange(len(rows)), label]
     probs = np.exp(of_label) / np.exp(logits).sum(1)
     fits = (logits.max(1) == 0) & (abs(probs - labels.column("confidence")[rows]) <= 0.02)
+    fits &= labels.column("label")[rows] == label  # not below 0 or above the last class
     if labels.attrs.get("method") != "top-p":
         fits &= of_label >= -0.01
     if not fits.all():
@@ -1752,7 +1642,7 @@ def new_label_file(path: Path, num: int, path_width: int, classes: list, columns
         for name, values in arrays.items():
             file[name][...] = values
         file.create_dataset("classes", data=classes, dtype=h5py.string_dtype())
-        file.attrs.update(format=LABELS_FORMAT, **attrs)
+        file.attrs.update({"format": LABELS_FORMAT} | attrs)
         yield file
 
 
@@ -1769,8 +1659,7 @@ class Plan(NamedTuple):
     warmup_steps: float
 
 
-# optimizer: peak rate from scratch for each 256 images of a batch; peak rate from weights, whatever
-# the batch (a guess); weight decay.
+# Peak rate from scratch for each 256 images of a batch; from weights for any batch (a guess); decay.
 RATES = {
     "rmsprop": (0.016, 0.0016, 1e-5),  # the paper's: 0.128 at 2048; official main.py:173-182
     "sgd": (0.1, 0.01, 1e-4),  # ResNets: Goyal et al., 1706.02677
@@ -1784,8 +1673,7 @@ def plan_of(
     """The plan of a run. `epochs` and `peak` count where no flag says how long and how fast.
 
     --steps auto, ours: from scratch 100 passes over the labelled images, at least 1,000 steps; from
-    weights 30 passes over them or 3 over those in `unlabeled`, `num_unlabeled` a step, whichever is
-    longer, at least 300 steps.
+    weights 30, or if longer 3 over those in `unlabeled`, `num_unlabeled` a step, at least 300.
     """
     init, steps_per_epoch = getattr(args, "init", None), max(num_images, 1) / args.batch_size
     if args.steps == "auto":
@@ -1819,8 +1707,7 @@ def learning_rate(step: int, plan: Plan) -> float:
 
     staircase: x 0.97 every 2.4 epochs of 350, every 4.8 of 700: one rule, 2.4 / 350 of the run. Its
     clock starts at step 0, not after the warm-up (official utils.py:39-74, main.py:569-584).
-    N:FACTOR divides the run evenly. What `plateau` takes off depends on the evaluations:
-    `plateau_factor`.
+    N:FACTOR divides the run evenly. plateau: see `plateau_factor`.
     """
     if step < plan.warmup_steps:
         return plan.peak * step / plan.warmup_steps
@@ -1835,17 +1722,12 @@ def learning_rate(step: int, plan: Plan) -> float:
     return plan.peak
 
 
-# The factor of the rate in the Keras example. Its teacher watches the loss on val, its student the
-# accuracy.
+# The Keras example's: its teacher watches the loss on val, its student the accuracy.
 PLATEAU = {"teacher": 0.1, "student": 0.5}
 
 
 def plateau_factor(values: list[float], factor: float, patience: int = 3, min_delta: float = 1e-4):
-    """Keras' ReduceLROnPlateau: the factor of the rate after these values, of which low is good.
-
-    After `patience` evaluations in a row that are not better by more than `min_delta` it is
-    multiplied by `factor`.
-    """
+    """Keras' ReduceLROnPlateau: the factor of the rate after these values, of which low is good."""
     best, waited, product = math.inf, 0, 1.0  # waited: evaluations since the best
     for value in values:
         waited += 1
@@ -1860,8 +1742,7 @@ class RMSpropTF(torch.optim.Optimizer):
     """TensorFlow's RMSProp, the paper's (official utils.py:77-97).
 
     torch.optim.RMSprop differs in three things: here epsilon is inside the root, the mean square
-    starts at 1, and the rate is inside the momentum. Weight decay is coupled: it is part of the
-    gradient.
+    starts at 1, and the rate is inside the momentum. Weight decay is part of the gradient.
     """
 
     def __init__(self, params, lr: float, decay=0.9, momentum=0.9, eps=1e-3, weight_decay=0.0):
@@ -1904,16 +1785,12 @@ def make_optimizer(name: str, model: nn.Module, weight_decay: float | None, clas
     heads = [model.get_submodule(head) for head in head_names(model)]
     spared = {p for module in norms for p in module.parameters()}
     classifier = {p for module in heads for p in module.parameters()}
-    body = {"params": [], "weight_decay": weight_decay}
-    undecayed = {"params": [], "weight_decay": 0.0}
-    head = {"params": [], "weight_decay": weight_decay, "share": classifier_lr}
-    for p in model.parameters():
-        group = head if p in classifier else body
-        if p in spared:
-            group = undecayed
-        if p.requires_grad:  # 05 freezes some
-            group["params"].append(p)
-    groups = [body, undecayed, head]
+    trained = [p for p in model.parameters() if p.requires_grad]  # 05 freezes some
+    body = [p for p in trained if p not in spared and p not in classifier]
+    head = [p for p in trained if p in classifier and p not in spared]
+    groups = [{"params": body, "weight_decay": weight_decay}]
+    groups.append({"params": [p for p in trained if p in spared], "weight_decay": 0.0})
+    groups.append({"params": head, "weight_decay": weight_decay, "share": classifier_lr})
     if name == "rmsprop":
         return RMSpropTF(groups, lr=0.0)
     if name == "sgd":
@@ -1948,10 +1825,7 @@ def update_swa(swa_model: nn.Module, model: nn.Module, step: int, total_steps: i
 
 @torch.no_grad()
 def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Batch norms' running statistics: the mean over the batches, without dropout and drop path.
-
-    torch's swa_utils.update_bn leaves these on, but the model is tested without them.
-    """
+    """Running statistics: the mean over batches, without dropout (torch's update_bn has it on)."""
     norms = [m for m in model.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.momentum != 0]  # 0: frozen
     momenta = [norm.momentum for norm in norms]
@@ -2006,13 +1880,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool 
     `fuse`: with the batch norms folded into the convolutions, for inference: 1.4 times as fast.
     """
     checkpoint = read_checkpoint(path)
-    # No memory and time for weights that are replaced at once; torchvision's RegNets cannot do
-    # that.
-    on_meta = checkpoint["arch"].removeprefix("tf_") in EFFICIENTNETS
-    options = checkpoint["arch_options"]
+    arch, num_classes = checkpoint["arch"], len(checkpoint["classes"])
     try:
-        with torch.device("meta") if on_meta else contextlib.nullcontext():
-            model = build_model(checkpoint["arch"], len(checkpoint["classes"]), **options)
+        model = build_model(arch, num_classes, **checkpoint["arch_options"])
         load_weights(model, checkpoint["model"])
     except ValueError as error:
         fail(f"{path}: {error}")
@@ -2022,14 +1892,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool 
 
 
 def fingerprint(thing: Path | ImageList) -> str:
-    """Equal where two runs read the same: the sha256 of a file, of the names in a list of images, or
-    of a label file without its logits.
-    """
+    """The sha256 of a file, of the names of images, or of a label file without its logits."""
     if isinstance(thing, ImageList):
         names = hashlib.sha256(np.ascontiguousarray(thing.path))
         return f"{len(thing)} images, names {names.hexdigest()}"
     if thing.suffix != ".h5":
-        return file_sha256(thing)
+        with open(thing, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     labels = open_label_file(thing)
     sha256 = hashlib.sha256(json.dumps(labels.classes).encode())
     for name in sorted(labels.places.keys() - {"logits"}):
@@ -2057,8 +1926,7 @@ def lock(out: Path) -> None:
 def previous_run(args: argparse.Namespace) -> dict | None:
     """The checkpoint of the run that --out holds, None for a new run.
 
-    Ends the program if the flags differ from that run's, or (status 0) if it is finished and its
-    inputs are gone.
+    Ends the program if the flags differ, or (status 0) if it is finished and its inputs are gone.
     """
     if is_rank0():
         lock(args.out)
@@ -2069,12 +1937,14 @@ def previous_run(args: argparse.Namespace) -> dict | None:
     if checkpoint["format"] == OLD_FORMAT:
         fail(f"--out {args.out} holds a run of an earlier version: it can be read, not continued; choose another")
     before, flags = checkpoint["args"], flags_of(args)
+    other = []
     for name in sorted(before.keys() | flags.keys()):
         old, new = before.get(name), flags.get(name)
         may_differ = name in MAY_DIFFER and "published" not in (old, new)
         if old != new and not (may_differ and (name not in ROLES or (old and new))):
-            flag = name.replace("_", "-")
-            fail(f"{args.out} was begun with --{flag} {old}, not {new}: use that, or another --out")
+            other.append(f"--{name.replace('_', '-')} {old}, not {new}")
+    if other:
+        fail(f"{args.out} was begun with {'; '.join(other)}: use that, or another --out")
     paths = [*checkpoint.get("roots", []), *(before.get(role) for role in ROLES)]
     if path.name == "model.pt" and any(p and p != "published" and not os.path.exists(p) for p in paths):
         exit_finished(args.out, checkpoint)
@@ -2084,8 +1954,7 @@ def previous_run(args: argparse.Namespace) -> dict | None:
 def compare_inputs(args: argparse.Namespace, resumed: dict | None, **images: ImageList) -> dict[str, str]:
     """{role: fingerprint} of the files and images that a run is made from, for its checkpoints.
 
-    Ends the program where they are not what the run began with, and (status 0) where it is
-    finished.
+    Ends the program where they have changed since the run began, and (status 0) if it is finished.
     """
     things = {role: getattr(args, role, None) for role in ROLES} | images
     things = {role: thing for role, thing in things.items() if isinstance(thing, (Path, ImageList))}
@@ -2169,7 +2038,7 @@ def setup_of(args, teacher: Mapping, initial: dict, image_size: int) -> Setup:
     if min_area is None:  # a figure of 20 pixels does not survive the paper's 0.08
         min_area = 0.7 if image_size <= 64 else 0.08
     crop = Crop(image_size, None if small_images else min_area, args.hflip, view.crop_mode)
-    recipe, resolution = recipe_of(arch, args), resolution_of(arch)
+    recipe, resolution = recipe_of(arch, args), view_of(arch).image_size
     options = {"recipe": recipe, "resolution": resolution}
     options |= {"small_images": small_images, "hflip": args.hflip}
     return Setup(arch, small_images, view, crop, recipe, partial(add_noise, **options), initial)
@@ -2214,7 +2083,9 @@ def model_of(stage: str, setup: Setup, train: tuple, classes: list[str], args, p
     if bn_momentum is None:
         bn_momentum = 0.0 if setup.initial else 0.01
     set_bn_momentum(model, bn_momentum)
-    if not has_noise(model):
+    names = ("p", "drop_rate", "drop_prob", "drop_path")  # all libraries' rates of model noise
+    rates = [getattr(module, name, 0) for module in model.modules() for name in names]
+    if not any(isinstance(rate, float) and rate > 0 for rate in rates):
         origin += ", no model noise"
     header = {"stage": stage, "arch": arch, "arch_options": options, "classes": classes}
     header |= {"class_counts": np.bincount(train[1], minlength=num_classes).tolist(), "hflip": args.hflip}
@@ -2261,8 +2132,7 @@ def fit_classifier(model: nn.Module, images: ImageList, labels: np.ndarray, view
 
     Then step 0 is what a linear probe gives, and the first steps do not distort the features to
     suit a random classifier (LP-FT, Kumar et al., 2202.10054). The weight decay has the least
-    cross-entropy in five folds. At most 20,000 images are used. A last layer that is not one linear
-    layer with biases stays zero.
+    cross-entropy in five folds. A last layer that is not one linear layer with biases stays zero.
     """
     names = head_names(model)
     head = model.get_submodule(names[0])
@@ -2311,18 +2181,15 @@ def autocast(precision: str, device: torch.device):
 
 
 def parallel(model: nn.Module, processes: Processes, compile_it: bool) -> nn.Module:
-    """What the training forward calls: compiled in place, DDP around it with several processes.
-
-    Batch norm is synchronised over the processes on GPUs; torch has no such thing for CPUs.
-    """
+    """What the training forward calls: compiled in place, DDP around it with several processes."""
     if compile_it:
         model.compile()
     if processes.world_size == 1:
         return model
-    if processes.device.type == "cpu":
+    if processes.device.type == "cpu":  # torch has no synchronised batch norm for CPUs
         return nn.parallel.DistributedDataParallel(model)
     convert = nn.SyncBatchNorm.convert_sync_batchnorm
-    if is_of_timm(model):  # torch's would lose the activation of a BatchNormAct2d
+    if hasattr(model, "get_classifier"):  # timm's: torch's would lose a BatchNormAct2d's activation
         convert = optional("timm").layers.convert_sync_batchnorm
     return nn.parallel.DistributedDataParallel(convert(model), device_ids=[processes.device])
 
@@ -2393,7 +2260,7 @@ class Run:
         for batch in run.steps(batches):            # sets the learning rate and the step's random numbers
             for part in run.parts(*tensors):        # --accumulate; gradients are zero before the first part
                 with run.amp:
-                    logits = run.ddp_model(...)
+                    logits = run.forward(...)
                 run.backward(sum of losses / run.counts[0])
             run.end_step()                          # updates weights and average; logs, evaluates, saves
         run.finish()                                # evaluates, draws curves.png, writes model.pt
@@ -2427,12 +2294,11 @@ class Run:
         self.unreadable = set()  # (number of the stream, row), of all processes
         if resumed:
             self.load(resumed)
-        if processes.is_main:
+        if processes.rank == 0:
             cut_metrics(args.out, self.step)
         self.ddp_model = parallel(model, processes, args.compile)
         self.num_asked = []  # images a step, of each stream
         self.stop, self.must_stop = StopSignal(), False
-        self.begin_line()
 
     def load(self, resumed: dict) -> None:
         training = resumed["training"]
@@ -2446,7 +2312,7 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write last.pt, or a model.pt or best.pt without what only resuming needs, from rank 0."""
-        if not self.processes.is_main:
+        if self.processes.rank > 0:
             return
         checkpoint = self.header | {"model": self.averaged.state_dict(), "metrics": self.metrics}
         if name == "last.pt":
@@ -2462,20 +2328,14 @@ class Run:
         num, num_trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
         plan, processes = self.plan, self.processes
         view = f"{self.view.image_size} px, {self.view.crop_mode} {self.view.crop_fraction:.3g}"
+        rate = f"{plan.schedule}, peak lr {plan.peak:g}, warm-up {plan.warmup_steps:.0f} steps"
         facts = [f"{self.header['arch']} at {view}, {num_trained:,} of {num:,} parameters train", *facts]
         facts.append(f"{self.precision} on {processes.world_size} x {processes.device.type}")
         facts.append(f"{plan.total_steps} steps, {plan.steps_per_epoch:.1f} an epoch, from step {self.step}")
-        facts.append(
-            f"{self.args.optimizer}, {plan.schedule}, peak lr {plan.peak:g}, warm-up {plan.warmup_steps:.0f} steps"
-        )
-        print0("; ".join(facts))
+        print0("; ".join([*facts, f"{self.args.optimizer}, {rate}"]))
 
     def batches(self, images: ImageList, num: int, stream: str, repeated=None, **views):
-        """The loader of the steps that remain: `num` images a step over all processes.
-
-        `stream`: names their order. `repeated`, `views` (clean, noised, held_out): see
-        ImageDataset.
-        """
+        """A loader of the steps that remain, `num` images a step; the rest is ImageDataset's."""
         stream, seed, steps = f"{self.stage} {stream}", self.args.seed, range(self.step, self.plan.total_steps)
         self.num_asked.append(num)
         self.header["roots"].append(images.root)
@@ -2500,8 +2360,7 @@ class Run:
                 self.lr *= plateau_factor(self.judged, PLATEAU[self.stage])
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * group.get("share", 1)
-            # A function of (seed, stage, step, rank): a resumed run draws what an uninterrupted one
-            # does.
+            # Of (seed, stage, step, rank) alone: a resumed run draws what an uninterrupted one does.
             word = seed_word(self.args.seed, f"{self.stage} noise", self.step, self.processes.rank)
             torch.manual_seed(word)  # dropout, stochastic depth
             self.generator = torch.Generator().manual_seed(word ^ 1)
@@ -2538,6 +2397,15 @@ class Run:
             exchanges_later = number < num and self.processes.world_size > 1
             with self.ddp_model.no_sync() if exchanges_later else contextlib.nullcontext():
                 yield part
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits (n, C) in training. Of one image on maps of 1 x 1 batch norms need a second copy."""
+        try:
+            return self.ddp_model(images)
+        except ValueError:
+            if len(images) > 1:
+                raise
+            return self.ddp_model(images.repeat(2, 1, 1, 1))[:1]
 
     def backward(self, loss: Tensor, **others: Tensor) -> None:
         """Add the gradients of a part's mean loss. `others`: losses that are only logged."""
@@ -2585,7 +2453,7 @@ class Run:
             metrics = self.evaluate_average()
             line |= metrics
             print0(f"step {self.step}, loss {means['loss']:.3f}, val_top1 {metrics['val_top1']:.2f}")
-        if self.processes.is_main:
+        if self.processes.rank == 0:
             append_metrics(self.args.out, **line)
         self.begin_line()
 
@@ -2628,11 +2496,11 @@ class Run:
         num_val = len(self.val[0])  # none where --epochs 0 had no data directory
         if num_val and not self.ended_early:
             metrics = self.evaluate_average()
-            if self.processes.is_main:
+            if self.processes.rank == 0:
                 append_metrics(out, step=self.step, epoch=self.step / self.plan.steps_per_epoch, **metrics)
-        if self.processes.is_main:
+        if self.processes.rank == 0:
             draw_curves(out)
-        if self.processes.is_main and best.exists():
+        if self.processes.rank == 0 and self.patience and best.exists():
             os.replace(best, out / "model.pt")
         else:
             self.save("model.pt")
@@ -2648,13 +2516,11 @@ class Run:
 def pyplot():
     """matplotlib.pyplot drawing to files, or None (and a line) where there is no matplotlib."""
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError:
         print("no pictures: pip install matplotlib")
         return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt.switch_backend("Agg")
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     plt.rcParams.update({"savefig.dpi": 110, "font.size": 9})
     plt.rcParams["text.parse_math"] = False  # a class may be called a$b$c

@@ -79,7 +79,7 @@ def test_labels_are_the_teachers_on_the_clean_view(own_teacher, tiny_data, run_s
     file = common.open_label_file(tmp_path / "l.h5")
     expected = {"arch": CHEAP, "image_size": 32, "crop_mode": "center", "precision": "fp32"}
     expected |= {"data": str(tiny_data), "root": str(tiny_data / "unlabeled")}
-    expected |= {"teacher": str(own_teacher), "teacher_sha256": common.file_sha256(own_teacher)}
+    expected |= {"teacher": str(own_teacher), "teacher_sha256": common.fingerprint(own_teacher)}
     expected |= {"arch_options": json.dumps(checkpoint_of(own_teacher)["arch_options"])}
     assert expected.items() <= file.attrs.items() and file.classes == CLASSES
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", file.attrs["created"])
@@ -315,7 +315,7 @@ def test_a_selection_is_labelled_again(own_teacher, tiny_data, label, select, tm
             assert label(teacher, selection, out).returncode == 0
         got, new_attrs = read(out), common.open_label_file(out).attrs
         assert all(new_attrs[name] == attrs[name] for name in kept)
-        assert new_attrs["teacher_sha256"] == common.file_sha256(teacher)
+        assert new_attrs["teacher_sha256"] == common.fingerprint(teacher)
         assert_same_labels(got, old, ("path", "copies", "status"))
         names = [tiny_data / "unlabeled" / os.fsdecode(path) for path in got["path"]]
         logits = logits_by_hand(teacher, names)

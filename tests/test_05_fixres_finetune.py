@@ -57,7 +57,7 @@ def test_blocks_behind_the_frozen_ones_train_and_the_checkpoint_says_so(tiny_dat
     expected = header | {"lr": 0.01, "stage": "fixres", "image_size": 40, "classes": before["classes"]}
     assert {name: after[name] for name in expected} == expected
     assert after["inputs"].keys() == {"checkpoint", "train", "val"}
-    assert after["inputs"]["checkpoint"] == common.file_sha256(path)
+    assert after["inputs"]["checkpoint"] == common.fingerprint(path)
     assert (out / "resolution.png").stat().st_size > 5000 and (out / "curves.png").stat().st_size > 5000
 
 

@@ -76,6 +76,7 @@ DAMAGES = {
     "a row of status 0": lambda path: change(path, status={1: TODO}),
     "probabilities": lambda path: change(path, logits={1: [0.1, 0.8, 0.1]}),
     "another label": lambda path: change(path, label={1: 2}),
+    "no class": lambda path: change(path, label={0: -1}),
     "another confidence": lambda path: change(path, confidence={1: 0.5}),
 }
 

@@ -83,6 +83,9 @@ def test_the_verdict_in_numbers():
     rows = {row.model: row for row in stage.rows_of(shown)}
     points, half, _ = stage.difference(rows["student2"], rows["control"], "clean")
     assert points == pytest.approx(4)
+    right = {value: np.arange(100) < value for value in (60, 62, 64, 66)}  # no zeros of the last byte
+    by_hand = np.array([right[66] ^ right[60], right[64] ^ right[62]]).astype(int)
+    assert half == pytest.approx(stage.half_interval(by_hand))
     text = stage.verdict(list(rows.values()))
     assert "student2" in text and "student1" not in text and text.endswith("is that of student2 (2 seeds).")
     for center, width in ((points, half), (2, 12.7062)):

@@ -103,6 +103,8 @@ def test_a_finished_run_says_so_as_long_as_its_inputs_are_what_they_were(tiny_da
     data, init = shutil.copytree(tiny_data, tmp_path / "data"), save_model(tmp_path / "init.pt")
     out, same = tmp_path / "t", shutil.copy(init, tmp_path / "same.pt")
     flags = short_run("04_train_student", data, out, "--epochs", 0.3)
+    out.mkdir()
+    (out / "best.pt").write_text("not of this run")
     assert call_main(*flags, "--init", init).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
@@ -131,7 +133,7 @@ def test_a_run_does_not_go_on_with_other_flags_or_inputs(stage, tiny_data, call_
     flags = short_run(stage, data, out)
     assert call_main(*flags, stop_after=2).returncode == 143
     before = (out / "last.pt").read_bytes()
-    assert_mistake(call_main(*flags, "--weight-decay", 0.2), "--weight-decay None", "0.2", out)
+    assert_mistake(call_main(*flags, "--weight-decay", 0.2, "--seed", 7), "--seed 0", "--weight-decay None", "0.2", out)
     assert_mistake(call_main(*flags, "--steps", 6), "--epochs", out)
     roles = {"train": "train/disc/new.png", "val": "val/disc/new.png"}
     if stage == "04_train_student":
@@ -300,6 +302,11 @@ def test_a_run_whose_labelled_images_are_gone_stops_and_keeps_what_it_has(
     assert (out / "last.pt").read_bytes() == kept[0] and not (out / "model.pt").exists()
     (tmp_path / "elsewhere").rename(data / "train")
     assert "from step 2" in call_main(*flags).stdout
+
+
+def test_one_image_alone_trains_where_the_last_maps_have_one_pixel(tiny_data, call_main, tmp_path):
+    flags = ["--arch", "efficientnet_b0", "--image-size", 32, "--batch-size", 1, "--steps", 2]
+    assert call_main("01_train_teacher", "--data", tiny_data, "--out", tmp_path, *flags).returncode == 0
 
 
 def test_an_unreadable_image_is_counted_by_the_run_that_goes_on_too(tiny_data, call_main, tmp_path):

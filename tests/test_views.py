@@ -228,11 +228,6 @@ def test_an_unknown_crop_mode_is_a_mistake(mistake):
     mistake(lambda: View.of({"image_size": 32, "crop_fraction": 1.0, "crop_mode": "letterbox"}), "crop_mode")
 
 
-def test_of_images_that_were_cropped_before_a_view_shows_all():
-    view = View(32, 0.8, "bilinear").of_stored
-    np.testing.assert_array_equal(eval_view(noise_image(64, 64), view), by_pillow(noise_image(64, 64), 32, "squash"))
-
-
 # through the stages
 
 
