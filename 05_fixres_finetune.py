@@ -139,7 +139,8 @@ def main() -> None:
     if new_size not in before:
         fail(f"--image-size {new_size}: the model takes no images of this size")
 
-    # Only what is not frozen trains, at a quarter of the rate that the weights were trained with.
+    # Only what is not frozen trains, at a quarter of the rate that the weights were trained with;
+    # that of another optimizer may be too high for AdamW: at most 1e-3 (ours).
     # There is no running average: over so few steps it would stay where it began.
     freeze(model, args.frozen_blocks)
     flags = source["args"]
@@ -150,12 +151,14 @@ def main() -> None:
         bn_momentum = 0.0 if was_frozen else 0.1
     set_bn_momentum(model, bn_momentum)
     epochs = max(1.5, 200 * args.batch_size / len(train_images))
-    same_optimizer = flags.get("optimizer") == args.optimizer
-    peak = source["lr"] / 4 if same_optimizer and source.get("lr") else None
+    peak = source["lr"] / 4 if source.get("lr") else None
+    if peak and flags.get("optimizer") != args.optimizer:
+        peak = min(peak, 1e-3)
     plan = plan_of(args, epochs, len(train_images), peak)
     of_run = ("training", "metrics", "model", "format")
     header = {name: value for name, value in source.items() if name not in of_run}
     header |= {"stage": "fixres", "data": os.path.abspath(data), "inputs": inputs, **view._asdict()}
+    header["class_counts"] = torch.from_numpy(labels).bincount(minlength=len(classes)).tolist()
     run = Run(args, processes, model, header, plan, train_images, val, resumed)
     run.announce(f"from {old_size} px", f"{len(train_images)} labelled images, {args.batch_size} a step")
 

@@ -454,7 +454,7 @@ def list_array(file: Path) -> Shown:
     if (labels != labels[0]).any() or not set(labels[0].tolist()) <= set(range(10)):
         raise ValueError(f"{file.with_name('labels.npy')}: not the same 0 to 9 at each severity")
     unnamed = ImageList.of(str(file.absolute()), [])
-    settings = {"sha256": fingerprint(file)}
+    settings = {"sha256": [fingerprint(file), fingerprint(file.with_name("labels.npy"))]}
     read = partial(read_five, np.split(array, 5))
     return Shown(unnamed, labels[0].astype(np.int64), CIFAR10, settings, read)
 
@@ -759,11 +759,17 @@ def measure_all(args: argparse.Namespace, evaluation: Evaluation, val: Shown | N
 
 
 def values_of(entry: dict, part: str, names: tuple, value: str = "top1") -> np.ndarray | None:
-    """(names, ...) of a part that is whole: all of it was measured, and on as many images."""
+    """(names, ...) of a part that is whole: all of it was measured, and on the same images."""
     items = [entry.get(f"{part}/{name}", {}) for name in names]
-    if all(value in item for item in items) and len(np.unique([item["num"] for item in items])) == 1:
+    if all(value in item for item in items) and are_of_the_same_images(items):
         return np.array([item[value] for item in items])
     return None
+
+
+def are_of_the_same_images(items: list[dict]) -> bool:
+    """By their number and names; of videos by their number alone."""
+    names = [str(item.get("settings", {}).get("images")) for item in items if "flip" not in item]
+    return len(np.unique([item["num"] for item in items])) == 1 and len(set(names)) <= 1
 
 
 def mean_corruption_error(top1: np.ndarray, clean_error: float | None = None) -> float:
@@ -961,17 +967,15 @@ def verdict(rows: list[Row]) -> str:
 def gaps_of(shown: dict[str, dict]) -> str:
     """A line for each reason why something could not be measured, or has no mean."""
     gaps = {}  # {reason: {key: None}}
-    nums = {}  # {part: numbers of images}
     for entry in shown.values():
         for key, result in entry.items():
             if "gap" in result:
                 gaps.setdefault(result["gap"], {})[key] = None
-            of_part = nums.setdefault(key.split("/")[0], set())
-            of_part.update(np.ravel(result.get("num", [])).tolist())
+        for part, names in {"imagenet_c": BENCHMARK, "imagenet_p": ALEXNET_FLIPS, "cifar10_c": BENCHMARK}.items():
+            items = [entry.get(f"{part}/{name}", {}) for name in names]
+            if all("num" in item for item in items) and not are_of_the_same_images(items):
+                gaps.setdefault("not all of it is of the same images", {})[f"the mean of {part}"] = None
     lines = [f"Not measured: {', '.join(keys)}: {reason}" for reason, keys in gaps.items()]
-    for part in ("imagenet_c", "imagenet_p", "cifar10_c"):
-        if len(nums.get(part, ())) > 1:
-            lines.append(f"No mean of {part}: of {min(nums[part])} to {max(nums[part])} images")
     return "\n".join(lines)
 
 

@@ -625,7 +625,8 @@ def own_names(weights: dict, like: Iterable[str] = ()) -> dict[str, Tensor]:
 
     `like`: the names that the model has; timm's own model keeps timm's.
     """
-    for container in ("model_ema", "state_dict_ema", "state_dict", "model"):  # averaged weights first
+    # Averaged weights first; twice, for an --init that is such a file is in a container of ours.
+    for container in 2 * ("model_ema", "state_dict_ema", "state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(container), dict):
             weights = weights[container]
     items = weights.items() if isinstance(weights, dict) else [(None, None)]
@@ -1194,9 +1195,9 @@ def shard_members(root: str, path: str) -> Iterator[tuple[bytes, int, int]]:
         with tarfile.open(os.path.join(root, path), "r:") as shard:
             for member in shard:
                 shard.members.clear()  # a shard may have millions
-                base = os.path.basename(member.name).lower()
-                is_junk = base.startswith(".") or not JUNK.isdisjoint(member.name.split("/"))
-                if member.isreg() and base.endswith(EXTENSIONS) and not is_junk:
+                parts = Path(member.name).parts  # without the . of ./a.jpg
+                is_junk = any(part.startswith(".") or part in JUNK for part in parts)
+                if member.isreg() and member.name.lower().endswith(EXTENSIONS) and not is_junk:
                     name = os.fsencode(f"{path}/{member.name}")  # ImageList.open takes it apart
                     yield name, member.offset_data, member.size
             shard.fileobj.seek(shard.offset)  # tarfile takes what is no header for the end
@@ -1268,7 +1269,7 @@ def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
             with contextlib.suppress(OSError):
                 size = int(images.size[row]) or os.path.getsize(images.name(row))
                 places.setdefault(size, []).append((images, row, int(kinds[row])))
-    first, copies, twice = {}, [], []
+    first, copies, twice = {}, {}, {}  # {name: line}
     for same_size in places.values():
         if len({kind for _, _, kind in same_size}) > 1:
             for images, row, kind in same_size:
@@ -1277,11 +1278,12 @@ def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
                     kind_of_first, name = first.setdefault(digest, (kind, images.name(row)))
                     if kind != kind_of_first:
                         pairs = copies if kind_of_first < 0 else twice
-                        pairs.append(f"{name} = {images.name(row)}")
+                        pairs[name] = f"{name} = {images.name(row)}"
     if twice:
-        print0(f"{len(twice)} images are under two classes, byte for byte: {'; '.join(twice[:3])}")
+        print0(f"{len(twice)} images are under two classes, byte for byte: {'; '.join([*twice.values()][:3])}")
     if copies:
-        message = f"{len(copies)} images of train/ are byte for byte images of val/: {'; '.join(copies[:3])}"
+        few = "; ".join([*copies.values()][:3])
+        message = f"{len(copies)} images of val/ are byte for byte in train/ too: {few}"
         if len(copies) > len(val) / 50:
             fail(f"{message}: what is trained on cannot be measured: remove them from one of the two")
         print0(message)
@@ -1344,7 +1346,7 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
         images, labels, classes = images_by_class(folder, classes)
     except ValueError as error:
         fail(str(error))
-    if len(classes) == 1:
+    if len(classes) == 1 and split == "train":
         inner = sorted(entry.name for entry in os.scandir(folder / classes[0]) if entry.is_dir())
         hint = f"; its folders look like classes: {', '.join(inner[:5])}" if inner else ""
         fail(f"{folder} has one class, {classes[0]}: expected two or more{hint}")
@@ -2076,7 +2078,7 @@ def model_of(stage: str, setup: Setup, train: tuple, classes: list[str], args, p
         origin = f"from {args.init}"
         if not load_initial_weights(model, setup.initial, args, classes):
             if not len(train[0]):
-                fail(f"--init {args.init}: not the {len(classes)} classes of --data, which has no train/ to learn them")
+                fail(f"--init {args.init}: its outputs are not the {len(classes)} classes of --classes or --data")
             model = model.to(processes.device, memory_format=torch.channels_last)
             origin += fit_classifier(model, *train, setup.view, processes)
     bn_momentum = args.bn_momentum

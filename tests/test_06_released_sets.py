@@ -228,22 +228,24 @@ def test_what_is_missing_or_broken_is_a_gap_of_its_own(work, finished, call_main
 def test_of_corruptions_with_other_numbers_of_images_there_is_no_mean():
     entry = {f"imagenet_c/{name}": {"top1": [50.0] * 5, "num": [4] * 5} for name in stage.BENCHMARK}
     assert stage.summarize(entry).keys() == {"imagenet_c", "mce"}
-    entry["imagenet_c/fog"]["num"] = [3] * 5
-    assert not stage.summarize(entry) and "imagenet_c" in stage.gaps_of({"model.pt": entry})
+    for other in ({"num": [3] * 5}, {"settings": {"images": "of other names"}}):
+        changed = entry | {"imagenet_c/fog": entry["imagenet_c/fog"] | other}
+        assert not stage.summarize(changed) and "imagenet_c" in stage.gaps_of({"model.pt": changed})
 
 
 def test_arrays_that_are_not_of_cifar10_c(tmp_path):
-    def labels_of(images, labels):
+    def listed(images, labels):
         np.save(tmp_path / "fog.npy", images)
         np.save(tmp_path / "labels.npy", labels)
-        return stage.list_array(tmp_path / "fog.npy").labels.tolist()
+        return stage.list_array(tmp_path / "fog.npy")
 
     images, labels = np.zeros((10, 8, 8, 3), np.uint8), np.tile([3, 9], 5)
-    assert labels_of(images, labels) == [3, 9]
+    assert listed(images, labels).labels.tolist() == [3, 9]
+    assert listed(images, labels).settings != listed(images, labels - 1).settings
     wrong_images = [(wrong, labels[: len(wrong)]) for wrong in (images.astype(float), images[:9], images[..., :2])]
     for wrong in (*wrong_images, (images, labels[:5]), (images, np.arange(10)), (images, labels + 1)):
         with pytest.raises(ValueError):
-            labels_of(*wrong)
+            listed(*wrong)
 
 
 def test_without_pyav_one_line_before_anything_is_measured(work, run_stage, tmp_path):

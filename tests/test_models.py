@@ -253,8 +253,10 @@ CONTAINERS = {  # what training scripts save: `good` is to be taken and `last` n
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_weights_are_found_in_their_container_and_the_averaged_ones_win(container):
     good, last, model = (build_model("shufflenet_v2_x0_5", 3) for _ in range(3))
-    load_weights(model, CONTAINERS[container](good.state_dict(), last.state_dict()))
+    saved = CONTAINERS[container](good.state_dict(), last.state_dict())
+    load_weights(model, saved)
     assert_same_weights(model.state_dict(), good.state_dict())
+    assert_same_weights(own_names({"arch": "", "model": saved}), good.state_dict())  # as --init has it
 
 
 @pytest.mark.parametrize("is_old", [False, True])

@@ -84,11 +84,9 @@ def test_every_command_of_the_texts_parses(name, parse_stage):
 
 
 def test_speed_measures_what_its_tables_say(tmp_path, monkeypatch, parse_stage):
-    """Medians of a round's ratios by hand; the commands that are timed parse."""
     seconds = iter([2, 1, 4, 4, 8, 2])  # of the peer and ours in turns
-    variants = dict.fromkeys(("peer", "ours"), lambda _: (next(seconds), 1.5))
-    rows = speed.take_turns("x", "images", 100, variants, 3)[2:4]
-    assert rows == ["| peer | 25 images | 1.50 GB |", "| ours | 2.00 (1.00 to 4.00) | 1.50 GB |"]
+    rows = speed.take_turns("x", "images", 100, dict.fromkeys(("peer", "ours"), lambda _: (next(seconds), 1.5)), 3)
+    assert rows[2:4] == ["| peer | 25 images | 1.50 GB |", "| ours | 2.00 (1.00 to 4.00) | 1.50 GB |"]
     commands = []
     monkeypatch.setattr(speed, "measure", lambda command: commands.append([*map(str, command)]) or (1, 1))
     monkeypatch.setattr(speed, "IMAGES", {32: 20})

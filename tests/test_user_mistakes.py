@@ -23,6 +23,7 @@ def test_one_class_is_one_folder_too_many(tmp_path, mistake):
     data = folders(tmp_path, train={"images/cat": 2, "images/dog": 2})
     line = mistake(lambda: common.labeled_images(data, "train"), data / "train", "images")
     assert "cat, dog" in line
+    assert common.labeled_images(folders(tmp_path, val={"cat": 2}), "val")[2] == ["cat"]  # which may lack classes
 
 
 @pytest.mark.parametrize("names", [("Cat", "cat"), ("é", unicodedata.normalize("NFD", "é"))])
@@ -43,8 +44,8 @@ def test_what_file_managers_leave_behind_is_left_out(tmp_path, capsys):
     picture = encoded(noise_image(8, 8), "PNG")
     junk = ["@eaDir/b.png/THUMB.jpg", "__MACOSX/._b.png", "#recycle/c.jpg", "lost+found/d.jpg", ".cache/e.jpg"]
     folder = write_files(tmp_path / "unlabeled", dict.fromkeys(["a.png", "b.HEIC", "Thumbs.db", *junk], picture))
-    make_tar(folder / "s.tar", dict.fromkeys(["f.png", "__MACOSX/g.png", "x/@eaDir/h.png"], picture))
-    assert common.list_images(folder).path.tolist() == [b"a.png", b"s.tar/f.png"]
+    make_tar(folder / "s.tar", dict.fromkeys(["./f.png", "x/@eaDir/h.png", "x/.cache/i.png"], picture))
+    assert common.list_images(folder).path.tolist() == [b"a.png", b"s.tar/./f.png"]
     assert "5 are left out" in (line := capsys.readouterr().out) and "@eaDir" in line and "HEIC" in line
     folders(tmp_path, train={"cat": 1, "dog": 1, "@eaDir": 1})
     assert common.labeled_images(tmp_path, "train")[2] == ["cat", "dog"]
