@@ -783,8 +783,14 @@ def put(images: Tensor, rows: Tensor, values: Tensor) -> None:
 def table_lookup(images: Tensor, tables: Tensor) -> Tensor:
     """Replace each pixel by its entry in tables (N, 3, 256), (N, 1, 256) or (256,), clipped."""
     tables = tables.clamp(0, 255).to(images.device, torch.uint8)  # truncates, as Pillow does
-    tables = tables.expand(len(images), 3, 256)
-    return tables.gather(2, images.flatten(2).long()).view_as(images)
+    if images.device.type != "cpu":
+        tables = tables.expand(len(images), 3, 256)
+        return tables.gather(2, images.flatten(2).long()).view_as(images)
+    # bytes.translate is twice as fast as any indexing of numpy or torch.
+    tables = tables.reshape(-1, 256).numpy()
+    planes = images.numpy().reshape(len(tables), -1)
+    out = [bytearray(plane).translate(table) for plane, table in zip(planes, tables, strict=True)]
+    return torch.frombuffer(bytearray().join(out), dtype=torch.uint8).view_as(images)
 
 
 def blend(degenerate: Tensor, images: Tensor, magnitude: float) -> Tensor:
@@ -858,11 +864,16 @@ def auto_contrast(images, magnitude, sign, generator):
 
 def equalize(images, magnitude, sign, generator):
     levels = torch.arange(256, device=images.device)
-    planes = images.flatten(2).long()  # (N, 3, H * W)
-    histogram = planes.new_zeros(len(images), 3, 256)
-    histogram.scatter_add_(2, planes, torch.ones_like(planes))  # bincount would wait for a GPU
-    last = histogram.gather(2, planes.amax(2, keepdim=True))  # of the brightest level
-    step = (planes.shape[2] - last) // 255  # pixels a level should have
+    planes = images.flatten(0, 1).flatten(1)
+    first_bins = 256 * torch.arange(len(planes), dtype=torch.int32, device=images.device)
+    index = (planes + first_bins[:, None]).flatten()  # 256 bins for each plane, one after the other
+    if images.device.type == "cpu":
+        histogram = index.bincount(minlength=256 * len(planes))
+    else:  # bincount would wait for the device
+        histogram = index.new_zeros(256 * len(planes)).scatter_add_(0, index.long(), torch.ones_like(index))
+    histogram = histogram.view(-1, 3, 256)
+    last = histogram.gather(2, images.flatten(2).amax(2, keepdim=True).long())  # of the brightest level
+    step = (planes.shape[1] - last) // 255  # pixels a level should have
     below = (histogram.cumsum(2) - histogram).double()  # pixels darker than the level
     return table_lookup(images, torch.where(step > 0, (below + step // 2) / step, levels))
 
