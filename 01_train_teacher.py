@@ -87,6 +87,8 @@ def is_probe(args: argparse.Namespace, initial: dict) -> bool:
 def labeled_data(args: argparse.Namespace, initial: dict) -> tuple:
     """(images and labels of train, those of val, classes). With --epochs 0 train may be empty."""
     trains = not args.init or 0 not in (args.epochs, args.steps)
+    if trains and args.classes:
+        fail("--classes names the outputs of --init with --epochs 0; a training's classes are its folders")
     if not args.data and (trains or not (args.classes or "classes" in initial)):
         fail("--data: where is train/? Only --init --epochs 0 --classes FILE needs no data")
     if trains or is_probe(args, initial):

@@ -18,6 +18,7 @@ BAD_INPUT = {  # {}: the places below
     "a text file as teacher": ("02_pseudo_label.py --teacher {text} --out {tmp}/o.h5", "{text}"),
     "no such teacher": ("04_train_student.py --teacher {tmp}/none.pt --out {tmp}/o", "none.pt"),
     "no labels at all": ("04_train_student.py --out {tmp}/o", "--pseudo-labels"),
+    "unused names": ("01_train_teacher.py --data {data} --out {tmp}/o --classes {text}", "--classes"),
     "no schedule": ("01_train_teacher.py --data {data} --out {tmp}/o --schedule 3:0.5.5", "--schedule"),
     "text over a teacher": ("02_pseudo_label.py --teacher {teacher} --out {tmp}/o --csv {teacher}", "--csv {teacher}"),
     "a text file to tune": ("05_fixres_finetune.py --checkpoint {text} --out {tmp}/o", "{text}"),

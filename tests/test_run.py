@@ -95,9 +95,6 @@ def test_a_signal_during_the_last_evaluation_ends_a_finished_run(tiny_data, call
     assert "is finished" in call_main(*flags).stdout
 
 
-# what a run was begun with
-
-
 def test_a_finished_run_says_so_as_long_as_its_inputs_are_what_they_were(tiny_data, call_main, tmp_path):
     """Or are gone: cleared away since."""
     data, init = shutil.copytree(tiny_data, tmp_path / "data"), save_model(tmp_path / "init.pt")
