@@ -122,7 +122,8 @@ def follow_images(path: Path, folder: str, data: str | Path | None) -> None:
     num_new = len({*images.path.tolist()} - {*labels.column("path").tolist()})
     is_moved = labels.attrs.get("unlabeled") not in (folder, None)
     if num_new:
-        print0(f"{num_new} images came after {path} was begun, and are not labelled: choose another --out")
+        listed = labels.attrs.get("created")
+        print0(f"{num_new} images came after the listing of {path}, {listed}, and have no labels: choose another --out")
     elif is_moved and len(images) == len(labels):
         print0(f"{path}: the images have moved to {folder}")
         with h5py.File(path, "r+", locking=False) as file:
