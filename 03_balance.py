@@ -59,7 +59,8 @@ class Table:
     """The rows of label files, one file after the other, or those of the mean of several teachers."""
 
     def __init__(self, files: list[LabelFile], is_mean: bool = False):
-        self.files, self.classes, self.is_mean = files, files[0].classes, is_mean
+        self.files, self.is_mean = files, is_mean
+        self.classes = files[0].classes
         # Files of the same rows: all of them, a file a teacher, or each file alone.
         self.groups = [files] if is_mean else [[file] for file in files]
         self.starts = np.cumsum([0, *(len(group[0]) for group in self.groups)])  # their first rows
@@ -196,7 +197,8 @@ def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]
         return threshold, {}
     confidence, label = (tensor.numpy() for tensor in table.probs(logits).max(1))
     report = calibrate(confidence, label == true, args)
-    at, percent = report["at"], "{:.1%} ({:.1%} to {:.1%})".format
+    at = report["at"]
+    percent = "{:.1%} ({:.1%} to {:.1%})".format
     share = percent(at["share"], *at["share_interval"])
     precision = percent(at["precision"], *at["precision_interval"])
     reason = "the lowest that reaches" if report["reached"] else "the most precise, none reaches"
@@ -410,7 +412,8 @@ def main() -> None:
         fail("--method top-p needs a number --per-class (paper: 16,000 of 100 million images)")
     table = open_table(args.labels)
     truth = read_truth(args.truth, table.classes) if args.truth else {}
-    threshold, calibration = args.threshold, {}
+    threshold = args.threshold
+    calibration = {}
     if is_top_p:
         threshold = 0.0  # top-p does not look at the confidence
     elif threshold == "auto":

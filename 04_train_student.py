@@ -178,7 +178,8 @@ class StoredLabels:
     def __init__(self, args: argparse.Namespace):
         labels = open_label_file(args.pseudo_labels)
         check_label_rows(labels)
-        path, attrs, status = labels.path, labels.attrs, labels.column("status")
+        path, attrs = labels.path, labels.attrs
+        status = labels.column("status")
         if (status == TODO).any():
             fail(f"{path}: {(status == TODO).sum()} images have no label yet: run 02 again on it")
         rows = np.flatnonzero(status == DONE)

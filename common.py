@@ -337,7 +337,8 @@ class StopSignal:
     """SIGTERM and SIGINT set `received`: the process stops where it can save. A second one kills."""
 
     def __init__(self):
-        self.received, self.since = False, math.inf  # since: when the first one came
+        self.received = False
+        self.since = math.inf  # when the first one came
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -346,7 +347,8 @@ class StopSignal:
         if time.monotonic() - self.since > 0.5:
             os._exit(143)
         if not self.received:
-            self.received, self.since = True, time.monotonic()
+            self.received = True
+            self.since = time.monotonic()
 
 
 def ignore_signals(worker: int) -> None:
@@ -563,7 +565,8 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
     else:
         from torchvision import models
 
-        create, names = models.get_model, {"drop_path": "stochastic_depth_prob"}
+        create = models.get_model
+        names = {"drop_path": "stochastic_depth_prob"}
     options = {names.get(option, option): value for option, value in options.items()}
     resnext = re.fullmatch(r"resnext101_32x([1-9]\d*)d", arch)  # 1905.00546: a teacher of 32x48d
     if resnext:
@@ -1129,7 +1132,8 @@ def random_view(image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.
     Official preprocessing.py:81-102 tries 10 times and then takes the clean view. Areas and
     log-aspects are uniform, as in torchvision; TensorFlow draws heights uniformly (deviation).
     """
-    size, clean = crop.image_size, View.default(crop.image_size, crop.crop_mode)
+    size = crop.image_size
+    clean = View.default(size, crop.crop_mode)
     if crop.min_area is None:  # small_image_noise moves and mirrors it later
         return eval_view(image, clean)
     for _ in range(10):
@@ -2228,7 +2232,8 @@ def evaluate(model: nn.Module, images: ImageList, labels, view: View, processes:
             dist.broadcast(buffer, 0)
     amp, _ = autocast(precision, processes.device)
     sums = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, top-1, top-5
-    num_read, bad = 0, []
+    num_read = 0
+    bad = []  # reasons
 
     def logits_of(pixels: Tensor) -> Tensor:
         with amp:
@@ -2288,10 +2293,12 @@ class Run:
 
     def __init__(self, args, processes: Processes, model: nn.Module, header: dict, plan: Plan, train, val, resumed):
         """header: what checkpoints say of the model. train: for SWA's norms. val: images, labels."""
-        self.args, self.processes, self.plan, self.train, self.val = args, processes, plan, train, val
+        self.args, self.processes, self.plan = args, processes, plan
+        self.train, self.val = train, val
         self.header = {"format": CHECKPOINT_FORMAT, **header, "lr": plan.peak, "args": flags_of(args)}
         self.header |= {"versions": {"torch": str(torch.__version__)}, "roots": [val[0].root]}  # of the images
-        self.stage, self.view = header["stage"], View.of(header)
+        self.stage = header["stage"]
+        self.view = View.of(header)
         self.model = model.to(processes.device, memory_format=torch.channels_last)
         self.average = getattr(args, "average", None)  # a decay, "swa"; None: no copy, as none is needed
         self.averaged = model if self.average is None else copy.deepcopy(model)
@@ -2302,7 +2309,8 @@ class Run:
         self.patience = getattr(args, "patience", None)
         eval_every = getattr(args, "eval_every", 0)  # epochs; an epoch may be a few steps
         self.eval_steps = max(plan.steps_per_epoch, 250) if eval_every is None else eval_every * plan.steps_per_epoch
-        self.step, self.metrics = 0, {}
+        self.step = 0
+        self.metrics = {}
         self.judged = []  # of each evaluation the loss, of a student minus the accuracy: low is good
         self.unreadable = set()  # (number of the stream, row), of all processes
         if resumed:
@@ -2315,8 +2323,10 @@ class Run:
 
     def load(self, resumed: dict) -> None:
         training = resumed["training"]
-        self.step, self.metrics = training["step"], resumed["metrics"]
-        self.judged, self.unreadable = training["judged"], set(training["unreadable"])
+        self.step = training["step"]
+        self.metrics = resumed["metrics"]
+        self.judged = training["judged"]
+        self.unreadable = set(training["unreadable"])
         self.averaged.load_state_dict(resumed["model"])
         self.model.load_state_dict(training["model"])
         self.optimizer.load_state_dict(training["optimizer"])
@@ -2349,7 +2359,8 @@ class Run:
 
     def batches(self, images: ImageList, num: int, stream: str, repeated=None, **views):
         """A loader of the steps that remain, `num` images a step; the rest is ImageDataset's."""
-        stream, seed, steps = f"{self.stage} {stream}", self.args.seed, range(self.step, self.plan.total_steps)
+        stream, seed = f"{self.stage} {stream}", self.args.seed
+        steps = range(self.step, self.plan.total_steps)
         self.num_asked.append(num)
         self.header["roots"].append(images.root)
         dataset = ImageDataset(images, seed=seed, stream=stream, repeated=repeated, **views)
@@ -2449,7 +2460,8 @@ class Run:
 
     def begin_line(self) -> None:
         self.began, self.waited, self.num_seen = time.monotonic(), 0.0, 0
-        self.logged, self.sums = self.step, {}
+        self.logged = self.step
+        self.sums = {}
 
     def log(self, evaluates: bool) -> None:
         """Write a line of metrics.jsonl: mean losses since the last one, maybe an evaluation."""
