@@ -256,7 +256,8 @@ def main() -> None:
     header |= {"inputs": inputs, "data": os.path.abspath(data)}  # data: the next student's default
     num_pseudo = len(pseudo_labels.rows)
     num_epoch = len(train_images) if num_labeled else num_pseudo
-    plan = plan_of(args, recipe.epochs, num_epoch, unlabeled=data / "unlabeled", num_unlabeled=num_unlabeled)
+    unlabeled = Path(pseudo_labels.images.root)  # as run.sh has it, DATA/unlabeled
+    plan = plan_of(args, recipe.epochs, num_epoch, unlabeled=unlabeled, num_unlabeled=num_unlabeled)
     run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
     sizes = f"{len(train_images)} labelled, {num_pseudo} unlabelled, {len(val_images)} val; {len(classes)} classes"
     noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"

@@ -269,7 +269,6 @@ def test_other_weights_settings_and_images_are_measured_again(work, finished, ca
     moved.rename(image)
     assert control["clean"]["settings"]["images"] != old_control["clean"]["settings"]["images"]
     shutil.copyfile(work / "kept" / "model.pt", work / "student1" / "model.pt")
-    # Another --seed draws other noise on the same images.
     seeds = set()
     monkeypatch.setattr(stage, "CORRUPTIONS", {"contrast": stage.CORRUPTIONS["contrast"]})
     watch(monkeypatch, stage, "draw_five", lambda *args: seeds.add(args[3]))

@@ -136,8 +136,11 @@ def test_a_control_takes_the_steps_and_the_rate_of_its_student(batch, ratio, ste
     teacher = save_model(tmp_path / "t.pt", data=str(data))
     flags = ["--init", teacher, f"@{ROOT}/recipes/finetune.txt", "--batch-size", batch, "--ratio", ratio]
     control = planned(TEACHER, "--data", data, *flags, "--out", tmp_path / "control").plan
-    assert planned(STUDENT, "--teacher", teacher, *flags, "--out", tmp_path / "student").plan == control
+    student = [STUDENT, "--teacher", teacher, *flags]
+    assert planned(*student, "--out", tmp_path / "student").plan == control
     assert control.total_steps == steps and control.peak == 1e-4
+    few = planned(*student, "--unlabeled", tiny_data / "unlabeled", "--out", tmp_path / "few")
+    assert few.plan.total_steps == max(300, 720 // batch)  # the 12 images there take less
 
 
 @pytest.mark.parametrize(("temperature", "of_student", "consistency"), [(0.5, 1, None), (2, 2, None), (0.5, 0.5, "kl")])

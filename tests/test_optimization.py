@@ -134,8 +134,7 @@ def plan(recipe_epochs=50, num_images=2560, peak=None, **flags):
 def test_how_long_a_run_is(capsys):
     assert plan(50).total_steps == 500  # what the model's recipe says
     assert plan(50, epochs=0.25).total_steps == 2 and plan(50, steps=7).total_steps == 7
-    assert plan(epochs=0).total_steps == 0
-    assert plan(2.2, 60).total_steps == 1
+    assert plan(epochs=0).total_steps == 0 and plan(2.2, 60).total_steps == 1
     # auto: 100 passes from scratch, 30 from weights, and at least 1,000 steps, with the arithmetic
     assert plan(steps="auto", num_images=5120).total_steps == 2000
     printed = capsys.readouterr().out

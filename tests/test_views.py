@@ -127,8 +127,7 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize(("width", "height", "scale"), [(1001, 770, 8), (333, 500, 4), (260, 255, 2), (250, 139, 1)])
 def test_large_jpegs_are_decoded_small_and_look_the_same(width, height, scale, tmp_path):
     for name, orientation in (("upright", 1), ("rotated", 6)):
-        tag = orientation_tag(orientation)
-        photograph(width, height).save(tmp_path / f"{name}.jpg", quality=92, exif=tag)
+        photograph(width, height).save(tmp_path / f"{name}.jpg", quality=92, exif=orientation_tag(orientation))
     images = list_images(tmp_path)
     view = View(32, 0.9)
     dataset = ImageDataset(images, clean=view)
