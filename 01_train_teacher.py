@@ -31,7 +31,7 @@ from common import add_model_flags, add_optimization_flags, add_run_flags, argum
 from common import at_least, fail, print0
 from common import init_processes  # processes
 from common import build_model  # models
-from common import head_names, initial_weights, own_names  # weights
+from common import fixes_size, head_names, initial_weights, own_names  # weights
 from common import normalize, view_of  # views
 from common import ImageList, check_copies, labeled_images, nfc  # listing
 from common import check_parts  # batches
@@ -103,7 +103,7 @@ def labeled_data(args: argparse.Namespace, initial: dict) -> tuple:
 def default_size(images: ImageList, initial: dict, usual: int) -> int:
     """The model's size or, if smaller, the images' median short side in steps of 32, in pixels."""
     on_gpu = torch.cuda.is_available()
-    if not len(images) or "format" in initial or (initial and on_gpu):
+    if not len(images) or fixes_size(initial) or (initial and on_gpu):
         return usual
     sides = []
     for row in np.linspace(0, len(images) - 1, 300).astype(int):

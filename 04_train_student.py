@@ -35,7 +35,7 @@ from torch import Tensor
 from common import add_model_flags, add_optimization_flags, add_run_flags, argument_parser  # program
 from common import at_least, fail, print0
 from common import Processes, init_processes  # processes
-from common import initial_weights  # weights
+from common import fixes_size, initial_weights  # weights
 from common import View, normalize  # views
 from common import ImageList, check_copies, data_of, digests_of, labeled_images, unlabeled_images  # listing
 from common import Batch, check_parts  # batches
@@ -238,7 +238,8 @@ def main() -> None:
     # What the flags, the weights to start from and the teacher say about the model and its images.
     arch = args.arch or source.get("arch")
     initial = initial_weights(args.init, arch, args.image_size) if args.init else {}
-    setup = setup_of(args, source, initial, args.image_size or (initial or source)["image_size"])
+    says_size = initial if fixes_size(initial) else initial | source
+    setup = setup_of(args, source, initial, args.image_size or says_size["image_size"])
     view, recipe = setup.view, setup.recipe
 
     # A step takes n labelled images and m = ratio x n unlabelled ones.

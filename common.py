@@ -762,8 +762,15 @@ def timm_config(arch: str):
     return optional("timm").get_pretrained_cfg(arch.removeprefix("timm/"))
 
 
+def fixes_size(initial: Mapping) -> bool:
+    """Whether --init is for one image size: a checkpoint of this toolkit, or weights of a ViT."""
+    return "format" in initial or bool(img_size_option(initial.get("arch", ""), 1))
+
+
 def img_size_option(arch: str, image_size: int) -> dict[str, int]:
-    """The option of timm's models that are made for one size of images, as a ViT is; else none."""
+    """The option of models that are made for one size of images, as a ViT is; else none."""
+    if arch.startswith("vit_"):  # torchvision's
+        return {"image_size": image_size}
     config = timm_config(arch) if arch.startswith("timm/") else None
     return {"img_size": image_size} if config and config.fixed_input_size else {}
 

@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd) DATA=${1:-data/demo}
 SEEDS=${SEEDS:-0}               # "0 1 2 3 4": the whole loop for each; the table is of all of them
 ROUNDS=${ROUNDS:-2}             # students, each the next one's teacher
 ARCHS=${ARCHS:-efficientnet_b0} # models. A list: the teacher's, then a student's a round; the last one repeats
-IMAGE_SIZE=${IMAGE_SIZE:-}      # pixels, such a list; none: 01 takes the images' size, a student its teacher's
+IMAGE_SIZE=${IMAGE_SIZE:-}      # pixels, such a list; none: 01 chooses the teacher's by its images, the others take it
 RATIO=${RATIO:-1}               # unlabelled images for each labelled one; a list, one a round
 BATCH=${BATCH:-32}              # labelled images a step of a student
 STEPS=${STEPS:-}                # of every training; none: as the recipe says
@@ -20,7 +20,7 @@ THRESHOLD=${THRESHOLD:-auto}    # of the confidence; auto: chosen on half of val
 RELABEL=${RELABEL:-0}           # 1: each student relabels what the first teacher's labels selected, as in the paper
 FIXRES=${FIXRES:-1}             # 0: no fine-tuning of the last student at a quarter more pixels
 CONTROL=${CONTROL:-1}           # 0: no control, and a teacher of BATCH images a step, as in the paper
-[ "$DATA" != --help ] || { sed -n '2,/^set /s/^# \{0,1\}//p; /^[A-Z_]*=/p' "$0" && exit; }
+[ "$DATA" != --help ] || { sed -n '2,/^set /s/^# \{0,1\}//p; /^[A-Z_]*=\${/p' "$0" && exit; }
 if [ -d "$here/.venv" ] || ! python3 -c "import torch, torchvision, h5py, PIL" 2>/dev/null; then
     [ -d "$here/.venv" ] || python3 -m venv "$here/.venv"; PATH=$here/.venv/bin:$PATH
     python3 -m pip install --quiet -r "$here/requirements.txt" # seconds where all is there
@@ -37,11 +37,10 @@ stage() { # stage FILE FLAGS... --out PATH: on NPROC processes; drawing and sele
     python3 $launch "$here/$1" "${@:2}"
 }
 nth() { # nth N LIST...: its entry N, from 0, or the last one
-    while [ "$1" -gt 0 ] && [ $# -gt 2 ]; do set -- $(($1 - 1)) "${@:3}"; done
-    echo "${2:-}"
+    local list=("${@:2}") && echo "${list[$1]:-${list[*]: -1}}"
 }
 model() { # model N: the flags of the N-th model, the teacher being 0
-    local size=$(nth "$1" $IMAGE_SIZE)
+    local size=$(nth "$1" $sizes)
     echo "--arch $(nth "$1" $ARCHS) ${size:+--image-size $size}"
 }
 [ $# -gt 0 ] || stage 00_prepare_data.py demo --out "$DATA"
@@ -51,8 +50,10 @@ corrupt=$(python3 -c "import cv2, scipy" 2>/dev/null && echo --corrupt || echo "
 models=() train=(--data "$DATA" "@$RECIPE" $NOISE --batch-size "$BATCH")
 train+=(${STEPS:+--steps $STEPS} ${EPOCHS:+--epochs $EPOCHS} ${INIT:+--init "$INIT"})
 for seed in $SEEDS; do
-    run=$OUT/seed$seed teacher=$OUT/seed$seed/teacher/model.pt probe=$OUT/seed$seed/probe_full
+    run=$OUT/seed$seed teacher=$OUT/seed$seed/teacher/model.pt probe=$OUT/seed$seed/probe_full sizes=$IMAGE_SIZE
     ratio=$([ "$CONTROL" = 0 ] && echo 0 || nth 0 $RATIO) # as many images a step as a student, all of them labelled
+    stage 01_train_teacher.py "${train[@]}" $(model 0) --ratio "$ratio" --seed "$seed:teacher" --out "$run/teacher"
+    [ -n "$sizes" ] || sizes=$(python3 -c "import sys, torch; print(torch.load(sys.argv[1], 'meta')['image_size'])" "$teacher")
     if [ -n "$INIT" ]; then # what one would do without all this: logistic regression on the weights' frozen features
         stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --epochs 0 --out "$run/probe"
         stage 01_train_teacher.py "${train[@]}" --arch "$(nth "$ROUNDS" $ARCHS)" --epochs 0 --own-size --out "$probe"
@@ -60,7 +61,6 @@ for seed in $SEEDS; do
         models+=("$run/probe/model.pt")
         cmp -s "$run"/probe{,_full}/metrics.jsonl || [ $? != 1 ] || models+=("$probe/model.pt") # if they differ
     fi
-    stage 01_train_teacher.py "${train[@]}" $(model 0) --ratio "$ratio" --seed "$seed:teacher" --out "$run/teacher"
     models+=("$teacher")
     if [ "$CONTROL" != 0 ]; then # the last student's training without unlabelled images: the fair comparison
         stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --ratio "$(nth $((ROUNDS - 1)) $RATIO)" \

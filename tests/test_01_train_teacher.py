@@ -72,10 +72,10 @@ def test_with_ratio_it_is_the_students_control(flags, planned, tiny_data, tmp_pa
         (40, {"arch": CHEAP}, False, 96),
         (40, {"arch": CHEAP}, True, 224),
         (20, {"format": "of this toolkit"}, False, 224),
+        (40, {"arch": "vit_b_16"}, False, 224),  # its positions
     ],
 )
 def test_the_default_image_size_is_that_of_the_images(side, initial, gpu, expected, monkeypatch, tmp_path):
-    """The median short side in steps of 32, at most the model's."""
     for i in range(5):
         noise_image(side + 50, [side, side, side, 16, 400][i]).save(tmp_path / f"{i}.png")
     (tmp_path / "5.png").write_bytes(b"<html>")

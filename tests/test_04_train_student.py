@@ -235,11 +235,13 @@ def test_both_losses_of_consistency_are_of_one_noised_image(tiny_data, call_main
 
 def test_a_flag_comes_before_the_weights_and_these_before_the_teacher(tiny_data, call_main, tmp_path):
     teacher = save_model(tmp_path / "t.pt", data=str(tiny_data), crop_mode="squash")
-    init = save_model(tmp_path / "i.pt", "efficientnet_b0", image_size=48)
+    init, foreign = save_model(tmp_path / "i.pt", "efficientnet_b0", image_size=48), tmp_path / "resnet18.pth"
+    torch.save(common.build_model("resnet18").state_dict(), foreign)
     flags = [STAGE, "--teacher", teacher, "--epochs", 0]
     runs = {
         "teacher": ([], (CHEAP, 32, "squash")),
         "init": (["--init", init], ("efficientnet_b0", 48, "center")),
+        "foreign": (["--init", foreign, "--arch", "resnet18"], ("resnet18", 32, "squash")),
         "flags": (["--init", init, "--image-size", 40, "--crop-mode", "squash"], ("efficientnet_b0", 40, "squash")),
     }
     for name, (more, expected) in runs.items():

@@ -342,6 +342,7 @@ def test_without_unlabeled_images_nothing_is_trained(run_sh, tmp_path):
 RECORDS = """#!/bin/sh
 case "$*" in
 *device_count*) echo $GPUS ;;
+*image_size*) echo 77 ;;
 "-c "*) exit ;;
 00_*|*/00_*) for folder in train/a val/a unlabeled; do mkdir -p "$4/$folder" && touch "$4/$folder/1.png"; done ;;
 *$FAILS*) echo why && exit 1 ;;
@@ -423,6 +424,7 @@ def test_what_run_sh_can_leave_out(toolkit, recorded, tmp_path):
     _, _, lines = recorded("bash", toolkit / "run.sh", tmp_path / "data", OUT=str(tmp_path / "out"), **settings)
     assert [line[:2] for line in lines] == ["01", "02", "03", "04", "02", "04", "06"]
     assert "--ratio 0 --seed 0:teacher" in lines[0] and "small.txt" in lines[0] and "--threshold 0.3" in lines[2]
+    assert [line.partition("--image-size ")[2][:2] for line in lines] == ["", "", "", "77", "", "77", ""]
     assert "--unlabeled" in lines[4] and "/selected1.h5 --out" in lines[4] and "/selected2.h5 --data" in lines[5]
 
 
