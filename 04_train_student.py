@@ -264,10 +264,10 @@ def main() -> None:
     noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"
     run.announce(sizes, f"{num_labeled} + {num_unlabeled} a step", noise, origin)
 
-    # Train. The student sees a random crop, which setup.noise noises below. On the fly the teacher
-    # sees the image's clean view, and copies of val are skipped: for stored labels 02 did both.
+    # Train. The student sees a random crop, which setup.noise noises below, the teacher on the fly
+    # the image's clean view. Copies of val are skipped, in a file that does not know them too.
     clean = pseudo_labels.view
-    held_out = digests_of(val_images) if clean and num_unlabeled else frozenset()
+    held_out = digests_of(val_images) if num_unlabeled else frozenset()
     of_labeled = {"clean": clean if same_images else None, "noised": setup.crop}
     of_unlabeled = {"clean": clean, "noised": setup.crop, "held_out": held_out, "repeated": pseudo_labels.rows}
     labeled_batches = run.batches(train_images, num_labeled, "labeled", **of_labeled)

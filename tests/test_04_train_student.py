@@ -198,16 +198,18 @@ def test_a_teacher_is_all_a_student_needs(tiny_data, start_stage, tmp_path):
     assert np.isfinite(metrics_of(out)[-1]["loss_unlabeled"])
 
 
-def test_on_the_fly_copies_of_val_are_left_out_and_unreadable_images_counted(
-    tiny_data, call_main, tmp_path, monkeypatch
-):
+def test_copies_of_val_are_left_out_and_unreadable_images_counted(tiny_data, call_main, tmp_path, monkeypatch):
     data, seen = shutil.copytree(tiny_data, tmp_path / "data"), set()
     shutil.copy(data / "val" / "disc" / "0.png", data / "unlabeled" / "copy.png")  # row 1, before part0
     (data / "unlabeled" / "broken.png").write_bytes(b"<html>")  # row 0
-    watch(monkeypatch, student.TeachersLabels, "__call__", lambda self, batch: seen.update(batch.rows.tolist()))
+    for labels in (student.TeachersLabels, student.StoredLabels):
+        watch(monkeypatch, labels, "__call__", lambda self, batch: seen.update(batch.rows.tolist()))
     flags = ["--teacher", save_model(tmp_path / "t.pt", data=str(data)), *SHORT_RUN, "--ratio", 3, "--epochs", 1]
-    assert call_main(STAGE, *flags, "--out", tmp_path / "s").returncode == 0
-    assert seen == set(range(2, 22)) and metrics_of(tmp_path / "s")[2]["unreadable"] == 1
+    elsewhere = made_elsewhere(tmp_path / "l.h5", common.list_images(data / "unlabeled"), np.zeros(22), CLASSES)
+    for name, more in {"on the fly": [], "a file by others": ["--pseudo-labels", elsewhere]}.items():
+        seen.clear()
+        assert call_main(STAGE, *flags, *more, "--out", tmp_path / name).returncode == 0
+        assert seen == set(range(2, 22)) and metrics_of(tmp_path / name)[2]["unreadable"] == 1
 
 
 def test_both_losses_of_consistency_are_of_one_noised_image(tiny_data, call_main, tmp_path, monkeypatch):

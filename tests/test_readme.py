@@ -341,8 +341,7 @@ def test_without_unlabeled_images_nothing_is_trained(run_sh, tmp_path):
 
 RECORDS = """#!/bin/sh
 case "$*" in
-*device_count*) echo $GPUS ;;
-*image_size*) echo 77 ;;
+*device_count*|*image_size*) echo $GPUS ;;
 "-c "*) exit ;;
 00_*|*/00_*) for folder in train/a val/a unlabeled; do mkdir -p "$4/$folder" && touch "$4/$folder/1.png"; done ;;
 *$FAILS*) echo why && exit 1 ;;
@@ -420,7 +419,7 @@ def test_the_settings_of_run_sh_reach_the_stages(toolkit, recorded, tmp_path):
 
 def test_what_run_sh_can_leave_out(toolkit, recorded, tmp_path):
     (tmp_path / "data" / "unlabeled").mkdir(parents=True)
-    settings = {"CONTROL": "0", "FIXRES": "0", "RELABEL": "1", "STEPS": "auto", "THRESHOLD": "0.3", "NPROC": "1"}
+    settings = {"CONTROL": "0", "FIXRES": "0", "RELABEL": "1", "THRESHOLD": "0.3", "NPROC": "1", "GPUS": "77"}
     _, _, lines = recorded("bash", toolkit / "run.sh", tmp_path / "data", OUT=str(tmp_path / "out"), **settings)
     assert [line[:2] for line in lines] == ["01", "02", "03", "04", "02", "04", "06"]
     assert "--ratio 0 --seed 0:teacher" in lines[0] and "small.txt" in lines[0] and "--threshold 0.3" in lines[2]

@@ -22,8 +22,7 @@ TRAIN = ["--arch", CHEAP, "--image-size", 32, "--batch-size", 8, "--steps", 2]
 
 def test_one_class_is_one_folder_too_many(tmp_path, mistake):
     data = folders(tmp_path, train={"images/cat": 2, "images/dog": 2})
-    line = mistake(lambda: common.labeled_images(data, "train"), data / "train", "images")
-    assert "cat, dog" in line
+    mistake(lambda: common.labeled_images(data, "train"), data / "train", "images", "cat, dog")
     assert common.labeled_images(folders(tmp_path, val={"cat": 2}), "val")[2] == ["cat"]  # which may lack classes
 
 
