@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import EFFICIENTNETS, Recipe, build_model, fuse_batch_norms, head_names, load_model
-from common import load_weights, own_names, recipe_of, view_of
+from common import img_size_option, load_weights, own_names, recipe_of, view_of
 
 SMALL = [f"efficientnet_b{i}" for i in range(8)]
 
@@ -169,8 +169,8 @@ def test_initial_confidence_is_low_with_few_classes():
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "squeezenet1_0", "swin_t", "vit_b_16"])
 def test_other_names_are_torchvisions_and_the_last_layer_is_the_classifier(arch):
     with torch.device("meta"):
-        model = build_model(arch, 7, small_images=None, dropout=None, drop_path=None)
-    assert type(model) is type(torchvision.models.get_model(arch))
+        model = build_model(arch, 7, small_images=None, dropout=None, **img_size_option(arch, 64))
+    assert type(model) is type(torchvision.models.get_model(arch)) and getattr(model, "image_size", 64) == 64
     (head,) = head_names(model)
     assert len(model.get_submodule(head).weight) == 7 and list(model.state_dict())[-1] == f"{head}.bias"
 
