@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/teacher"), help="results; run again to resume")
     add("--classes", type=Path, help="with --init --epochs 0: names of the outputs, one a line")
     add("--ratio", type=at_least(0), default=0.0, help="for a control: extra images per image of the batch")
-    add("--own-size", action="store_true", help="the image size of the weights, however small the images")
+    add("--own-size", action="store_true", help="the image size of the weights, whatever --image-size")
     add_model_flags(parser)
     add_optimization_flags(parser)
     add_run_flags(parser)
@@ -123,20 +123,22 @@ def main() -> None:
     resumed = previous_run(args)
 
     # Images and labels.
-    initial = initial_weights(args.init, args.arch, args.image_size) if args.init else {}
+    asked_size = None if args.own_size else args.image_size
+    initial = initial_weights(args.init, args.arch, asked_size) if args.init else {}
     (train_images, labels), (val_images, val_labels), classes = labeled_data(args, initial)
     inputs = compare_inputs(args, resumed, train=train_images, val=val_images)
     check_copies(train_images, labels, val_images)
 
     # What the flags and the weights to start from say about the model and its images.
     usual = initial.get("image_size") or view_of(args.arch or "efficientnet_b0").image_size
-    size = args.image_size or (usual if args.own_size else default_size(train_images, initial, usual))
+    size = usual if args.own_size else args.image_size or default_size(train_images, initial, usual)
     setup = setup_of(args, {}, initial, size)
     view, recipe = setup.view, setup.recipe
 
     # A step takes n labelled images, and more in place of the unlabelled ones of a student.
     num_unlabeled = round(args.ratio * args.batch_size)
     num_labeled = args.batch_size + num_unlabeled
+    scale = num_labeled / args.batch_size  # a student's loss is a mean + ratio x a mean: 1 + ratio means
     check_parts(num_labeled, f"--batch-size {args.batch_size} --ratio {args.ratio}", args, processes)
 
     # The model and its run. Epochs and --steps auto are counted as in 04: as many steps as a student.
@@ -164,7 +166,7 @@ def main() -> None:
             with run.amp:  # 16-bit products where --precision says so; the loss is in float32
                 logits = run.forward(normalize(part_images, view)).float()
             loss = F.cross_entropy(logits, part_target, label_smoothing=args.label_smoothing, reduction="sum")
-            run.backward(loss / run.counts[0])  # the mean over the readable images of all processes
+            run.backward(scale * loss / run.counts[0])  # the mean over the readable images of all processes
         run.end_step()  # updates the weights and their average; logs, evaluates, saves
     run.finish()  # evaluates, draws curves.png, writes model.pt
 

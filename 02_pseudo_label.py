@@ -216,7 +216,8 @@ def report(labels: LabelFile, max_bad: float) -> None:
         if len(rows):
             print0(f"{len(rows)} of {len(status)} images are {what} and left out: {names}")
     if len(rows) > len(status) * max_bad / 100:
-        fail(f"--max-bad {max_bad:g}: {len(rows)} of {len(status)} images are unreadable: {names}")
+        what = f"{len(rows)} of {len(status)} images are unreadable: {names}"
+        fail(f"--max-bad {max_bad:g}: {what}; mend or delete them, and {labels.path}")
 
 
 def label_all(args, processes, checkpoint: dict, settings: dict, unlabeled: str, data) -> None:

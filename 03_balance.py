@@ -423,7 +423,8 @@ def main() -> None:
     if args.truth and not before["with_truth"].any():  # a file of other images, or other names
         fail(f"--truth {args.truth}: none of its names and classes are those of the label files")
     if not before["above_threshold"].any():
-        fail(f"--threshold {threshold:g} leaves no image of {args.labels[0]}: lower it")
+        num = before["images"].sum()
+        fail(f"--threshold {threshold:g} leaves none of the {num} labelled images of {args.labels[0]}: lower it")
     per_class = args.per_class
     if per_class == "auto":  # the lower median of what is not empty, at most the paper's 130,000
         sizes = before["above_threshold"]

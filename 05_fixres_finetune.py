@@ -29,6 +29,7 @@ from common import COUNT, RATE, add_optimization_flags, add_run_flags, argument_
 from common import at_least, fail, print0
 from common import init_processes  # processes
 from common import EfficientNet, MBConv, set_bn_momentum  # models
+from common import img_size_option  # weights
 from common import View, normalize  # views
 from common import check_copies, data_of, labeled_images  # listing
 from common import check_parts  # batches
@@ -128,7 +129,8 @@ def main() -> None:
     check_copies(train_images, labels, val[0])
     old_view = View.of(source)
     old_size = old_view.image_size
-    new_size = args.image_size or round(old_size * 5 / 4)
+    usual = old_size if img_size_option(source["arch"], 1) else round(old_size * 5 / 4)  # a ViT has one size
+    new_size = args.image_size or usual
     view = old_view.at(new_size)
 
     # How the checkpoint does before it is trained: at the old size, the new one, between, beyond.

@@ -176,6 +176,8 @@ def existing(folder: str) -> Path:
 
 def name_and_folder(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=DIR")
     return name, existing(folder)
 
 
@@ -955,7 +957,8 @@ def verdict(rows: list[Row]) -> str:
         points, half, seeds = gained
         interval = "no interval"
         if half is not None:
-            interval = f"95 percent interval {points - half:+.2f} to {points + half:+.2f}"
+            low, high = max(points - half, -100), min(points + half, 100)
+            interval = f"95 percent interval {low:+.2f} to {high:+.2f}"
         cell = next(iter(student.cells(heading).values()))
         images = f"images: {cell.num:,}" if heading == "clean" else "for these images alone"
         gain = f"{student.model} gains {points:+.2f} points over {base} on {heading} images"
@@ -1010,7 +1013,8 @@ def report(shown: dict[str, dict], out: Path) -> None:
     gaps = gaps_of(shown)
     if not any("top1" in result for entry in shown.values() for result in entry.values()):
         fail(f"nothing could be measured: {gaps}")
-    note = "In percent; ± is half of the 95 percent interval, of several seeds the standard deviation."
+    note = "In percent; ± is half of the 95 percent interval. With several seeds it is the standard deviation, "
+    note += "except in the last column."
     parts = [markdown_table(rows, headings), note, verdict(rows), gaps]
     text = "\n\n".join(part for part in parts if part) + "\n"
     with write_atomically(out / "robustness.md") as temporary:

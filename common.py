@@ -753,7 +753,8 @@ def load_initial_weights(model: nn.Module, source: dict, args, classes: list[str
             same_classes = len(weights.get(f"{head_names(model)[0]}.weight", ())) == len(classes)
         load_weights(model, weights, new_head=not same_classes)
     except ValueError as error:
-        fail(f"--init {args.init} does not fit --arch {args.arch or source['arch']}: {error}")
+        at_size = " at this --image-size" if img_size_option(source["arch"], 1) else ""  # of a ViT
+        fail(f"--init {args.init} does not fit --arch {args.arch or source['arch']}{at_size}: {error}")
     return same_classes
 
 
@@ -1317,7 +1318,10 @@ def judged_half(images: ImageList) -> np.ndarray:
     One chooses on the others: what a run chooses on an image (a threshold) is no measurement of it
     any more. Another hash than that of `is_held_out`, so that the held-out tenth is halved too.
     """
-    return np.array([digest_of_bytes(path)[0] % 2 == 1 for path in images.path.tolist()], dtype=bool)
+    is_judged = np.array([digest_of_bytes(path)[0] % 2 == 1 for path in images.path.tolist()], dtype=bool)
+    if len(is_judged) > 1 and is_judged.all() == is_judged.any():  # no half of a few images is empty
+        is_judged[0] = not is_judged[0]
+    return is_judged
 
 
 def nfc(name: str) -> str:
@@ -1342,8 +1346,8 @@ def images_by_class(folder: str | Path, classes: list[str] | None = None):
     classes = classes or names
     if unknown := sorted(set(names) - set(classes)):
         missing = sorted(set(classes) - set(names))
-        few = f"{', '.join(unknown[:5])}; without a folder: {', '.join(missing[:5])}"
-        raise ValueError(f"{folder} has classes that are unknown: {few}")
+        few = f"{', '.join(unknown[:5])}; known ones without a folder: {', '.join(missing[:5]) or 'none'}"
+        raise ValueError(f"{folder} has unknown classes: {few}: rename or remove folders")
     label_of = {name: label for label, name in enumerate(classes)}
     number = {os.fsencode(name): label_of[nfc(name)] for name in folders}
     images = list_images(folder)
@@ -1381,7 +1385,7 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
         if split == "val":
             print0(f"{data} has no val/: {len(images)} images, a tenth of train/, are held out")
     if not len(images):
-        fail(f"{folder}: no images for {split}")
+        fail(f"{folder}: no images for {split}: put some into {data}/{split}/<class>/")
     return images, labels, classes
 
 
@@ -2098,7 +2102,10 @@ def model_of(stage: str, setup: Setup, train: tuple, classes: list[str], args, p
     origin = "from scratch"
     if setup.initial:
         origin = f"from {args.init}"
-        if not load_initial_weights(model, setup.initial, args, classes):
+        fits = load_initial_weights(model, setup.initial, args, classes)
+        if fits and "classes" not in setup.initial:
+            origin += f", its outputs taken for {', '.join(classes[:3])} ..."
+        if not fits:
             if not len(train[0]):
                 fail(f"--init {args.init}: its outputs are not the {len(classes)} classes of --classes or --data")
             model = model.to(processes.device, memory_format=torch.channels_last)
@@ -2141,6 +2148,8 @@ def features_of(model: nn.Module, head: nn.Linear, images: ImageList, view: View
     keys = grid_keys(len(images), rows_per_batch(view.image_size, processes.device), alone)
     model.eval()
     for batch in load_batches(ImageDataset(images, clean=view), keys, alone):
+        for _, error in batch.errors:
+            print0(f"unreadable, left out: {error}")
         if len(batch.rows):
             rows.append(batch.rows)
             model(normalize(batch.views[0].to(processes.device), view))
@@ -2171,7 +2180,7 @@ def fit_classifier(model: nn.Module, images: ImageList, labels: np.ndarray, view
         fold[of_class] = torch.arange(len(of_class), device=x.device) % 5
     size = x.square().sum(1).mean().item()
     losses = {}
-    for decay in (size * 10.0**exponent for exponent in range(-6, 0)):
+    for decay in (size * 10.0**exponent for exponent in (-4, -6, -5, -3, -2, -1)):  # of equal ones the first
         losses[decay] = 0.0
         for k in range(5 if len(x) <= 2000 else 1):  # of many images one fold tells enough
             weights = logistic_regression(x[fold != k], target[fold != k], head.out_features, decay)
@@ -2331,6 +2340,11 @@ class Run:
     def load(self, resumed: dict) -> None:
         training = resumed["training"]
         self.step = training["step"]
+        # Where no flag says them, they follow from the images and the device, which may have changed.
+        total_steps = training.get("total_steps", self.plan.total_steps)
+        if (total_steps, View.of(resumed)) != (self.plan.total_steps, self.view):
+            of_run = f"{total_steps} steps and {View.of(resumed)}, not {self.plan.total_steps} and {self.view}"
+            fail(f"--steps, --image-size: {self.args.out} was begun with {of_run}: say so, or choose another --out")
         self.metrics = resumed["metrics"]
         self.judged = training["judged"]
         self.unreadable = set(training["unreadable"])
@@ -2347,6 +2361,7 @@ class Run:
         checkpoint = self.header | {"model": self.averaged.state_dict(), "metrics": self.metrics}
         if name == "last.pt":
             training = {"step": self.step, "judged": self.judged, "unreadable": sorted(self.unreadable)}
+            training["total_steps"] = self.plan.total_steps
             for part in ("model", "optimizer", "scaler"):
                 training[part] = getattr(self, part).state_dict()
             checkpoint["training"] = training

@@ -10,14 +10,14 @@ ROUNDS=${ROUNDS:-2}             # students, each the next one's teacher
 ARCHS=${ARCHS:-efficientnet_b0} # models. A list: the teacher's, then a student's a round; the last one repeats
 IMAGE_SIZE=${IMAGE_SIZE:-}      # pixels, such a list; none: 01 chooses the teacher's by its images, the others take it
 RATIO=${RATIO:-1}               # unlabelled images for each labelled one; a list, one a round
-BATCH=${BATCH:-32}              # labelled images a step of a student
+BATCH=${BATCH:-32}              # labelled images a step of a student; like ARCHS and RATIO in place of RECIPE's
 STEPS=${STEPS:-}                # of every training; none: as the recipe says
 EPOCHS=${EPOCHS:-}              # in place of STEPS: a student's passes over the labelled images
 INIT=${INIT:-}                  # weights that every model starts from: a file, or published (those of ARCHS)
 RECIPE=${RECIPE:-$here/recipes/$([ -z "$INIT" ] && echo small || echo finetune).txt} # flags of 01 and 04
 NOISE=${NOISE:-}                # more of them, such as "--num-ops 2 --magnitude 9"
 THRESHOLD=${THRESHOLD:-auto}    # of the confidence; auto: chosen on half of val/, 0.3: the paper's for 1,000 classes
-RELABEL=${RELABEL:-0}           # 1: each student relabels what the first teacher's labels selected, as in the paper
+RELABEL=${RELABEL:-0}           # 1: each student, alone, relabels what the first labels selected, as in the paper
 FIXRES=${FIXRES:-1}             # 0: no fine-tuning of the last student at a quarter more pixels
 CONTROL=${CONTROL:-1}           # 0: no control, and a teacher of BATCH images a step, as in the paper
 [ "$DATA" != --help ] || { sed -n '2,/^set /s/^# \{0,1\}//p; /^[A-Z_]*=\${/p' "$0" && exit; }
@@ -57,7 +57,7 @@ for seed in $SEEDS; do
     if [ -n "$INIT" ]; then # what one would do without all this: logistic regression on the weights' frozen features
         stage 01_train_teacher.py "${train[@]}" $(model "$ROUNDS") --epochs 0 --out "$run/probe"
         stage 01_train_teacher.py "${train[@]}" --arch "$(nth "$ROUNDS" $ARCHS)" --epochs 0 --own-size --out "$probe"
-        stage 02_pseudo_label.py --teacher "$probe/model.pt" --unlabeled "$DATA/unlabeled" --out "$probe/labels.h5"
+        stage 02_pseudo_label.py --data "$DATA" --teacher "$probe/model.pt" --unlabeled "$DATA/unlabeled" --out "$probe/labels.h5"
         models+=("$run/probe/model.pt")
         cmp -s "$run"/probe{,_full}/metrics.jsonl || [ $? != 1 ] || models+=("$probe/model.pt") # if they differ
     fi
@@ -70,9 +70,9 @@ for seed in $SEEDS; do
     for ((round = 1; round <= ROUNDS; round++)); do
         labels=$run/labels$round.h5 selected=$run/selected$round.h5 student=$run/student$round
         if [ "$RELABEL" != 0 ] && [ "$round" != 1 ]; then
-            stage 02_pseudo_label.py --teacher "$teacher" --unlabeled "$run/selected1.h5" --out "$selected"
+            stage 02_pseudo_label.py --data "$DATA" --teacher "$teacher" --unlabeled "$run/selected1.h5" --out "$selected"
         else # with INIT the mean of two teachers: each is sure of other images. A truth only measures the labels
-            stage 02_pseudo_label.py --teacher "$teacher" --unlabeled "$DATA/unlabeled" --out "$labels"
+            stage 02_pseudo_label.py --data "$DATA" --teacher "$teacher" --unlabeled "$DATA/unlabeled" --out "$labels"
             truth=$DATA/unlabeled_truth.csv; [ -e "$truth" ] || truth=
             stage 03_balance.py ${INIT:+"$probe/labels.h5"} "$labels" --threshold "$THRESHOLD" \
                 ${truth:+--truth "$truth"} ${INIT:+--per-class all} --out "$selected" # balancing cost 1 to 4 points of 60

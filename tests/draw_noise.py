@@ -1,9 +1,8 @@
 """Draw an image under each op of RandAugment at magnitudes 5, 15 and 27, all to the same side.
 
-python tests/draw_noise.py IMAGE --out noise.png --image-size 224
+python tests/draw_noise.py IMAGE OUT.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,15 +18,10 @@ MAGNITUDES = (5, 15, 27)
 TITLE = 16  # pixels
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("image", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("noise.png"))
-    parser.add_argument("--image-size", type=int, default=224, help="what the noise sees, in pixels")
-    args = parser.parse_args()
-    view = eval_view(load_image(args.image), View(args.image_size, crop_fraction=1.0))
+def draw(image: str | Path, out: str | Path, size: int = 224) -> None:
+    view = eval_view(load_image(image), View(size, crop_fraction=1.0))
     batch = torch.from_numpy(view.copy()).permute(2, 0, 1)[None]  # uint8 (1, 3, H, W)
-    side = args.image_size + TITLE
+    side = size + TITLE
     sheet = Image.new("RGB", (len(MAGNITUDES) * side, len(RAND_AUGMENT_OPS) * side), "white")
     for row, (name, op) in enumerate(RAND_AUGMENT_OPS.items()):
         for column, magnitude in enumerate(MAGNITUDES):
@@ -35,8 +29,8 @@ def main() -> None:
             ImageDraw.Draw(sheet).text((column * side, row * side + 2), f"{name} {magnitude}", "black")
             tile = Image.fromarray(noised[0].permute(1, 2, 0).numpy())
             sheet.paste(tile, (column * side, row * side + TITLE))
-    sheet.save(args.out)
+    sheet.save(out)
 
 
 if __name__ == "__main__":
-    main()
+    draw(*sys.argv[1:])

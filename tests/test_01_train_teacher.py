@@ -39,16 +39,11 @@ def test_the_teacher_learns_and_its_checkpoint_says_how_it_was_made(tiny_data, c
     assert saved["metrics"]["val_top1"] == lines[-1]["val_top1"] and saved["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--epochs", 4, "--arch", CHEAP],
-        ["--steps", "auto", "--arch", CHEAP],
-        ["--epochs", 4, "--optimizer", "adamw", "--init"],
-        ["@recipes/small.txt", "--arch", "efficientnet_b0"],
-    ],
-    ids=str,
-)
+CONTROLS = [["--epochs", 4, "--arch", CHEAP], ["--steps", "auto", "--arch", CHEAP]]
+CONTROLS += [["--epochs", 4, "--optimizer", "adamw", "--init"], ["@recipes/small.txt", "--arch", "efficientnet_b0"]]
+
+
+@pytest.mark.parametrize("flags", CONTROLS, ids=str)
 def test_with_ratio_it_is_the_students_control(flags, planned, tiny_data, tmp_path):
     """Equal images a step, steps, rate, warm-up and view with the same flags."""
     teacher = save_model(tmp_path / "teacher.pt", data=str(tiny_data))
@@ -61,20 +56,30 @@ def test_with_ratio_it_is_the_students_control(flags, planned, tiny_data, tmp_pa
     assert run.plan.steps_per_epoch == 3 and run.plan.total_steps >= 12
 
 
-@pytest.mark.parametrize(
-    ("side", "initial", "gpu", "expected"),
-    [
-        (20, {}, False, 32),
-        (300, {}, False, 64),  # a CPU has not the time for more
-        (120, {}, True, 96),
-        (300, {}, True, 224),
-        (200, {"arch": CHEAP}, False, 192),
-        (40, {"arch": CHEAP}, False, 96),
-        (40, {"arch": CHEAP}, True, 224),
-        (20, {"format": "of this toolkit"}, False, 224),
-        (40, {"arch": "vit_b_16"}, False, 224),  # its positions
-    ],
-)
+def test_the_loss_of_a_control_counts_as_its_students(tiny_data, call_main, tmp_path):
+    """That is a mean + ratio x a mean. SGD and RMSprop go as far as the gradient is large."""
+    for ratio in (0, 3):
+        flags = ["--data", tiny_data, *SHORT_RUN, "--epochs", 1, "--ratio", ratio, "--out", tmp_path / str(ratio)]
+        assert call_main(STAGE, *flags).returncode == 0
+        assert metrics_of(tmp_path / str(ratio))[0]["loss"] == pytest.approx((1 + ratio) * np.log(3), rel=0.25)
+
+
+def test_a_run_is_not_continued_at_another_size(tiny_data, call_main, tmp_path):
+    """Without --image-size it follows from the images, whose names are the same."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    flags = [STAGE, "--data", data, "--arch", CHEAP, "--batch-size", 8, "--steps", 3, "--out", tmp_path / "t"]
+    assert call_main(*flags, stop_after=1).returncode == 143
+    for path in (data / "train").rglob("*.png"):
+        noise_image(64, 64).save(path)
+    assert_mistake(call_main(*flags), "--image-size", tmp_path / "t")
+
+
+SIZES = [(20, {}, False, 32), (300, {}, False, 64), (120, {}, True, 96), (300, {}, True, 224)]  # a CPU: at most 64
+SIZES += [(200, {"arch": CHEAP}, False, 192), (40, {"arch": CHEAP}, False, 96), (40, {"arch": CHEAP}, True, 224)]
+SIZES += [(20, {"format": "of this toolkit"}, False, 224), (40, {"arch": "vit_b_16"}, False, 224)]  # its positions
+
+
+@pytest.mark.parametrize(("side", "initial", "gpu", "expected"), SIZES)
 def test_the_default_image_size_is_that_of_the_images(side, initial, gpu, expected, monkeypatch, tmp_path):
     for i in range(5):
         noise_image(side + 50, [side, side, side, 16, 400][i]).save(tmp_path / f"{i}.png")
@@ -83,7 +88,7 @@ def test_the_default_image_size_is_that_of_the_images(side, initial, gpu, expect
     assert stage.default_size(common.list_images(tmp_path), initial, 224) == expected
 
 
-@pytest.mark.parametrize(("flags", "size"), [([], 96), (["--own-size"], 224), (["--own-size", "--image-size", 40], 40)])
+@pytest.mark.parametrize(("flags", "size"), [([], 96), (["--own-size", "--image-size", 40], 224)])
 def test_the_probe_at_the_size_of_the_weights(flags, size, tiny_data, planned, tmp_path):
     torch.save(common.build_model(CHEAP, 5).state_dict(), tmp_path / "w.pth")
     flags += ["--init", tmp_path / "w.pth", "--arch", CHEAP, "--data", tiny_data, "--out", tmp_path / "t"]

@@ -238,7 +238,7 @@ def test_both_losses_of_consistency_are_of_one_noised_image(tiny_data, call_main
 def test_a_flag_comes_before_the_weights_and_these_before_the_teacher(tiny_data, call_main, tmp_path):
     teacher = save_model(tmp_path / "t.pt", data=str(tiny_data), crop_mode="squash")
     init, foreign = save_model(tmp_path / "i.pt", "efficientnet_b0", image_size=48), tmp_path / "resnet18.pth"
-    torch.save(common.build_model("resnet18").state_dict(), foreign)
+    torch.save(common.build_model("resnet18", 3).state_dict(), foreign)
     flags = [STAGE, "--teacher", teacher, "--epochs", 0]
     runs = {
         "teacher": ([], (CHEAP, 32, "squash")),
@@ -247,7 +247,8 @@ def test_a_flag_comes_before_the_weights_and_these_before_the_teacher(tiny_data,
         "flags": (["--init", init, "--image-size", 40, "--crop-mode", "squash"], ("efficientnet_b0", 40, "squash")),
     }
     for name, (more, expected) in runs.items():
-        assert call_main(*flags, *more, "--out", tmp_path / name).returncode == 0
+        done = call_main(*flags, *more, "--out", tmp_path / name)
+        assert done.returncode == 0 and ("outputs taken for" in done.stdout) == (name == "foreign")
         saved = checkpoint_of(tmp_path / name / "model.pt")
         assert (saved["arch"], saved["image_size"], saved["crop_mode"]) == expected, name
     assert_mistake(call_main(*flags, "--init", init, "--arch", "resnet18", "--out", tmp_path / "x"), "--arch")

@@ -47,6 +47,8 @@ def test_a_model_of_timm_goes_through_every_stage(name, tiny_data, call_main, tm
     trained = checkpoint_of(student / "model.pt")
     assert trained["arch"] == arch and common.View.of(trained) == view
 
+    flags = ["--checkpoint", teacher, "--batch-size", 8, "--steps", 1, "--out", tmp_path / "fixres"]
+    assert call_main("05_fixres_finetune", *flags).returncode == 0
     flags = ["--data", tiny_data, "--out", tmp_path / "r"]
     assert call_main("06_eval_robustness", teacher, *flags).returncode == 0
     report = json.loads((tmp_path / "r" / "robustness.json").read_text())

@@ -57,7 +57,8 @@ def test_the_probe_is_the_logistic_regression_on_the_features(tiny_data, weights
     shutil.copytree(tiny_data, tmp_path / "d")
     (tmp_path / "d" / "train" / "disc" / "3.png").write_bytes(b"no image")
     flags = ["--init", weights, "--epochs", 0, "--data", tmp_path / "d"]
-    assert "regression of 23 images" in call_main(TEACHER, *flags, "--out", tmp_path / "probe").stdout
+    printed = call_main(TEACHER, *flags, "--out", tmp_path / "probe").stdout
+    assert "regression of 23 images" in printed and "disc/3.png" in printed
     probe = checkpoint_of(tmp_path / "probe" / "model.pt")
     assert probe["classes"] == CLASSES and probe["class_counts"] == [8, 8, 8]
     found = torch.column_stack([probe["model"].pop("fc.weight"), probe["model"].pop("fc.bias")]).double().numpy()

@@ -168,6 +168,7 @@ def test_half_of_val_is_kept_for_judging_by_the_paths_below_it_alone(tmp_path):
         assert 70 < halves[200 * label :][:200].sum() < 130, "the classes are halved too"
     # Neither the root nor the others nor the width of the column counts, but the folder of the class does.
     assert (judged("/elsewhere", [*names[::3], "~" * 99])[:-1] == halves[::3]).all()
+    assert {judged("/val", names[i : i + 2]).sum() for i in range(20)} == {1}, "neither half of a few images is empty"
     moved = judged("/val", ["x" + name for name in names])
     assert 900 < (moved == halves).sum() < 1100
     tenth = common.is_held_out(np.array([name.encode() for name in names]), np.zeros(2000, int))

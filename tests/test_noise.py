@@ -308,9 +308,7 @@ def test_what_a_training_step_gets():
     assert torch.equal(common.add_noise(images, generator_of(0), b0, 224, True, True), expected)
 
 
-def test_the_picture_of_the_ops(tmp_path, monkeypatch):
-    words = [PHOTO, "--out", tmp_path / "noise.png", "--image-size", 48]
-    monkeypatch.setattr("sys.argv", ["draw_noise.py", *map(str, words)])
-    draw_noise.main()
+def test_the_picture_of_the_ops(tmp_path):
+    draw_noise.draw(PHOTO, tmp_path / "noise.png", 48)
     with Image.open(tmp_path / "noise.png") as image:
         assert image.size == (3 * (48 + 16), 16 * (48 + 16))

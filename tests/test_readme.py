@@ -293,7 +293,7 @@ def finished(process, status=0) -> tuple[str, str]:
 
 
 def table_of(stdout: str) -> list[str]:
-    return [line for line in stdout.splitlines() if line.startswith("|")]
+    return [re.sub(" +|-+", " ", line) for line in stdout.splitlines() if line.startswith("|")]
 
 
 def test_the_loop_to_its_table_and_again_after_a_kill(tiny_data, run_sh, tmp_path):
