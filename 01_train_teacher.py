@@ -146,7 +146,7 @@ def main() -> None:
     header["inputs"] = inputs
     if args.data:
         header["data"] = os.path.abspath(args.data)  # the next student's default
-    unlabeled = Path(args.data or "", "unlabeled")
+    unlabeled = f"{args.data}/unlabeled"
     plan = plan_of(args, recipe.epochs, len(train_images), unlabeled=unlabeled, num_unlabeled=num_unlabeled)
     run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
     sizes = f"{len(train_images)} labelled images of {len(classes)} classes, {len(val_images)} val"

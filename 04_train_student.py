@@ -236,8 +236,7 @@ def main() -> None:
     check_copies(train_images, labels, val_images)
 
     # What the flags, the weights to start from and the teacher say about the model and its images.
-    arch = args.arch or source.get("arch")
-    initial = initial_weights(args.init, arch, args.image_size) if args.init else {}
+    initial = initial_weights(args.init, args.arch or source.get("arch"), args.image_size) if args.init else {}
     says_size = initial if fixes_size(initial) else initial | source
     setup = setup_of(args, source, initial, args.image_size or says_size["image_size"])
     view, recipe = setup.view, setup.recipe
@@ -257,8 +256,7 @@ def main() -> None:
     header |= {"inputs": inputs, "data": os.path.abspath(data)}  # data: the next student's default
     num_pseudo = len(pseudo_labels.rows)
     num_epoch = len(train_images) if num_labeled else num_pseudo
-    unlabeled = Path(pseudo_labels.images.root)  # as run.sh has it, DATA/unlabeled
-    plan = plan_of(args, recipe.epochs, num_epoch, unlabeled=unlabeled, num_unlabeled=num_unlabeled)
+    plan = plan_of(args, recipe.epochs, num_epoch, unlabeled=pseudo_labels.images.root, num_unlabeled=num_unlabeled)
     run = Run(args, processes, model, header, plan, train_images, (val_images, val_labels), resumed)
     sizes = f"{len(train_images)} labelled, {num_pseudo} unlabelled, {len(val_images)} val; {len(classes)} classes"
     noise = f"RandAugment {recipe.num_ops} ops of magnitude {recipe.magnitude:g}"

@@ -1695,20 +1695,18 @@ RATES = {
 }
 
 
-def plan_of(
-    args, epochs: float, num_images: int, peak: float | None = None, unlabeled: Path | None = None, num_unlabeled=0
-) -> Plan:
+def plan_of(args, epochs: float, num_images: int, peak=None, unlabeled="", num_unlabeled=0) -> Plan:
     """The plan of a run. `epochs` and `peak` count where no flag says how long and how fast.
 
     --steps auto, ours: from scratch 100 passes over the labelled images, at least 1,000 steps; from
-    weights 30, or if longer 3 over those in `unlabeled`, `num_unlabeled` a step, at least 300.
+    weights 30, or if longer 3 over those in the folder `unlabeled`, `num_unlabeled` a step, at least 300.
     """
     init, steps_per_epoch = getattr(args, "init", None), max(num_images, 1) / args.batch_size
     if args.steps == "auto":
         passes, least = (30, 300) if init else (100, 1000)
         steps = max(least, round(passes * steps_per_epoch))
         product = f"{num_images} labelled images x {passes} passes = {passes * steps_per_epoch:.0f}"
-        if init and num_unlabeled and unlabeled.is_dir():
+        if init and num_unlabeled and os.path.isdir(unlabeled):
             num = len(list_images(unlabeled))
             steps = max(steps, round(3 * num / num_unlabeled))
             product += f"; {num} unlabelled x 3 = {3 * num / num_unlabeled:.0f}"
