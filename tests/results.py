@@ -3,7 +3,6 @@
     python tests/results.py add NAME OUT ...   add what run.sh wrote into the folders OUT (of other seeds each) to
                                                docs/results/NAME.json, then make all tables
     python tests/results.py                    make all tables
-    python tests/results.py NAME=FILE ...      print the tables of such files
 
 `add` records this commit and this machine; the variables COMMIT and HARDWARE name others.
 """
@@ -65,9 +64,13 @@ def add(name: str, runs: list[Path]) -> None:
     file.write_text(json.dumps(kept) + "\n")
 
 
-def section(name: str, file: str | Path) -> str:
-    """What made the numbers, stage 06's report on them, and how many labels are right."""
-    kept = json.loads(Path(file).read_text())
+def section(name: str, file: Path) -> str:
+    """What made the numbers, stage 06's report on them, and how many labels are right; or a table made by hand."""
+    kept = json.loads(file.read_text())
+    if "rows" in kept:
+        headings, *rows = kept["rows"]
+        lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
+        return "\n".join([f"## {name}\n", *kept["text"], "", *(f"| {' | '.join(line)} |" for line in lines), ""])
     facts = [f"{what} {value}" for what, value in kept["made"].items()]
     facts += [f"{num:,} {what} images" for what, num in kept["images"].items()]
     seeds = set(re.findall(r"seed(\d+)/", " ".join(kept["models"])))
@@ -83,8 +86,6 @@ def section(name: str, file: str | Path) -> str:
 
 
 def main(words: list[str]) -> None:
-    if words and words[0] != "add":
-        return print(*(section(*word.split("=", 1)) for word in words), sep="\n", end="")
     if words:
         add(words[1], [Path(word) for word in words[2:]])
     page, files = ROOT / "docs" / "results.md", sorted((ROOT / "docs" / "results").glob("*.json"))

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import load_stage, save_model
+from conftest import load_stage, save_model, write_files
 from hypothesis import given
 from hypothesis import strategies as st
 from simulate_intervals import draw_difference
@@ -36,8 +36,7 @@ def test_paths_that_differ_in_a_folder_of_a_seed_are_one_row():
 
 def test_a_share_of_few_images_has_wilsons_interval():
     (row,) = stage.rows_of({"a/m.pt": entry_of(np.ones(100))})
-    low = 100 / (100 + 1.959964**2)  # of 100 right of 100: from n / (n + z^2) to 1
-    assert row.text("clean") == f"100.00 ± {50 * (1 - low):.2f}"
+    assert row.text("clean") == f"100.00 ± {50 * (1 - 100 / (100 + 1.959964**2)):.2f}"  # n / (n + z^2) to 1
 
 
 @pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (1.5, 6.0167), (4, 2.7764), (20, 2.0860), (9999, 1.9602)])
@@ -101,7 +100,8 @@ def test_a_run_that_is_taken_in_becomes_a_table(tmp_path, monkeypatch):
     """tests/results.py on two folders of made-up runs: what is kept of them, and the table and verdict of stage 06."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
     page = tmp_path / "docs" / "results.md"
-    page.parent.joinpath("results").mkdir(parents=True)
+    by_hand = json.dumps({"text": ["Why."], "rows": [["a", "b"], ["1", "2"]]}).encode()
+    write_files(tmp_path, {"docs/results/by-hand.json": by_hand})
     page.write_text("# Results\n<!-- tables -->\nof before\n<!-- end -->\nmore\n")
     runs = [tmp_path / "runs" / name for name in ("one", "two")]
     selection = {"candidates": 60, "threshold": 0.5, "kept": 40, "examples": 44, "classes": {}}
@@ -114,13 +114,13 @@ def test_a_run_that_is_taken_in_becomes_a_table(tmp_path, monkeypatch):
         for model, value in {"teacher": 50, "control": 60 + seed, "student1": 70 + 3 * seed}.items():
             entry = entry_of(np.arange(100) < value, corrupted=value / 2) | {"sha256": "0" * 64}
             entries[f"{folder}/{model}/model.pt"] = entry
-        (run / "robustness").mkdir()
-        (run / "robustness" / "robustness.json").write_text(json.dumps(entries))
+        write_files(run, {"robustness/robustness.json": json.dumps(entries).encode()})
     for commit, run in zip(("abc1234", "def5678"), runs, strict=True):  # on two days
         monkeypatch.setenv("COMMIT", commit)
         results.main(["add", "demo", str(run)])
     text, kept = page.read_text(), (tmp_path / "docs" / "results" / "demo.json").read_text()
-    assert text.startswith("# Results\n<!-- tables -->\n## demo\n") and text.endswith("<!-- end -->\nmore\n")
+    table = "## by-hand\n\nWhy.\n\n| a | b |\n| --- | ---: |\n| 1 | 2 |\n\n"
+    assert text.startswith(f"# Results\n<!-- tables -->\n{table}## demo\n") and text.endswith("<!-- end -->\nmore\n")
     assert str(tmp_path) not in kept and "confusion" not in kept and "of before" not in text
     for fact in ("commit abc1234 def5678", "30 labeled images, 60 unlabeled images, 100 val images", "seeds 0 1."):
         assert fact in text
