@@ -404,13 +404,13 @@ def test_the_settings_of_run_sh_reach_the_stages(toolkit, recorded, tmp_path):
         assert "finetune.txt --num-ops 1 --batch-size 8 --epochs 7" in seed3[name]
         assert f"--data {data} " in seed3[name] and f"--init {weights}" in seed3[name]
     for number, teacher in enumerate(("teacher", "student1", "student2"), 1):
-        assert f"--teacher {out}/seed3/{teacher}/model.pt" in seed3[f"labels{number}.h5"]
+        assert f"--data {data} --teacher {out}/seed3/{teacher}/model.pt" in seed3[f"labels{number}.h5"]
         both = f"{out}/seed3/probe_full/labels.h5 {out}/seed3/labels{number}.h5 --threshold auto"
         assert both in seed3[f"selected{number}.h5"]
     assert "/student3/model.pt --data" in seed3["fixres"] and "--batch-size 16" in seed3["fixres"]
     assert "--epochs 7" in seed3["probe"] and seed3["probe"].endswith(f"--epochs 0 --out {out}/seed3/probe")
     assert "--own-size --out" in seed3["probe_full"] and "--image-size" not in seed3["probe_full"]
-    assert f"--teacher {out}/seed3/probe_full/model.pt --unlabeled {data}/unlabeled --out" in seed3["labels.h5"]
+    assert f"--data {data} --teacher {out}/seed3/probe_full/model.pt --unlabeled {data}/unl" in seed3["labels.h5"]
     assert "--temperature 0" in seed3["student1"] and "--temperature" not in seed3["control"]
     names = ("probe", "teacher", "control", "student1", "student2", "student3", "fixres")
     models = [f"{out}/seed{seed}/{name}/model.pt" for seed in (3, 5) for name in names]
