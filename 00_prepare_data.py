@@ -290,11 +290,8 @@ def write_tree(root: Path, classes: list[str], splits: dict, suffix: str) -> str
             Image.fromarray(image).save(folder / name, quality=DEMO["jpeg_quality"])
     if truth != "name,class\n":
         (root / "unlabeled_truth.csv").write_text(truth)
-    sizes = np.bincount(splits["train"][1])
-    each = " to ".join(map(str, sorted({sizes.min(), sizes.max()})))
-    unlabeled = splits["unlabeled"][1] if "unlabeled" in splits else np.array([])
-    rest = f"unlabeled {len(unlabeled)} ({(unlabeled == NO_CLASS).sum()} of no class)"
-    return f"train {sizes.sum()} ({len(classes)} classes x {each}), {rest}, val {len(splits['val'][1])}"
+    sizes = ", ".join(f"{split} {len(labels)}" for split, (_, labels) in splits.items())
+    return f"{len(classes)} classes; images: {sizes}"
 
 
 def main() -> None:

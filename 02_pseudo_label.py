@@ -61,8 +61,8 @@ def label_batches(model, view: View, precision, processes, images: ImageList, ba
     pairs = zip(map(np.array, batches), load_batches(dataset, batches, processes), strict=True)
     for rows, batch in progress(pairs, "batches", len(batches), processes):
         is_readable = np.isin(rows, batch.rows.numpy())
-        status = np.where(is_readable, DONE, UNREADABLE).astype(np.uint8)
-        status[np.isin(rows, batch.held_out)] = HELD_OUT
+        status = np.where(is_readable, DONE, HELD_OUT).astype(np.uint8)
+        status[np.isin(rows, [row for row, _ in batch.errors])] = UNREADABLE
         # Unreadable images are zeros in their place: a batch's numbers do not depend on them.
         pixels = torch.zeros(len(rows), *batch.views[0].shape[1:], dtype=torch.uint8)
         pixels[torch.from_numpy(is_readable)] = batch.views[0]
@@ -194,7 +194,7 @@ def write_csv(path: Path, labels: LabelFile) -> None:
     status, names, label, confidence = map(labels.column, ("status", "path", "label", "confidence"))
     text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with write_atomically(path) as temporary, open(temporary, "w", **text) as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "class", "confidence"])
         for row in np.flatnonzero(status == DONE):
             writer.writerow([os.fsdecode(names[row]), labels.classes[label[row]], confidence[row]])

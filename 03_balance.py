@@ -163,11 +163,9 @@ def check_disjoint(table: Table) -> None:
     for file, prefix in zip(table.files, table.prefixes, strict=True):
         paths = np.strings.add(prefix, file.column("path"))
         hashes.append(np.unique(np.fromiter(map(hash, paths), np.int64)))
-    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    twice = values[counts > 1]
-    if len(twice):
-        owners = [k for k, of_file in enumerate(hashes) if twice[0] in of_file]
-        names = " and ".join(str(table.files[k].path) for k in owners)
+    _, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    if (counts > 1).any():
+        names = " and ".join(str(file.path) for file in table.files)
         fail(f"{names} share some images: expected all of them, or none")
 
 
@@ -210,15 +208,8 @@ def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]
 
 def by_class(label: np.ndarray, num_classes: int) -> list[np.ndarray]:
     """The positions of each class's entries, ascending."""
-    kind = np.uint16 if num_classes <= 1 << 16 else np.int32  # 16 bits: radix, 5 times as fast
     ends = np.bincount(label, minlength=num_classes).cumsum()  # of each class in the sorted order
-    return np.split(np.argsort(label.astype(kind), kind="stable"), ends[:-1])
-
-
-def sort_keys(score: np.ndarray) -> np.ndarray:
-    """Unique integers in the order of scores (..., n) >= 0; of equal scores the first is highest."""
-    last_to_first = np.arange(score.shape[-1], dtype=np.uint64)[::-1]
-    return score.view(np.uint32).astype(np.uint64) << 32 | last_to_first
+    return np.split(np.argsort(label, kind="stable"), ends[:-1])
 
 
 class BestOfClasses:
@@ -242,12 +233,10 @@ class BestOfClasses:
         row, label, score = (np.concatenate(column) for column in zip(*self.chunks, strict=True))
         kept = np.ones(len(label), bool)  # all, but for what is too many of a class
         for c, positions in enumerate(by_class(label, len(self.cutoff))):
-            surplus = len(positions) - self.per_class  # how many must go
-            if surplus >= 0:
-                keys = sort_keys(score[positions])
-                is_best = keys >= np.partition(keys, surplus)[surplus]
-                kept[positions] = is_best
-                self.cutoff[c] = score[positions[is_best]].min()
+            if len(positions) >= self.per_class:
+                best_first = positions[np.argsort(-score[positions], kind="stable")]
+                kept[best_first[self.per_class :]] = False
+                self.cutoff[c] = score[best_first[self.per_class - 1]]
         self.chunks = [(row[kept], label[kept], score[kept])]  # the rest is forgotten
         self.num_new = 0
         return self.chunks[0]
@@ -280,14 +269,14 @@ def select_top_p(table: Table, top_p: int, per_class: int) -> tuple:
     """Yalniz et al.'s rule: (row, label, probability, copies), sorted by row and label."""
     best = BestOfClasses(len(table.classes), per_class)
     place = max(0, len(table.classes) - top_p)  # of the P-th highest, in ascending order
+    last_to_first = np.arange(len(table.classes), dtype=np.uint64)[::-1]
     for rows in table.chunks():
         probs = table.probs(table.columns("logits", rows))  # (n, C)
         reaches = (probs - torch.from_numpy(best.cutoff)).amax(1) > 0  # soon only few
         rows, probs = rows[reaches.numpy()], probs[reaches].numpy()  # images that can enter
-        is_top = probs >= np.partition(probs, place, axis=1)[:, place, None]
-        tied = is_top.sum(1) > top_p  # several are the P-th: exactly P are chosen, the first classes
-        keys = sort_keys(probs[tied])  # unique
-        is_top[tied] = keys >= np.partition(keys, place, axis=1)[:, place, None]
+        # Unique integers in the order of the probabilities; of equal ones the first class is highest.
+        keys = probs.view(np.uint32).astype(np.uint64) << 32 | last_to_first
+        is_top = keys >= np.partition(keys, place, axis=1)[:, place, None]
         is_top &= probs > best.cutoff  # of the others `add` would drop each
         image, label = np.divmod(np.flatnonzero(is_top).astype(np.int32), len(table.classes))
         best.add(rows[image], label, probs[image, label])

@@ -70,10 +70,8 @@ def parse_args() -> argparse.Namespace:
         fail("--teacher or --pseudo-labels: give one of them: the unlabelled images need labels")
     if args.unlabeled_only and not args.pseudo_labels:
         fail("--unlabeled-only needs --pseudo-labels: an epoch is a pass over its images")
-    if args.consistency and args.temperature == 0:
-        fail("--consistency kl compares probabilities, but --temperature 0 gives hard labels")
-    if args.consistency and (args.unlabeled_only or args.unlabeled_weight is not None):
-        fail("--consistency kl is a mean: without --unlabeled-only and --unlabeled-weight")
+    if args.consistency and (args.temperature == 0 or args.unlabeled_only or args.unlabeled_weight is not None):
+        fail("--consistency kl is a mean: without --temperature 0, --unlabeled-only and --unlabeled-weight")
     if args.consistency and args.ratio == 0 and args.pseudo_labels:
         fail("--consistency kl --ratio 0: the teacher labels on the fly, without --pseudo-labels")
     return args

@@ -29,7 +29,7 @@ from common import COUNT, RATE, add_optimization_flags, add_run_flags, argument_
 from common import at_least, fail, print0
 from common import init_processes  # processes
 from common import EfficientNet, MBConv, set_bn_momentum  # models
-from common import img_size_option  # weights
+from common import head_names, img_size_option  # weights
 from common import View, normalize  # views
 from common import check_copies, data_of, labeled_images  # listing
 from common import check_parts  # batches
@@ -64,7 +64,7 @@ def freeze(model: nn.Module, frozen_blocks: int | str) -> None:
 
     N: the blocks after the first N train, and all behind them, batch norms included (official
     efficientnet_model.py:382-418; the paper's N is not published). all, and models that are no
-    EfficientNet: the last linear layer trains, and the last batch norm takes on the statistics of
+    EfficientNet: the classifier trains, and the last batch norm takes on the statistics of
     the new size with its weights frozen (FixRes' imnet_finetune/train.py). On small images more is
     better: docs/fixres.md.
     """
@@ -76,13 +76,11 @@ def freeze(model: nn.Module, frozen_blocks: int | str) -> None:
             fail(f"--frozen-blocks {frozen_blocks}: the model has {len(blocks)} blocks")
         trained = [*blocks[frozen_blocks:], model.features[-1], model.classifier]
     else:
-        trained = [m for m in modules if isinstance(m, nn.Linear)][-1:]
+        trained = [model.get_submodule(name) for name in head_names(model)]
         norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
         for module in norms[-1:] + dropouts:
             module.train()
-    if not trained:
-        fail("--checkpoint: the model has no linear layer that could be fine-tuned")
     for module in trained:
         module.train().requires_grad_()
 
@@ -145,7 +143,7 @@ def main() -> None:
     # that of another optimizer may be too high for AdamW: at most 1e-3 (ours).
     # There is no running average: over so few steps it would stay where it began.
     freeze(model, args.frozen_blocks)
-    flags = source["args"]
+    flags = source.get("args", {})
     bn_momentum = args.bn_momentum
     if bn_momentum is None:
         of_checkpoint = flags.get("bn_momentum", 0.01)

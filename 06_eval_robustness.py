@@ -498,8 +498,11 @@ class Tested:
         if earlier.get("sha256") == self.entry["sha256"]:
             self.entry = earlier
 
-    def logits(self, amp, pixels: Tensor) -> Tensor:
-        """Float32 (N, classes) of pixels (N, 3, H, W) in 0..255."""
+    def logits(self, amp, eps: float, steps: int, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Float32 (N, classes) of pixels (N, 3, H, W) in 0..255, attacked where `steps` is not 0."""
+        pixels = pixels.float()
+        if steps:
+            pixels = attack(self.model, pixels, labels, eps, steps, self.view)
         with torch.no_grad(), amp:
             return self.model(normalize(pixels, self.view)).float()
 
@@ -593,13 +596,10 @@ class Evaluation:
             tested = Tested(path, processes.device, earlier.get(path, {}))
             self.models.append(tested)
             self.entries[path] = tested.entry
-        self.smallest = min((tested.view for tested in self.models), key=lambda view: view.image_size)
 
     def read(self) -> dict[str, dict]:
         try:
-            return dict(json.loads(self.file.read_text()))
-        except FileNotFoundError:
-            return {}
+            return dict(json.loads(self.file.read_text())) if self.file.exists() else {}
         except (OSError, TypeError, ValueError) as error:
             fail(f"{self.file}: not the results of an earlier run ({error}); move it away")
 
@@ -665,14 +665,9 @@ class Evaluation:
                 pictures = batch.views[distinct.index(views[number]) :: len(distinct)]
                 pixels = torch.cat([images.to(device, non_blocking=True) for images in pictures])
                 target = labels[number][batch.rows].to(device).repeat(len(pictures))
-                parts = []
-                for part, of_part in zip(pixels.split(size), target.split(size), strict=True):
-                    part = part.float()
-                    if steps:
-                        fool = partial(attack, tested.model, eps=eps, steps=steps, view=tested.view)
-                        part = in_halves(fool, part, of_part)
-                    parts.append(in_halves(partial(tested.logits, amp), part))
-                logits = torch.cat(parts)
+                logits_of = partial(tested.logits, amp, eps, steps)
+                parts = zip(pixels.split(size), target.split(size), strict=True)
+                logits = torch.cat([in_halves(logits_of, *part) for part in parts])
                 if subset:
                     others = np.setdiff1d(np.arange(len(tested.classes)), labels[number])
                     logits[:, others] = -torch.inf
@@ -733,7 +728,7 @@ def measure_all(args: argparse.Namespace, evaluation: Evaluation, val: Shown | N
             once(f"pgd/{eps:g}", lambda: chosen, eps=eps, steps=args.pgd_steps)
     if args.corrupt:
         # All models see the same corrupted pixels: those that the smallest one sees, corrupted.
-        view = evaluation.smallest
+        view = min((tested.view for tested in evaluation.models), key=lambda view: view.image_size)
         settings = view._asdict() | {"seed": args.seed}
         for name in CORRUPTIONS:
             draw = partial(draw_five, chosen.images, view, name, args.seed)
@@ -957,8 +952,7 @@ def verdict(rows: list[Row]) -> str:
         points, half, seeds = gained
         interval = "no interval"
         if half is not None:
-            low, high = max(points - half, -100), min(points + half, 100)
-            interval = f"95 percent interval {low:+.2f} to {high:+.2f}"
+            interval = f"95 percent interval {points - half:+.2f} to {points + half:+.2f}"
         cell = next(iter(student.cells(heading).values()))
         images = f"images: {cell.num:,}" if heading == "clean" else "for these images alone"
         gain = f"{student.model} gains {points:+.2f} points over {base} on {heading} images"
@@ -988,20 +982,14 @@ def draw(rows: list[Row], headings: list[str], file: Path) -> None:
     plt = pyplot()
     if plt is None or not shares:
         return
-    across = min(4, len(shares))
-    down = math.ceil(len(shares) / across)
-    width = 0.07 * max(len(row.name) for row in rows) + 2.6 * across  # inches
-    height = (0.8 + 0.25 * len(rows)) * down
-    figure = plt.figure(figsize=(width, height), layout="constrained")
-    for number, heading in enumerate(shares):
-        axis = figure.add_subplot(down, across, number + 1)
+    size = (2.6 * len(shares) + 2, 0.25 * len(rows) + 0.8)  # inches
+    figure, axes = plt.subplots(1, len(shares), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, heading in zip(axes[0], shares, strict=True):
         for row in reversed(rows):  # upwards
             values = row.values(heading)
             axis.barh(row.name, np.mean(values or np.nan), color="lightsteelblue")
             axis.plot(values, [row.name] * len(values), "k.", markersize=4)
         axis.set_title(heading.replace(" (", "\n("), fontsize="medium")
-        axis.set_ylim(-0.6, len(rows) - 0.4)  # a model without a number keeps its place
-        axis.tick_params(labelleft=number % across == 0)
         axis.grid(axis="x", alpha=0.4)
     figure.supxlabel("top-1 in percent", fontsize="medium")
     save_figure(plt, file)
@@ -1010,12 +998,9 @@ def draw(rows: list[Row], headings: list[str], file: Path) -> None:
 def report(shown: dict[str, dict], out: Path) -> None:
     rows = rows_of(shown)
     headings = list(dict.fromkeys(k for row in rows for cells in row.columns.values() for k in cells))
-    gaps = gaps_of(shown)
-    if not any("top1" in result for entry in shown.values() for result in entry.values()):
-        fail(f"nothing could be measured: {gaps}")
     note = "In percent; ± is half of the 95 percent interval. With several seeds it is the standard deviation, "
     note += "except in the last column."
-    parts = [markdown_table(rows, headings), note, verdict(rows), gaps]
+    parts = [markdown_table(rows, headings), note, verdict(rows), gaps_of(shown)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     with write_atomically(out / "robustness.md") as temporary:
         temporary.write_text(text)
@@ -1032,14 +1017,8 @@ def main() -> None:
         optional("av", "av", "--imagenet-p")
 
     evaluation = Evaluation(args, processes)
-    models = evaluation.models
-    val = list_val(args, args.data or models[0].data)
-    if val and not any(set(val.classes) <= set(tested.classes) for tested in models):
-        unknown = sorted(set(val.classes) - set(models[0].classes))
-        fail(f"--data: the models lack classes of val/; unknown: {', '.join(unknown[:5])}")
+    val = list_val(args, args.data or evaluation.models[0].data)
     measure_all(args, evaluation, val)
-    if not evaluation.asked:
-        fail("nothing to measure: name --data or a released set")
     if evaluation.unreadable:  # from each process, for it alone has seen them
         names = sorted(evaluation.unreadable)
         print(f"{len(names)} unreadable, left out; the first: {names[0]}", flush=True)
@@ -1047,6 +1026,8 @@ def main() -> None:
     for path, entry in evaluation.entries.items():
         shown[path] = {key: entry[key] for key in evaluation.asked}
         shown[path]["summary"] = entry["summary"] = summarize(shown[path])
+    if not any("top1" in result for entry in shown.values() for result in entry.values()):
+        fail(f"nothing to measure: name --data or a released set with the model's classes. {gaps_of(shown)}")
     evaluation.save()
     if processes.rank == 0:
         report(shown, args.out)

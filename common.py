@@ -2,28 +2,20 @@
 
 The rooms, in the order of the file; a stage's imports say which of them it needs.
 
-the program       argument_parser, add_..._flags, types and actions of flags, @FILE; print0, fail
-                  (status 2) and diverged (3); torchrun's variables; write_atomically, digests of files
-processes         init_processes: device and rank; sums over processes, StopSignal, seeds, progress
-models            EfficientNet with its table of sizes and recipes; build_model: these, torchvision's
-                  and timm's by name; batch norms, model noise
-weights           --init: load_weights, names of tensors and of the last layer (head), published
-                  weights and how their images look; everything else about timm
-noise             rand_augment and its ops on uint8 batches; the official noise of small images
-views             load_image; View and eval_view: the clean (evaluation) view; Crop and random_view:
-                  the training crop; normalize
-listing           ImageList; labeled_images and unlabeled_images of the data directory, its shards;
-                  held-out images, the half of val that judges, digests against copies of val
-batches           ImageDataset: views of images; the keys of a step's or an evaluation's images;
-                  loaders, batch sizes
-label files       logits.h5 and balanced.h5: creating, checking and mapping them
-optimization      plan_of: a run's length and rate; learning_rate; RMSprop, weight decay; EMA and SWA
-checkpoints       model.pt and last.pt: load_model, saving; may --out be resumed? its lock, flags and
-                  fingerprints of inputs; metrics.jsonl
-training          setup_of: what flags, --init and teacher say; model_of: a model and its classifier;
-                  precision, DDP, GPU memory; evaluate, intervals
-the training run  Run: what happens around a step: rate, noise, log, evaluation, saving, stopping
-pictures          matplotlib, saving figures, curves.png
+the program       flags and their types, @FILE; fail (status 2); files written whole or not at all
+processes         those of torchrun, sums over them; signals, seeds, progress
+models            EfficientNet, the table of sizes and recipes; build_model
+weights           --init: weights of torchvision and timm, and how their images must look
+noise             rand_augment and its ops; the official noise of small images
+views             load_image; the clean view and the random crop
+listing           images of folders and shards, labels, held-out images
+batches           ImageDataset; the images of a step or an evaluation; loaders
+label files       logits.h5 and balanced.h5
+optimization      a run's length and rate; RMSprop; EMA and SWA
+checkpoints       model.pt and last.pt; may a run be continued? metrics.jsonl
+training          the model that the flags describe; precision, DDP, evaluate
+the training run  Run: what happens around a step
+pictures          matplotlib, curves.png
 """
 
 import argparse
@@ -50,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from multiprocessing import active_children
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -78,17 +70,15 @@ def print0(*words) -> None:
         print(*words, flush=True)
 
 
-def fail(message: str, from_any: bool = False) -> NoReturn:
+def fail(message: str, from_any: bool = False, status: int = 2) -> NoReturn:
     """The user's mistake: one line on stderr, status 2. `from_any`: not from rank 0 alone."""
     if from_any or is_rank0():
         print("error:", message.replace("\n", " "), file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def diverged(out: Path) -> NoReturn:
-    if is_rank0():
-        print(f"error: the training diverged; {out} keeps the last good state: lower --lr", file=sys.stderr)
-    raise SystemExit(3)
+    fail(f"the training diverged; {out} keeps the last good state: lower --lr", status=3)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -253,7 +243,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def optional(module: str, package: str = "", what: str = "this"):
+def optional(module: str, package: str = "", what: str | Path = "--arch timm/NAME"):
     """A module that only `what` needs; where it is not installed the program ends."""
     try:
         return importlib.import_module(module)
@@ -346,9 +336,8 @@ class StopSignal:
         # torchrun passes the first one on: that makes two, in milliseconds.
         if time.monotonic() - self.since > 0.5:
             os._exit(143)
-        if not self.received:
-            self.received = True
-            self.since = time.monotonic()
+        self.received = True
+        self.since = min(self.since, time.monotonic())
 
 
 def ignore_signals(worker: int) -> None:
@@ -566,6 +555,8 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
         from torchvision import models
 
         create = models.get_model
+        if arch in ("googlenet", "inception_v3"):
+            options["aux_logits"] = False
         names = {"drop_path": "stochastic_depth_prob"}
     options = {names.get(option, option): value for option, value in options.items()}
     resnext = re.fullmatch(r"resnext101_32x([1-9]\d*)d", arch)  # 1905.00546: a teacher of 32x48d
@@ -653,19 +644,17 @@ def head_names(model: nn.Module) -> list[str]:
     return [n for n, m in layers.items() if m in inside and len(m.weight) == model.num_classes]
 
 
-def load_weights(model: nn.Module, weights: dict, new_head: bool = False) -> None:
+def load_weights(model: nn.Module, state_dict: dict, new_head: bool = False) -> None:
     """Load a state_dict of this toolkit, torchvision or timm.
 
     ValueError names what is missing, extra or of another shape. `new_head`: the last layer starts
     at zero. Random weights would stay as noise wherever few training images touch them.
     """
     own = model.state_dict()
-    weights = own_names(weights, own)
+    weights = own_names(state_dict, own)
     if new_head:
-        for name in head_names(model):
-            for tensor in (f"{name}.weight", f"{name}.bias"):
-                if tensor in own:
-                    weights[tensor] = torch.zeros(own[tensor].shape)
+        heads = head_names(model)
+        weights |= {name: torch.zeros(t.shape) for name, t in own.items() if name.rpartition(".")[0] in heads}
     weights = OrderedDict(weights)
     weights._metadata = {"": {"version": model._version}}  # MNASNet asks for it
     try:
@@ -794,14 +783,7 @@ def put(images: Tensor, rows: Tensor, values: Tensor) -> None:
 def table_lookup(images: Tensor, tables: Tensor) -> Tensor:
     """Replace each pixel by its entry in tables (N, 3, 256), (N, 1, 256) or (256,), clipped."""
     tables = tables.clamp(0, 255).to(images.device, torch.uint8)  # truncates, as Pillow does
-    if images.device.type != "cpu":
-        tables = tables.expand(len(images), 3, 256)
-        return tables.gather(2, images.flatten(2).long()).view_as(images)
-    # bytes.translate is twice as fast as any indexing of numpy or torch.
-    tables = tables.reshape(-1, 256).numpy()
-    planes = images.numpy().reshape(len(tables), -1)
-    out = [bytearray(plane).translate(table) for plane, table in zip(planes, tables, strict=True)]
-    return torch.frombuffer(bytearray().join(out), dtype=torch.uint8).view_as(images)
+    return tables.expand(len(images), 3, 256).gather(2, images.flatten(2).long()).view_as(images)
 
 
 def blend(degenerate: Tensor, images: Tensor, magnitude: float) -> Tensor:
@@ -878,11 +860,8 @@ def equalize(images, magnitude, sign, generator):
     planes = images.flatten(0, 1).flatten(1)
     first_bins = 256 * torch.arange(len(planes), dtype=torch.int32, device=images.device)
     index = (planes + first_bins[:, None]).flatten()  # 256 bins for each plane, one after the other
-    if images.device.type == "cpu":
-        histogram = index.bincount(minlength=256 * len(planes))
-    else:  # bincount would wait for the device
-        histogram = index.new_zeros(256 * len(planes)).scatter_add_(0, index.long(), torch.ones_like(index))
-    histogram = histogram.view(-1, 3, 256)
+    histogram = index.new_zeros(256 * len(planes))  # bincount would wait for a GPU
+    histogram = histogram.scatter_add_(0, index.long(), torch.ones_like(index)).view(-1, 3, 256)
     last = histogram.gather(2, images.flatten(2).amax(2, keepdim=True).long())  # of the brightest level
     step = (planes.shape[1] - last) // 255  # pixels a level should have
     below = (histogram.cumsum(2) - histogram).double()  # pixels darker than the level
@@ -979,15 +958,13 @@ def rand_augment(images: Tensor, num_ops=2, magnitude=27, generator=None, resolu
     in_pixels = magnitude  # of the ops whose sizes are in pixels
     if resolution and 64 < side < resolution:
         in_pixels = magnitude * side / resolution
-    fits_cache = max(1, 2**18 // math.prod(images.shape[1:]))  # images in 256 KB
-    chunk = fits_cache if images.device.type == "cpu" else len(images)
     for drawn, sign in zip(ops, signs, strict=True):
         for number, (name, op) in enumerate(RAND_AUGMENT_OPS.items()):
             level = in_pixels if name in ("TranslateX", "TranslateY", "Cutout") else magnitude
-            for rows in (drawn == number).nonzero().squeeze(1).split(chunk):  # on the CPU: no sync
-                if len(rows) > 0:
-                    chosen = images.index_select(0, rows.to(images.device, non_blocking=True))
-                    put(images, rows, op(chosen, level, sign[rows], generator))
+            rows = (drawn == number).nonzero().squeeze(1)  # on the CPU: no sync
+            if len(rows) > 0:
+                chosen = images.index_select(0, rows.to(images.device, non_blocking=True))
+                put(images, rows, op(chosen, level, sign[rows], generator))
     return images
 
 
@@ -1233,17 +1210,12 @@ def shard_members(root: str, path: str) -> Iterator[tuple[bytes, int, int]]:
 def list_images(root: str | Path) -> ImageList:
     """All images below `root`, sorted by path, links followed; .tar shards are read in place."""
     root, members = os.path.abspath(root), []
-
-    def not_listed(error: OSError) -> None:
-        print0(f"{error.filename} cannot be listed ({error.strerror}): its images are not seen")
-
     junk = []
-    for folder, folders, names in os.walk(root, onerror=not_listed, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=print0, followlinks=True):
         junk += JUNK.intersection(folders)
         folders[:] = [name for name in folders if not name.startswith(".") and name not in JUNK]
-        below = os.path.relpath(folder, root)
         for name in names:
-            path = name if below == "." else f"{below}/{name}"
+            path = os.path.join(folder, name).removeprefix(root).lstrip("/")
             if name.startswith("."):
                 continue
             if name.lower().endswith(COMPRESSED):
@@ -1276,7 +1248,7 @@ def digests_of(images: ImageList) -> frozenset[bytes]:
     for row in range(len(images)):
         with contextlib.suppress(OSError), images.open(row) as file:
             digests.add(digest_of_bytes(file.read()))
-    return frozenset(digests)
+    return frozenset(digests - {digest_of_bytes(b"")})  # an empty file is unreadable, and no copy
 
 
 def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
@@ -1291,7 +1263,8 @@ def check_copies(train: ImageList, labels: np.ndarray, val: ImageList) -> None:
         for row in range(len(images)):
             with contextlib.suppress(OSError):
                 size = int(images.size[row]) or os.path.getsize(images.name(row))
-                places.setdefault(size, []).append((images, row, int(kinds[row])))
+                if size:  # files of no bytes are no copies: a bad image stops no run
+                    places.setdefault(size, []).append((images, row, int(kinds[row])))
     first, copies, twice = {}, {}, {}  # {name: line}
     for same_size in places.values():
         if len({kind for _, _, kind in same_size}) > 1:
@@ -1366,8 +1339,6 @@ def labeled_images(data: str | Path, split: str, classes: list[str] | None = Non
     """`images_by_class` of DATA/train or DATA/val; without val/ a tenth of train/ is held out."""
     held_out = not (Path(data) / "val").is_dir()
     folder = Path(data) / ("train" if held_out else split)
-    if not folder.is_dir():
-        fail(f"{data}: no folder train/ with one folder of images a class in it")
     try:
         images, labels, classes = images_by_class(folder, classes)
     except ValueError as error:
@@ -1423,7 +1394,6 @@ class Batch(NamedTuple):
     rows: Tensor  # int64 (n,): positions in the dataset of the images that could be read
     views: list[Tensor]  # uint8 (n, 3, H, W) each, channels_last in memory; n may be 0
     errors: list[tuple[int, str]]  # (row, reason) of those that could not
-    held_out: list[int]  # rows of images of val, which no stage trains on
 
 
 @dataclass(eq=False)
@@ -1480,8 +1450,7 @@ class ImageDataset(torch.utils.data.Dataset):
             for tensor in (rows, *views):  # a full /dev/shm: an error here, a hang in torch's thread
                 tensor.share_memory_()
         errors = [(row, error) for row, _, error in items if error is not None]
-        held_out = [row for row, of_row, error in items if of_row is None and error is None]
-        return Batch(rows, views, errors, held_out)
+        return Batch(rows, views, errors)
 
 
 def train_keys(num: int, batch_size: int, seed, stream: str, steps: range, processes: Processes):
@@ -1609,13 +1578,11 @@ def open_label_file(path: str | Path) -> LabelFile:
     for name, (dtype, offset, shape) in places.items():
         expected = np.dtype(LABEL_COLUMNS[name])
         fits = dtype.kind == "S" if name == "path" else dtype == expected
-        if not fits:
-            fail(f"{path}: {name} is of type {dtype}, expected {expected}")
-        if shape != shapes.get(name, num_rows):
-            fail(f"{path}: {name} has the shape {shape}, expected {shapes.get(name, num_rows)}")
-        size = math.prod(shape) * dtype.itemsize
-        if size and (offset is None or offset + size > os.path.getsize(path)):
-            fail(f"{path}: {name} is not stored in one piece inside the file")
+        right_shape = shapes.get(name, num_rows)
+        if not fits or shape != right_shape:
+            fail(f"{path}: {name} is {dtype} {shape}, expected {expected} {right_shape}")
+        if offset is None and math.prod(shape):
+            fail(f"{path}: {name} is not stored in one piece")
     return LabelFile(Path(path), attrs, classes, places)
 
 
@@ -1629,7 +1596,7 @@ def check_label_rows(labels: LabelFile) -> None:
     logits = labels.column("logits")[rows].astype(np.float32)
     label = labels.column("label")[rows].clip(0, logits.shape[1] - 1)
     of_label = logits[np.arange(len(rows)), label]
-    probs = np.exp(of_label) / np.exp(logits).sum(1)
+    probs = torch.from_numpy(logits).softmax(1).numpy()[np.arange(len(rows)), label]
     fits = (logits.max(1) == 0) & (abs(probs - labels.column("confidence")[rows]) <= 0.02)
     fits &= labels.column("label")[rows] == label  # not below 0 or above the last class
     if labels.attrs.get("method") != "top-p":
@@ -1649,6 +1616,7 @@ def new_label_file(path: Path, num: int, path_width: int, classes: list, columns
     change, and the file opens at any time, after kill -9 too.
     """
     arrays = {name: attrs.pop(name) for name in LABEL_COLUMNS if name in attrs}
+    shapes = {"logits": (num, len(classes))} | {name: values.shape for name, values in arrays.items()}
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # h5py's own calls cannot ask for these
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -1658,14 +1626,11 @@ def new_label_file(path: Path, num: int, path_width: int, classes: list, columns
     aligned = {"alignment_threshold": 1, "alignment_interval": 4096}
     with write_atomically(path) as temporary, h5py.File(temporary, "w", locking=False, **aligned) as file:
         for name in (*columns, *arrays):
-            shape = (num, len(classes)) if name == "logits" else (num,)
-            if name in arrays:
-                shape = arrays[name].shape
             dtype = np.dtype(LABEL_COLUMNS[name])
             if name == "path":
                 dtype = h5py.string_dtype("utf-8", max(path_width, 1))
             kind = h5py.h5t.py_create(dtype, logical=True)
-            space = h5py.h5s.create_simple(shape)
+            space = h5py.h5s.create_simple(shapes.get(name, (num,)))
             h5py.h5d.create(file.id, name.encode(), kind, space, creation)
         for name, values in arrays.items():
             file[name][...] = values
@@ -1802,9 +1767,8 @@ def make_optimizer(name: str, model: nn.Module, weight_decay: float | None, clas
 
     Weight decay (None: that of RATES) spares the norms and nothing else, as the official code
     (main.py:552-555); AdamW's is decoupled. `classifier_lr`: the classifier's share of the rate,
-    kept in its group as `share`. AdamW moves every weight by about the rate, so a classifier of
-    1,280 inputs moves its logits by 1,280 times that, and they follow the last batch; a share that
-    falls with the inputs prevents it (muP, 2203.03466, table 3).
+    kept in its group as `share`: AdamW moves each weight by about the rate, and a logit by as many
+    times that as it has inputs (muP, 2203.03466, table 3).
     """
     weight_decay = RATES[name][2] if weight_decay is None else weight_decay
     norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm))]
@@ -1854,14 +1818,11 @@ def recompute_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Running statistics: the mean over batches, without dropout (torch's update_bn has it on)."""
     norms = [m for m in model.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.momentum != 0]  # 0: frozen
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train().reset_running_stats()
         norm.momentum = None  # an equal mean
     for images in batches:
         model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 # ----------------------------------------- checkpoints ------------------------------------------
@@ -1876,9 +1837,10 @@ def read_file(path: str | Path) -> dict:
     """What a .pt, .pth or .safetensors file holds, onto the CPU. Code in it is never run."""
     try:
         if Path(path).suffix == ".safetensors":
-            return optional("safetensors.torch", "safetensors").load_file(path)
+            return optional("safetensors.torch", "safetensors", path).load_file(path)
         # Namespace: plain data, in the files of many training scripts
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles by others, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path}: no such checkpoint")
@@ -1906,11 +1868,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool 
     `fuse`: with the batch norms folded into the convolutions, for inference: 1.4 times as fast.
     """
     checkpoint = read_checkpoint(path)
-    arch, num_classes = checkpoint["arch"], len(checkpoint["classes"])
     try:
-        model = build_model(arch, num_classes, **checkpoint["arch_options"])
+        options = checkpoint.get("arch_options", {})
+        model = build_model(checkpoint["arch"], len(checkpoint["classes"]), **options)
         load_weights(model, checkpoint["model"])
-    except ValueError as error:
+    except (KeyError, TypeError, ValueError) as error:
         fail(f"{path}: {error}")
     if fuse:
         fuse_batch_norms(model)
@@ -1928,9 +1890,7 @@ def fingerprint(thing: Path | ImageList) -> str:
     labels = open_label_file(thing)
     sha256 = hashlib.sha256(json.dumps(labels.classes).encode())
     for name in sorted(labels.places.keys() - {"logits"}):
-        column = labels.column(name)
-        for begin in range(0, len(column), 1 << 20):  # hundreds of millions must not be copied whole
-            sha256.update(column[begin : begin + (1 << 20)].tobytes())
+        sha256.update(labels.column(name).ravel().view(np.uint8))  # mapped: nothing is copied
     return sha256.hexdigest()
 
 
@@ -1960,8 +1920,6 @@ def previous_run(args: argparse.Namespace) -> dict | None:
     if not path.exists():
         return None
     checkpoint = read_checkpoint(path)
-    if checkpoint["format"] == OLD_FORMAT:
-        fail(f"--out {args.out} holds a run of an earlier version: it can be read, not continued; choose another")
     before, flags = checkpoint["args"], flags_of(args)
     other = []
     for name in sorted(before.keys() | flags.keys()):
@@ -2021,13 +1979,6 @@ def append_metrics(out: Path, **values) -> None:
             file.write(json.dumps(values) + "\n")
     except OSError as error:
         fail(f"{out / 'metrics.jsonl'} cannot be written: {error.strerror}; last.pt is kept")
-
-
-def cut_metrics(out: Path, step: int) -> None:
-    """Drop the lines after `step`, the one that is resumed, and the evaluation at the end."""
-    lines = [line for line in read_metrics(out) if line["step"] <= step and "loss" in line]
-    with write_atomically(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -2329,8 +2280,10 @@ class Run:
         self.unreadable = set()  # (number of the stream, row), of all processes
         if resumed:
             self.load(resumed)
-        if processes.rank == 0:
-            cut_metrics(args.out, self.step)
+        if processes.rank == 0:  # what came after the step that is resumed, and the evaluation at the end, goes
+            lines = [line for line in read_metrics(args.out) if line["step"] <= self.step and "loss" in line]
+            with write_atomically(args.out / "metrics.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.ddp_model = parallel(model, processes, args.compile)
         self.num_asked = []  # images a step, of each stream
         self.stop, self.must_stop = StopSignal(), False
@@ -2443,13 +2396,9 @@ class Run:
                 yield part
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits (n, C) in training. Of one image on maps of 1 x 1 batch norms need a second copy."""
-        try:
-            return self.ddp_model(images)
-        except ValueError:
-            if len(images) > 1:
-                raise
-            return self.ddp_model(images.repeat(2, 1, 1, 1))[:1]
+        """The logits (n, C) in training. A single image comes twice: batch norms of 1 x 1 maps need two values."""
+        twice = images.repeat(2, 1, 1, 1) if len(images) == 1 else images
+        return self.ddp_model(twice)[: len(images)]
 
     def backward(self, loss: Tensor, **others: Tensor) -> None:
         """Add the gradients of a part's mean loss. `others`: losses that are only logged."""
@@ -2506,7 +2455,8 @@ class Run:
         """val_loss, val_top1 and val_top5 of the averaged weights, kept for --patience and plateau."""
         if self.average == "swa" and self.step:  # averaged weights need batch-norm statistics of their own
             alone = self.processes._replace(rank=0, world_size=1)  # all processes see the same images
-            keys = islice(grid_keys(len(self.train), 64, alone), 100)
+            rows = np.random.default_rng(0).permutation(len(self.train))[:6400]  # they are sorted by class
+            keys = np.split(rows, range(64, len(rows), 64))
             batches = load_batches(ImageDataset(self.train, clean=self.view), keys, alone)
             pixels = (batch.views[0].to(alone.device) for batch in batches if len(batch.rows) > 1)
             clean = (normalize(images, self.view) for images in pixels)

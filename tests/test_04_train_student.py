@@ -27,7 +27,7 @@ def stored(path, unlabeled=None, temperature=None):
 
 
 def batch_of(*rows):
-    return common.Batch(torch.tensor(rows), [], [], [])
+    return common.Batch(torch.tensor(rows), [], [])
 
 
 def test_a_row_stands_in_an_epoch_as_often_as_its_copies(tmp_path, capsys):

@@ -355,19 +355,20 @@ def test_swa_keeps_its_mean_with_batch_norms_of_its_own(tiny_data, call_main, tm
         (cut / "model.pt").unlink()
 
 
-def test_all_processes_take_swas_norms_from_the_same_images(tiny_data, monkeypatch):
-    sizes = []
+def test_all_processes_take_swas_norms_from_the_same_batches_of_all_classes(tiny_data, monkeypatch):
+    batches_seen = []
 
     def recompute_norms(model, batches):
-        sizes.extend(map(len, batches))
+        batches_seen.extend(batches)
         raise SystemExit  # before the evaluation, which needs the other process
 
     monkeypatch.setattr(common, "recompute_norms", recompute_norms)
-    images = common.labeled_images(tiny_data, "train")[0][np.tile(range(24), 6)]
+    images = common.labeled_images(tiny_data, "train")[0][np.repeat(range(24), 6)]
     run = {"average": "swa", "step": 1, "train": images, "view": common.View.default(32), "averaged": None}
     with pytest.raises(SystemExit):
         common.Run.evaluate_average(SimpleNamespace(**run, processes=ALONE._replace(rank=1, world_size=2)))
-    assert sizes == [64, 64, 16]
+    assert list(map(len, batches_seen)) == [64, 64, 16]
+    assert len(batches_seen[0].flatten(1).unique(dim=0)) > 18  # 11 in the order of the listing, by class
 
 
 def test_batch_norms_still_move_after_an_evaluation(tiny_data, call_main, tmp_path):
