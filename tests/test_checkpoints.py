@@ -22,6 +22,8 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, mistake):
     for content in ({"model": {}}, {"format": "noisy-student-checkpoint-3"}, [1]):
         torch.save(content, path)
         mistake(lambda: common.load_model(path), path, "noisy-student-checkpoint-2")
+    torch.save({"format": common.CHECKPOINT_FORMAT}, path)
+    mistake(lambda: common.load_model(path), path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

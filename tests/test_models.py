@@ -313,7 +313,7 @@ def test_a_new_head_starts_at_zero_and_learns_and_all_else_is_loaded(arch, heads
     assert tuple(head_names(model)) == heads
     with pytest.raises(ValueError, match=heads[0]):
         load_weights(model, given)
-    load_weights(model, given, new_head=True)
+    load_weights(model, state_dict=given, new_head=True)
     for name, tensor in model.state_dict().items():
         expected = torch.zeros_like(tensor) if name.rpartition(".")[0] in heads else given[name]
         assert torch.equal(tensor, expected), name

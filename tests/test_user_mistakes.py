@@ -51,11 +51,10 @@ def test_what_file_managers_leave_behind_is_left_out(tmp_path, capsys):
     assert common.labeled_images(tmp_path, "train")[2] == ["cat", "dog"]
 
 
-# copies
-
-
 def test_copies_of_val_in_train(tmp_path, capsys, mistake):
     data = folders(tmp_path, train={"cat": 30, "dog": 30}, val={"cat": 30, "dog": 30})  # 2 percent of 60: 1.2
+    for name in ("train/cat/a.png", "train/cat/b.png", "val/dog/c.png", "val/dog/d.png"):
+        (data / name).touch()  # of no bytes: unreadable, and no copies
 
     def check(number):
         for name in ("again", "copy"):  # two copies of one image of val are one
@@ -74,9 +73,6 @@ def test_one_image_under_two_classes_is_told(tiny_data, tmp_path, call_main):
     done = call_main("01_train_teacher", "--data", data, "--out", tmp_path / "t", *TRAIN)
     lines = [line for line in done.stdout.splitlines() if "also.png" in line]
     assert done.returncode == 0 and len(lines) == 1 and "1 images are under two classes" in lines[0]
-
-
-# the unlabelled folder after stage 02 has begun
 
 
 @pytest.fixture
