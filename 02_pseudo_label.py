@@ -114,17 +114,17 @@ def create_output(path: Path, images: ImageList, source: LabelFile | None, check
 
 
 def follow_images(path: Path, folder: str, data: str | Path | None) -> None:
-    """Tell of images that came after the listing, and store where they are now if they were moved."""
+    """Tell of images that came or went after the listing, and store where they are if they were moved."""
     labels = open_label_file(path)
     if len(labels) > 1_000_000:  # listing takes long
         return
     images = unlabeled_images(folder, data)
-    num_new = len({*images.path.tolist()} - {*labels.column("path").tolist()})
+    seen, listed = {*images.path.tolist()}, {*labels.column("path").tolist()}
     is_moved = labels.attrs.get("unlabeled") not in (folder, None)
-    if num_new:
-        listed = labels.attrs.get("created")
-        print0(f"{num_new} images came after the listing of {path}, {listed}, and have no labels: choose another --out")
-    elif is_moved and len(images) == len(labels):
+    if seen != listed:
+        changes = f"{len(seen - listed)} images came and have no labels, {len(listed - seen)} are gone"
+        print0(f"since the listing of {path}, {labels.attrs.get('created')}, {changes}: choose another --out")
+    elif is_moved:
         print0(f"{path}: the images have moved to {folder}")
         with h5py.File(path, "r+", locking=False) as file:
             file.attrs.update(root=images.root, unlabeled=folder)
@@ -217,7 +217,7 @@ def report(labels: LabelFile, max_bad: float) -> None:
             print0(f"{len(rows)} of {len(status)} images are {what} and left out: {names}")
     if len(rows) > len(status) * max_bad / 100:
         what = f"{len(rows)} of {len(status)} images are unreadable: {names}"
-        fail(f"--max-bad {max_bad:g}: {what}; mend or delete them, and {labels.path}")
+        fail(f"--max-bad {max_bad:g}: {what}; mend or remove them, remove {labels.path}, and run again")
 
 
 def label_all(args, processes, checkpoint: dict, settings: dict, unlabeled: str, data) -> None:
@@ -260,7 +260,7 @@ def label_all(args, processes, checkpoint: dict, settings: dict, unlabeled: str,
         held_out = digests_of(val[0])
     stop = StopSignal()  # before, there was nothing to save, and a signal ended the process
     todo = is_todo(args.out, settings)
-    print0(f"{args.out}: {todo.sum()} of {len(todo)} images, listed {labels.attrs['created']}, are left")
+    print0(f"{args.out}: {todo.sum()} of {len(todo)} images, listed {labels.attrs['created']}, are still to label")
     batches = grid_keys(len(todo), size, processes)
     batches = [rows for rows in batches if todo[rows[0] : rows[-1] + 1].any()]
     fill(labels, kept_labels, label(labels.images, batches, held_out), stop)

@@ -191,7 +191,7 @@ def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]
     logits, true = table.val()
     if len(true) < 20:  # a share of fewer means nothing
         threshold = 0.3 if len(table.classes) >= 100 else 0.5
-        print0(f"threshold {threshold}: not measured, there are fewer than 20 labels of val")
+        print0(f"threshold {threshold}: not measured, 02 has labelled fewer than 20 images of val to choose on")
         return threshold, {}
     confidence, label = (tensor.numpy() for tensor in table.probs(logits).max(1))
     report = calibrate(confidence, label == true, args)
@@ -361,8 +361,8 @@ def draw(path: Path, selection: LabelFile, sizes: dict, before: np.ndarray, afte
     names = np.array([name[:24] for name in selection.classes])  # longer ones take the room
     size = {"figsize": (10, 3 + 0.7 * len(shown)), "height_ratios": (3, 0.7 * len(shown))}
     _, axes = plt.subplot_mosaic("AB;CC", layout="constrained", **size)
-    axes["A"].stairs(sizes["candidates"][order], label="candidates", fill=True)
-    axes["A"].stairs(sizes["examples"][order], label="examples")
+    axes["A"].stairs(sizes["candidates"][order], label="labelled", fill=True)
+    axes["A"].stairs(sizes["examples"][order], label="selected, with copies")
     axes["A"].set_ylabel("images")
     if len(order) <= 20:
         axes["A"].set_xticks(np.arange(len(order)) + 0.5, names[order], rotation=90)

@@ -178,7 +178,7 @@ def main() -> None:
     if processes.rank == 0:
         draw_resolutions(args.out / "resolution.png", before, after, old_size, new_size)
     run.finish()  # evaluates, draws curves.png, writes model.pt
-    print0(f"before: {before[new_size]:.2f} there, {before.get(old_size, 0):.2f} at {old_size} px")
+    print0(f"before: {before[new_size]:.2f} at {new_size} px, {before.get(old_size, 0):.2f} at {old_size} px")
 
 
 if __name__ == "__main__":

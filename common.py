@@ -1847,7 +1847,7 @@ def read_file(path: str | Path) -> dict:
     except Exception as error:  # a text file, a truncated one, a pickle with code in it
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0][:120]
         reason = reason or type(error).__name__
-        fail(f"{path}: not a checkpoint, or damaged; nothing in it was executed ({reason})")
+        fail(f"{path}: not a checkpoint of weights (a state_dict), or damaged; nothing in it was executed ({reason})")
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -2327,7 +2327,7 @@ class Run:
         rate = f"{plan.schedule}, peak lr {plan.peak:g}, warm-up {plan.warmup_steps:.0f} steps"
         facts = [f"{self.header['arch']} at {view}, {num_trained:,} of {num:,} parameters train", *facts]
         facts.append(f"{self.precision} on {processes.world_size} x {processes.device.type}")
-        facts.append(f"{plan.total_steps} steps, {plan.steps_per_epoch:.1f} an epoch, from step {self.step}")
+        facts.append(f"{plan.total_steps} steps, {plan.steps_per_epoch:.1f} per epoch, from step {self.step}")
         print0("; ".join([*facts, f"{self.args.optimizer}, {rate}"]))
 
     def batches(self, images: ImageList, num: int, stream: str, repeated=None, **views):

@@ -11,7 +11,7 @@ ARCHS=${ARCHS:-efficientnet_b0} # models. A list: the teacher's, then a student'
 IMAGE_SIZE=${IMAGE_SIZE:-}      # pixels, such a list; none: 01 chooses the teacher's by its images, the others take it
 RATIO=${RATIO:-1}               # unlabelled images for each labelled one; a list, one a round
 BATCH=${BATCH:-32}              # labelled images a step of a student; like ARCHS and RATIO in place of RECIPE's
-STEPS=${STEPS:-}                # of every training; none: as the recipe says
+STEPS=${STEPS:-}                # of every training but 05's; none: as the recipe says
 EPOCHS=${EPOCHS:-}              # in place of STEPS: a student's passes over the labelled images
 INIT=${INIT:-}                  # weights that every model starts from: a file, or published (those of ARCHS)
 RECIPE=${RECIPE:-$here/recipes/$([ -z "$INIT" ] && echo small || echo finetune).txt} # flags of 01 and 04
@@ -20,7 +20,7 @@ THRESHOLD=${THRESHOLD:-auto}    # of the confidence; auto: chosen on half of val
 RELABEL=${RELABEL:-0}           # 1: each student, alone, relabels what the first labels selected, as in the paper
 FIXRES=${FIXRES:-1}             # 0: no fine-tuning of the last student at a quarter more pixels
 CONTROL=${CONTROL:-1}           # 0: no control, and a teacher of BATCH images a step, as in the paper
-[ "$DATA" != --help ] || { sed -n '2,/^set /s/^# \{0,1\}//p; /^[A-Z_]*=\${/p' "$0" && exit; }
+[[ $DATA != -* ]] || { sed -n '2,/^set /s/^# \{0,1\}//p; /^[A-Z_]*=\${/p' "$0" && exit; }
 if [ -d "$here/.venv" ] || ! python3 -c "import torch, torchvision, h5py, PIL" 2>/dev/null; then
     [ -d "$here/.venv" ] || python3 -m venv "$here/.venv"; PATH=$here/.venv/bin:$PATH
     python3 -m pip install --quiet -r "$here/requirements.txt" # seconds where all is there

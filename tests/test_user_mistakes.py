@@ -88,10 +88,12 @@ def labelled(tiny_data, tmp_path, call_main):
     return label, folder
 
 
-def test_images_that_came_later_are_told(labelled):
+def test_images_that_came_or_went_later_are_told(labelled):
     label, folder = labelled
-    shutil.copy(folder / "part0/000.png", folder / "new.png")
-    assert re.search(r"1 images came after the listing of .*, \d{4}-\d\d-\d\d", label(folder).stdout)
+    for name in ("new.png", "newer.png"):
+        shutil.copy(folder / "part0/000.png", folder / name)
+    (folder / "part0/000.png").unlink()
+    assert re.search(r"l.h5, \d{4}-\d\d-\d\d, 2 images came .* 1 are gone", label(folder).stdout)
 
 
 def test_moved_images_are_followed(labelled, tmp_path):
