@@ -88,10 +88,10 @@ def noisy_student_loss(
     """(labelled mean + weight * unlabelled mean, the two means) of a part of the batch.
 
     logits (n, C), targets int64 (n,); pseudo_logits (m, C), pseudo_targets: probabilities (m, C).
-    n or m may be 0. num_labeled, num_pseudo: the step's n and m / (processes x parts): divided by
-    these, the sums over the parts average to the step's means. Hard pseudo-labels are smoothed
-    already, soft ones never (official main.py:502-541). temperature: the student's. If only the
-    teacher's were above 1, the student would learn to be underconfident.
+    n or m may be 0. num_labeled, num_pseudo: what the sums are divided by, an even share of the
+    step's n and m: n / (processes x parts). So the average over the parts is the step's mean. Hard
+    pseudo-labels are smoothed already, soft ones never (official main.py:502-541). temperature: the
+    student's. If only the teacher's were above 1, the student would learn to be underconfident.
     """
     labeled = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / (num_labeled or 1)
     unlabeled = soft_cross_entropy(pseudo_logits / temperature, pseudo_targets).sum() / (num_pseudo or 1)

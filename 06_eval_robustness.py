@@ -982,9 +982,13 @@ def draw(rows: list[Row], headings: list[str], file: Path) -> None:
     plt = pyplot()
     if plt is None or not shares:
         return
-    size = (2.6 * len(shares) + 2, 0.25 * len(rows) + 0.8)  # inches
-    figure, axes = plt.subplots(1, len(shares), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, heading in zip(axes[0], shares, strict=True):
+    down, across = math.ceil(len(shares) / 4), min(4, len(shares))
+    width = 2.6 * across + 0.07 * max(len(row.name) for row in rows)  # inches
+    size = (width, (0.25 * len(rows) + 0.8) * down)
+    figure, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(shares) :]:
+        axis.remove()
+    for axis, heading in zip(axes.flat, shares, strict=False):
         for row in reversed(rows):  # upwards
             values = row.values(heading)
             axis.barh(row.name, np.mean(values or np.nan), color="lightsteelblue")
