@@ -958,13 +958,15 @@ def rand_augment(images: Tensor, num_ops=2, magnitude=27, generator=None, resolu
     in_pixels = magnitude  # of the ops whose sizes are in pixels
     if resolution and 64 < side < resolution:
         in_pixels = magnitude * side / resolution
+    fits_cache = max(1, 2**18 // math.prod(images.shape[1:]))  # images in 256 KB
+    chunk = fits_cache if images.device.type == "cpu" else len(images)
     for drawn, sign in zip(ops, signs, strict=True):
         for number, (name, op) in enumerate(RAND_AUGMENT_OPS.items()):
             level = in_pixels if name in ("TranslateX", "TranslateY", "Cutout") else magnitude
-            rows = (drawn == number).nonzero().squeeze(1)  # on the CPU: no sync
-            if len(rows) > 0:
-                chosen = images.index_select(0, rows.to(images.device, non_blocking=True))
-                put(images, rows, op(chosen, level, sign[rows], generator))
+            for rows in (drawn == number).nonzero().squeeze(1).split(chunk):  # on the CPU: no sync
+                if len(rows) > 0:
+                    chosen = images.index_select(0, rows.to(images.device, non_blocking=True))
+                    put(images, rows, op(chosen, level, sign[rows], generator))
     return images
 
 
