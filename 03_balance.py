@@ -14,7 +14,7 @@ writes  balanced.h5 (a label file of the kept images), balanced.json (counts), b
     python 03_balance.py logits.h5 --out balanced.h5 --threshold 0.3 --per-class 130000
     python 03_balance.py logits.h5 --out balanced.h5 --method top-p --top-p 10 --per-class 16000
 
-10 million images x 100 classes: 7 to 9 CPU seconds, top-p 13; below 1 GB of memory.
+10 million images x 100 classes: 9 to 10 CPU seconds, top-p 16; 1 GB of memory.
 """
 
 import argparse
