@@ -2537,7 +2537,7 @@ def draw_curves(out: Path) -> None:
     if plt is None:
         return
     lines = read_metrics(out)
-    _, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    _, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharex=True, layout="constrained")
     panels = [("loss", "loss_labeled", "loss_unlabeled", "val_loss"), ("val_top1",), ("lr",)]
     for axis, names in zip(axes, panels, strict=True):
         for name in names:
