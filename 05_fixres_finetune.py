@@ -108,7 +108,7 @@ def draw_resolutions(path: Path, before: dict, after: dict, old_size: int, new_s
     plt.axvline(new_size, color="grey", linestyle="--", label=f"fine-tuned at {new_size} px")
     plt.xlabel("test resolution in pixels")
     plt.ylabel("val top-1, percent")
-    plt.legend(frameon=False)
+    plt.legend()
     save_figure(plt, path)
 
 
