@@ -104,7 +104,7 @@ def create_output(path: Path, images: ImageList, source: LabelFile | None, check
         attrs["class_counts"] = np.array(checkpoint["class_counts"], np.int64)
     view = View.of(checkpoint)
     attrs.update(root=images.root, image_size=view.image_size, crop_mode=view.crop_mode)
-    attrs.update(arch=checkpoint["arch"], arch_options=json.dumps(checkpoint["arch_options"]))
+    attrs.update(arch=checkpoint["arch"], arch_options=json.dumps(checkpoint.get("arch_options", {})))
     attrs["created"] = time.strftime("%Y-%m-%d")
     names = ["logits", "label", "confidence", "status", *columns]
     width = images.path.itemsize
@@ -194,7 +194,7 @@ def write_csv(path: Path, labels: LabelFile) -> None:
     status, names, label, confidence = map(labels.column, ("status", "path", "label", "confidence"))
     text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with write_atomically(path) as temporary, open(temporary, "w", **text) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file)
         writer.writerow(["path", "class", "confidence"])
         for row in np.flatnonzero(status == DONE):
             writer.writerow([os.fsdecode(names[row]), labels.classes[label[row]], confidence[row]])

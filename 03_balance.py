@@ -163,9 +163,11 @@ def check_disjoint(table: Table) -> None:
     for file, prefix in zip(table.files, table.prefixes, strict=True):
         paths = np.strings.add(prefix, file.column("path"))
         hashes.append(np.unique(np.fromiter(map(hash, paths), np.int64)))
-    _, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    if (counts > 1).any():
-        names = " and ".join(str(file.path) for file in table.files)
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    twice = values[counts > 1]
+    if len(twice):
+        owners = [k for k, of_file in enumerate(hashes) if twice[0] in of_file]
+        names = " and ".join(str(table.files[k].path) for k in owners)
         fail(f"{names} share some images: expected all of them, or none")
 
 
@@ -191,7 +193,7 @@ def auto_threshold(table: Table, args: argparse.Namespace) -> tuple[float, dict]
     logits, true = table.val()
     if len(true) < 20:  # a share of fewer means nothing
         threshold = 0.3 if len(table.classes) >= 100 else 0.5
-        print0(f"threshold {threshold}: not measured, 02 has labelled fewer than 20 images of val to choose on")
+        print0(f"threshold {threshold}: not measured, fewer than 20 images of val to choose on are labelled")
         return threshold, {}
     confidence, label = (tensor.numpy() for tensor in table.probs(logits).max(1))
     report = calibrate(confidence, label == true, args)

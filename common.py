@@ -556,7 +556,7 @@ def build_model(arch: str, num_classes: int = 1000, **arch_options) -> nn.Module
 
         create = models.get_model
         if arch in ("googlenet", "inception_v3"):
-            options["aux_logits"] = False
+            options |= {"aux_logits": False, "init_weights": True, "transform_input": True}
         names = {"drop_path": "stochastic_depth_prob"}
     options = {names.get(option, option): value for option, value in options.items()}
     resnext = re.fullmatch(r"resnext101_32x([1-9]\d*)d", arch)  # 1905.00546: a teacher of 32x48d
@@ -627,7 +627,8 @@ def own_names(weights: dict, like: Iterable[str] = ()) -> dict[str, Tensor]:
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise ValueError("not a state_dict: some entries are not named tensors")
     renamed = {re.sub(r"^((module|_orig_mod)\.)+", "", name): weights[name] for name in weights}
-    renamed.pop("n_averaged", None)  # of torch's AveragedModel
+    # of torch's AveragedModel, and of the classifiers in the middle of GoogLeNet and Inception
+    renamed = {k: v for k, v in renamed.items() if not re.match(r"n_averaged$|aux[12]\.|AuxLogits\.", k)}
     if "conv_stem.weight" in renamed and "conv_stem.weight" not in like:
         return {timm_to_own(name): tensor for name, tensor in renamed.items()}
     return renamed
@@ -1213,7 +1214,7 @@ def list_images(root: str | Path) -> ImageList:
     """All images below `root`, sorted by path, links followed; .tar shards are read in place."""
     root, members = os.path.abspath(root), []
     junk = []
-    for folder, folders, names in os.walk(root, onerror=print0, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=lambda error: print0(f"not seen: {error}"), followlinks=True):
         junk += JUNK.intersection(folders)
         folders[:] = [name for name in folders if not name.startswith(".") and name not in JUNK]
         for name in names:
@@ -1874,7 +1875,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", fuse: bool 
         options = checkpoint.get("arch_options", {})
         model = build_model(checkpoint["arch"], len(checkpoint["classes"]), **options)
         load_weights(model, checkpoint["model"])
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        fail(f"{path}: the checkpoint lacks {error}")
+    except (TypeError, ValueError) as error:
         fail(f"{path}: {error}")
     if fuse:
         fuse_batch_norms(model)
@@ -2398,8 +2401,8 @@ class Run:
                 yield part
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits (n, C) in training. A single image comes twice: batch norms of 1 x 1 maps need two values."""
-        twice = images.repeat(2, 1, 1, 1) if len(images) == 1 else images
+        """The logits (n, C) in training. A small image alone comes twice: norms of 1 x 1 maps need two values."""
+        twice = images.repeat(2, 1, 1, 1) if len(images) == 1 and self.view.image_size <= 64 else images
         return self.ddp_model(twice)[: len(images)]
 
     def backward(self, loss: Tensor, **others: Tensor) -> None:

@@ -72,10 +72,11 @@ def test_every_layer_is_torchvisions(arch):
     assert layers_of(model) == layers_of(oracle)
 
 
-@pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b5"])  # from B5 on another eps
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "efficientnet_b5", "googlenet"])  # from B5 on another eps
 def test_logits_equal_torchvisions(arch):
     torch.manual_seed(0)
-    oracle = torchvision.models.get_model(arch, weights=None)
+    options = {"init_weights": False, "transform_input": True} if arch == "googlenet" else {}
+    oracle = torchvision.models.get_model(arch, weights=None, **options)
     randomise_batch_norms(oracle)
     model = build_model(arch)
     load_weights(model, oracle.state_dict())

@@ -304,6 +304,9 @@ def test_a_run_whose_labelled_images_are_gone_stops_and_keeps_what_it_has(
 def test_one_image_alone_trains_where_the_last_maps_have_one_pixel(tiny_data, call_main, tmp_path):
     flags = ["--arch", "efficientnet_b0", "--image-size", 32, "--batch-size", 1, "--steps", 2]
     assert call_main("01_train_teacher", "--data", tiny_data, "--out", tmp_path, *flags).returncode == 0
+    sizes = []
+    run = SimpleNamespace(view=common.View.default(32), ddp_model=lambda images: sizes.append(len(images)) or images)
+    assert len(common.Run.forward(run, torch.zeros(1, 3, 32, 32))) == 1 and sizes == [2]  # in a 2nd call DDP would wait
 
 
 def test_an_unreadable_image_is_counted_by_the_run_that_goes_on_too(tiny_data, call_main, tmp_path):
@@ -365,9 +368,11 @@ def test_all_processes_take_swas_norms_from_the_same_batches_of_all_classes(tiny
     monkeypatch.setattr(common, "recompute_norms", recompute_norms)
     images = common.labeled_images(tiny_data, "train")[0][np.repeat(range(24), 6)]
     run = {"average": "swa", "step": 1, "train": images, "view": common.View.default(32), "averaged": None}
-    with pytest.raises(SystemExit):
-        common.Run.evaluate_average(SimpleNamespace(**run, processes=ALONE._replace(rank=1, world_size=2)))
-    assert list(map(len, batches_seen)) == [64, 64, 16]
+    for rank in range(2):
+        with pytest.raises(SystemExit):
+            common.Run.evaluate_average(SimpleNamespace(**run, processes=ALONE._replace(rank=rank, world_size=2)))
+    assert list(map(len, batches_seen)) == 2 * [64, 64, 16]
+    assert all(map(torch.equal, batches_seen[:3], batches_seen[3:]))
     assert len(batches_seen[0].flatten(1).unique(dim=0)) > 18  # 11 in the order of the listing, by class
 
 

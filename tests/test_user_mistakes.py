@@ -17,9 +17,6 @@ import common
 TRAIN = ["--arch", CHEAP, "--image-size", 32, "--batch-size", 8, "--steps", 2]
 
 
-# names of classes and files
-
-
 def test_one_class_is_one_folder_too_many(tmp_path, mistake):
     data = folders(tmp_path, train={"images/cat": 2, "images/dog": 2})
     mistake(lambda: common.labeled_images(data, "train"), data / "train", "images", "cat, dog")
@@ -106,9 +103,6 @@ def test_moved_images_are_followed(labelled, tmp_path):
     assert (labels.column("status") == common.DONE).all() and labels.images.root == str(moved)
     other = shutil.copytree(moved / "part0", tmp_path / "other")  # not the same paths
     assert_mistake(label(other), "--unlabeled")
-
-
-# the environment, signals, loaders
 
 
 BEYOND = {"RANK": 2, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
